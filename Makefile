@@ -1,0 +1,45 @@
+PYTHON ?= python3
+# Where everything is installed. `make test VENV=/path/to/venv` reuses an environment.
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+VENV ?= $(ROOT)/.venv
+ARGS ?=
+
+IN_ROOT := cd $(ROOT) &&
+PY := $(abspath $(VENV))/bin/python
+# One stamp per set of extras, so that pip runs once per change of the requirements.
+USE := $(abspath $(VENV))/.installed-use
+DEV := $(abspath $(VENV))/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check-cifar bench-overhead clean
+
+help: ## list the targets (ARGS="..." goes to the command a target runs)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
+
+demo: $(USE) ## fine-tune an image classifier for its metric
+	$(IN_ROOT) $(PY) examples/image_classification.py $(ARGS)
+
+test: $(DEV) ## ruff, then the tests
+	$(IN_ROOT) $(PY) -m ruff check .
+	$(IN_ROOT) $(PY) -m pytest $(ARGS)
+
+check-cifar: $(USE) ## run the CIFAR check
+	$(IN_ROOT) $(PY) -m benchmarks.check_cifar $(ARGS)
+
+bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
+	$(IN_ROOT) $(PY) -m benchmarks.overhead $(ARGS)
+
+clean: ## remove .venv, builds and caches (results stay)
+	rm -rf $(ROOT)/.venv $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info $(ROOT)/.pytest_cache $(ROOT)/.ruff_cache
+	find $(ROOT) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(USE): EXTRAS := plot,report
+$(DEV): EXTRAS := dev
+# pip before 21.3 cannot install this project in place; the first line does nothing when pip is newer.
+$(USE) $(DEV): $(ROOT)/setup.py $(ROOT)/pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet "pip>=21.3"
+	$(PY) -m pip install --quiet -e "$(ROOT)[$(EXTRAS)]"
+	@touch $@

@@ -1,0 +1,113 @@
+"""CIFAR-10 (a JPEG copy) and the CIFAR ResNets of He et al. 2015, from local folders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def data_root() -> Path:
+    """Where the data sets lie: $METRICOPT_DATA, or `../shared/data` beside the project."""
+    return Path(os.environ.get("METRICOPT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions; the shortcut has no parameters: where the size changes it is subsampled and zero-padded."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.padding = (outputs - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.padding:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+        return F.relu(out + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet-(6n+2) for 32x32 images. forward: pixel_values [b, 3, 32, 32], labels [b] -> dict of loss and logits."""
+
+    def __init__(self, depth: int = 20, num_labels: int = 10):
+        super().__init__()
+        n = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._layer(n, 16, 16)
+        self.layer2 = self._layer(n, 16, 32)
+        self.layer3 = self._layer(n, 32, 64)
+        self.linear = nn.Linear(64, num_labels)
+
+    @staticmethod
+    def _layer(n: int, inputs: int, outputs: int) -> nn.Sequential:
+        first = Block(inputs, outputs, stride=1 if inputs == outputs else 2)
+        return nn.Sequential(first, *[Block(outputs, outputs, 1) for _ in range(n - 1)])
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x = F.relu(self.bn1(self.conv1(pixel_values)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits = self.linear(x.mean((2, 3)))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def pretrained(depth: int = 20) -> CifarResNet:
+    model = CifarResNet(depth)
+    model.load_state_dict(load_file(data_root() / "resnet_cifar10" / f"resnet{depth}.safetensors"), strict=False)
+    return model.eval()
+
+
+class Images(torch.utils.data.Dataset):
+    """Decoded images: pixel_values [n, 3, 32, 32] float32 normalised, labels [n]."""
+
+    def __init__(self, pixel_values: Tensor, labels: Tensor):
+        self.pixel_values, self.labels = pixel_values, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.pixel_values[i], "labels": self.labels[i]}
+
+    def take(self, rows: np.ndarray) -> Images:
+        rows = torch.as_tensor(rows)
+        return Images(self.pixel_values[rows], self.labels[rows])
+
+
+def load(split: str) -> Images:
+    table = datasets.load_dataset(str(data_root() / "cifar10"), split=split)
+    pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in table["img"]])
+    pixels = pixels.permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
+    return Images((pixels - mean) / std, torch.tensor(table["label"][:]))
+
+
+@dataclass
+class Splits:
+    """Four disjoint splits. The nets have seen the whole train split, so the other three come from test."""
+
+    train: Images
+    observation: Images
+    selection: Images
+    report: Images
+
+
+def splits(train: Images, test: Images, seed: int, train_size=6000, observation_size=2000) -> Splits:
+    generator = np.random.default_rng(seed)
+    chosen = generator.permutation(len(train))[:train_size]
+    order = generator.permutation(len(test))
+    parts = np.split(order, [observation_size, 2 * observation_size])
+    return Splits(train.take(chosen), *(test.take(rows) for rows in parts))

@@ -1,0 +1,31 @@
+"""How the value function's gradient joins the task gradient."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def correction(task_grad: Tensor, value_grad: Tensor, trust: float, weight: float) -> Tensor:
+    """What is added to the task gradient: weight * trust * (|g| / |v|) * v.
+
+    Matching norms makes `weight` (the paper's lambda) independent of both units, and immune to loss scaling, gradient
+    accumulation and world size. It is zero where either gradient is zero.
+
+    Args:
+        task_grad: g, [d].
+        value_grad: v, [d]; a step against it improves the metric.
+        trust: in [0, 1].
+        weight: >= 0.
+
+    Returns:
+        [d]. Not finite where `task_grad` is not (an fp16 overflow), so that a gradient scaler still skips the step.
+
+    Example:
+        >>> import torch
+        >>> correction(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0]), trust=0.5, weight=2.0)
+        tensor([0., 5.])
+    """
+    norm = value_grad.norm()
+    if not norm > 0:
+        return task_grad.new_zeros(task_grad.shape)
+    return value_grad * (weight * trust * task_grad.norm() / norm)

@@ -1,0 +1,191 @@
+"""MetricOptConfig: TrainingArguments and the numbers of the guidance."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from .errors import ConfigurationError
+from .guide import GUIDES
+from .metric import INPUTS
+
+logger = logging.getLogger(__name__)
+
+COORDINATES = ("gradient_pca", "group_gradients", "random", "identity")
+
+# They take their step inside the backward pass, before there is a gradient that could be blended.
+STEP_IN_BACKWARD = {name for name in OptimizerNames if "layerwise" in name.value or "lomo" in name.value}
+
+
+@dataclass
+class MetricOptConfig(TrainingArguments):
+    """`TrainingArguments` with the arguments of metric guidance.
+
+    Without a metric (see `MetricOptTrainer`) the fields below do nothing.
+
+    Raises:
+        ConfigurationError: a value is out of its range, or the optimizer cannot be guided.
+    """
+
+    metric_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "An `evaluate` module to optimise: a name on the Hub, a local path, or one that comes along "
+            "(worst_class_recall, g_mean, macro_auprc, recall_at_k). Default: `compute_metrics` and "
+            "`metric_for_best_model`."
+        },
+    )
+    metric_inputs: str = field(
+        default="auto",
+        metadata={
+            "help": "How logits become the `evaluate` module's inputs: argmax, scores (softmax), identity, "
+            "or auto, by the module's features.",
+            "choices": INPUTS,
+        },
+    )
+    metric_key: str | None = field(
+        default=None, metadata={"help": "Which number of the `evaluate` module's result to optimise."}
+    )
+    metric_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Arguments of the `evaluate` module\'s compute, as JSON: \'{"average": "macro"}\'.'},
+    )
+    metric_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a metric call is given up. Default: never."}
+    )
+    metric_start_ratio: float = field(
+        default=0.75,
+        metadata={
+            "help": "Share of the optimizer steps that is ordinary training; then everything but phi is frozen and the "
+            "metric phase begins. 0: the metric phase alone, for a model that is trained already."
+        },
+    )
+    metric_call_budget: int | None = field(
+        default=160,
+        metadata={
+            "help": "The most metric calls that the guidance may make to observe. None: no bound, 0: no guidance."
+        },
+    )
+    max_metric_failures: int = field(
+        default=8, metadata={"help": "Metric calls failed in a row after which guidance is switched off."}
+    )
+    phi: str = field(
+        default="film",
+        metadata={
+            "help": "What is tuned in the metric phase: film (scale and shift behind the last block's norms, and the "
+            "output bias), adapter (a PEFT model's), or a regular expression over parameter names."
+        },
+    )
+    phi_coordinates: str = field(
+        default="gradient_pca",
+        metadata={
+            "help": "The compact coordinates that the value function sees: principal directions of mini-batch loss "
+            "gradients, gradients of the loss per class, random, or identity.",
+            "choices": COORDINATES,
+        },
+    )
+    phi_dim: int = field(default=10, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
+    phi_learning_rate: float | None = field(
+        default=3e-3,
+        metadata={
+            "help": "Peak learning rate of phi in the metric phase, which runs the schedule once of its own. "
+            "None: learning_rate."
+        },
+    )
+    guide: str = field(
+        default="value_function",
+        metadata={
+            "help": "What says which way the metric improves: value_function, or a control, shuffled (a value "
+            "function fitted to shuffled scores) and random (a random direction).",
+            "choices": GUIDES,
+        },
+    )
+    value_weight: float = field(
+        default=3.0,
+        metadata={"help": "lambda: length of the value gradient against the task gradient's, at full trust."},
+    )
+    value_function_name_or_path: str | None = field(
+        default=None, metadata={"help": "A value function to start from: a folder, or a name on the Hub."}
+    )
+    observe_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between rounds of observations. Default: spread the budget evenly."},
+    )
+    observations_per_step: int = field(
+        default=8,
+        metadata={"help": "Metric calls in a round: antithetic pairs, and, if odd, one at phi itself."},
+    )
+    explore_std: float = field(
+        default=0.12, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
+    )
+    observation_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples of eval_dataset to cut for observation, and as many for selection, where these sets are "
+            "not given. Default: half of it each."
+        },
+    )
+    observation_cache_gb: float = field(
+        default=2.0,
+        metadata={
+            "help": "Memory for keeping the observation set's batches and frozen activations (selection: as much)."
+        },
+    )
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "metric_kwargs"]
+
+    def __post_init__(self):
+        # Trainer guesses an unset direction from the name; whoever guesses should say so, once there is a metric
+        self._direction_was_given = self.greater_is_better is not None
+        super().__post_init__()
+        checks = {
+            "metric_inputs": (self.metric_inputs in INPUTS, f"one of {', '.join(INPUTS)}"),
+            "metric_timeout": (self.metric_timeout is None or self.metric_timeout > 0, "positive"),
+            "metric_start_ratio": (0 <= self.metric_start_ratio < 1, "in [0, 1)"),
+            "metric_call_budget": (self.metric_call_budget is None or self.metric_call_budget >= 0, "at least 0"),
+            "max_metric_failures": (self.max_metric_failures >= 1, "at least 1"),
+            "phi_coordinates": (self.phi_coordinates in COORDINATES, f"one of {', '.join(COORDINATES)}"),
+            "phi_dim": (self.phi_dim >= 1, "at least 1"),
+            "phi_learning_rate": (self.phi_learning_rate is None or self.phi_learning_rate > 0, "positive"),
+            "guide": (self.guide in GUIDES, f"one of {', '.join(GUIDES)}"),
+            "value_weight": (self.value_weight >= 0, "at least 0 (the sign of the metric is greater_is_better's)"),
+            "observe_steps": (self.observe_steps is None or self.observe_steps >= 1, "at least 1"),
+            "observations_per_step": (self.observations_per_step >= 2, "at least 2, one antithetic pair"),
+            "explore_std": (self.explore_std > 0, "positive"),
+            "observation_size": (self.observation_size is None or self.observation_size >= 1, "at least 1"),
+            "observation_cache_gb": (self.observation_cache_gb >= 0, "at least 0"),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise ConfigurationError(f"{name}={getattr(self, name)!r} must be {expected}.")
+
+    @property
+    def resolved_greater_is_better(self) -> bool:
+        """The direction, as Trainer resolves it; a guess is said aloud."""
+        if not self._direction_was_given:
+            guess = self.greater_is_better is not False
+            logger.warning(
+                f"greater_is_better is not set: taking {'greater' if guess else 'smaller'} values of "
+                f"{self.metric_for_best_model or 'the metric'} for better. Set it to be sure."
+            )
+            return guess
+        return self.greater_is_better
+
+    def rounds_every(self, metric_steps: int) -> int:
+        """Optimizer steps from one round to the next in a metric phase of `metric_steps`."""
+        if self.observe_steps is not None:
+            return self.observe_steps
+        calls = 160 if not self.metric_call_budget else self.metric_call_budget
+        rounds = -(-calls // self.observations_per_step)
+        return max(1, metric_steps // rounds)
+
+    def check_optimizer(self) -> None:
+        """Raises ConfigurationError for an `optim` whose gradients cannot be blended."""
+        if self.optim in STEP_IN_BACKWARD:
+            raise ConfigurationError(
+                f"optim={self.optim.value!r} steps inside the backward pass, so there is no gradient to blend with. "
+                "Take one that steps after it, such as adamw_torch or sgd; or train without a metric."
+            )

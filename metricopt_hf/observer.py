@@ -1,0 +1,118 @@
+"""Observer: the metric at phi and round about it, shared out over the ranks, with phi left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .errors import MetricError
+from .evaluator import Evaluator
+from .observation import Observation
+from .phi import Coordinates, PhiSpace
+
+
+def pair_variance(scores: np.ndarray) -> float:
+    """Variance of an observation that no slope explains, from antithetic pairs [pairs, 2]; nan for fewer than two.
+
+    The mean of a pair at +d and -d does not depend on the slope, so the scatter of the pairs' means is noise (of the
+    metric as a function of phi: ties, thresholds, few examples) and curvature; each mean holds half a point's variance.
+    """
+    complete = scores[np.isfinite(scores).all(axis=1)] if len(scores) else scores
+    return 2 * float(complete.mean(axis=1).var(ddof=1)) if len(complete) > 1 else float("nan")
+
+
+class Observer:
+    """Takes rounds of observations.
+
+    Args:
+        phi: the space that is moved and put back.
+        evaluator: gives the metric on the observation set.
+        explore_std: standard deviation of the exploration on each coordinate.
+        seed: of the private generator of the exploration, the same on every rank.
+        rank, world_size: this process and how many there are; a round's points are dealt out in turn.
+        progress: whether to show a bar for rounds that take more than a few seconds.
+    """
+
+    def __init__(
+        self,
+        phi: PhiSpace,
+        evaluator: Evaluator,
+        explore_std: float,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: bool = False,
+    ):
+        self.phi, self.evaluator, self.explore_std = phi, evaluator, explore_std
+        self.rank, self.world_size, self.progress = rank, world_size, progress
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def offsets(self, count: int, dim: int) -> Tensor:
+        """[count, dim] exploration in the coordinates: antithetic pairs, and first, if `count` is odd, phi itself."""
+        draws = torch.randn(count // 2, dim, generator=self.generator) * self.explore_std
+        pairs = torch.stack([draws, -draws], dim=1).reshape(-1, dim)
+        return torch.cat([torch.zeros(count % 2, dim), pairs])
+
+    def observe(self, coordinates: Coordinates, step: int, count: int) -> tuple[list[Observation], list[str]]:
+        """One round of `count` metric calls over all ranks.
+
+        Returns:
+            The observations in a fixed order, the same on every rank, and a message for each call that failed.
+        """
+        centre = self.phi.read()
+        z = coordinates.encode(centre).cpu()
+        offsets = self.offsets(count, coordinates.dim)
+        mine = range(self.rank, count, self.world_size)
+        taken: list[tuple[int, float, float, str | None]] = []
+        with self.phi.restored():
+            for i in tqdm(mine, desc="observing the metric", leave=False, delay=3, disable=not self.progress):
+                self.phi.write(centre + coordinates.lift(offsets[i].to(centre.device)))
+                start = perf_counter()
+                try:
+                    score, error = self.evaluator.evaluate("observe"), None
+                except MetricError as failure:
+                    score, error = float("nan"), str(failure)
+                taken.append((i, score, perf_counter() - start, error))
+        if self.world_size > 1:
+            others = [t for t in gather_object(taken) if t[0] % self.world_size != self.rank]
+            self.evaluator.ledger.add("observe", len(others), sum(cost for _, _, cost, _ in others))
+            taken += others
+        taken.sort(key=lambda t: t[0])
+        scores = np.array([score for _, score, _, _ in taken])
+        variance = pair_variance(scores[count % 2 :].reshape(-1, 2))
+        observations = [
+            Observation((z + offsets[i]).numpy(), score, variance, step, cost)
+            for i, score, cost, error in taken
+            if error is None
+        ]
+        return observations, [error for *_, error in taken if error is not None]
+
+    @contextmanager
+    def moved(self, coordinates: Coordinates) -> Iterator[None]:
+        """phi somewhere else, for trying things out."""
+        with self.phi.restored():
+            offset = torch.randn(coordinates.dim, generator=torch.Generator().manual_seed(0)) * self.explore_std
+            self.phi.write(self.phi.read() + coordinates.lift(offset.to(self.phi.read().device)))
+            yield
+
+
+def on_main(evaluate: Callable[[], float], rank: int, world_size: int) -> float:
+    """`evaluate()` on rank 0 alone, its answer or its `MetricError` on all ranks."""
+    outcome: list = [None]
+    if rank == 0:
+        try:
+            outcome = [evaluate()]
+        except MetricError as error:
+            outcome = [error]
+    if world_size > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], MetricError):
+        raise outcome[0]
+    return outcome[0]

@@ -1,0 +1,241 @@
+"""MetricPhase: the part of a run in which phi is tuned for the metric. It observes, learns, blends and selects.
+
+This is the sentence of the whole library, as `advance` and `correct` read it:
+
+    phi.read -> Observer.observe -> Observation -> Trajectory -> guide.learn -> guide.direction (with trust) -> blend
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import blend
+from .errors import MetricError
+from .evaluator import Evaluator
+from .guide import Direction, Guide
+from .metric import Metric
+from .observation import Observation
+from .observer import Observer, on_main
+from .phi import Coordinates, PhiSpace
+from .trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+# a score this many times the range of all earlier ones away from them is taken for a fault of the metric
+OUTLIER_RANGES = 20
+MIN_OBSERVATIONS_FOR_OUTLIERS = 16
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The best phi so far by the selection split.
+
+    Attributes:
+        phi: [d], or None before the first candidate.
+        score: the metric on the selection split.
+        step: optimizer steps taken before it.
+    """
+
+    phi: Tensor | None = None
+    score: float = float("nan")
+    step: int = -1
+
+
+class MetricPhase:
+    """State and work of one metric phase.
+
+    Args:
+        phi: tuned here.
+        metric: says which way is better.
+        observer: takes the observations.
+        selector: the metric on the selection split; None where there is none (then the last phi stays).
+        guide: follows or does not.
+        make_coordinates: computes Q at the start of the phase.
+        value_weight: lambda in `blend`.
+        observe_steps: optimizer steps from one round to the next.
+        observations_per_step: metric calls in a round.
+        max_failures: metric calls failed in a row after which guidance is switched off.
+        seed: of the guide.
+    """
+
+    def __init__(
+        self,
+        phi: PhiSpace,
+        metric: Metric,
+        observer: Observer,
+        selector: Evaluator | None,
+        guide: Guide,
+        make_coordinates: Callable[[], Coordinates],
+        value_weight: float,
+        observe_steps: int,
+        observations_per_step: int,
+        max_failures: int,
+        seed: int,
+    ):
+        self.phi, self.metric, self.observer, self.selector, self.guide = phi, metric, observer, selector, guide
+        self.make_coordinates, self.value_weight = make_coordinates, value_weight
+        self.observe_steps, self.observations_per_step = observe_steps, observations_per_step
+        self.max_failures, self.seed = max_failures, seed
+        self.ledger = observer.evaluator.ledger
+        self.trajectory = Trajectory()
+        self.selection = Selection()
+        self.coordinates: Coordinates | None = None
+        self.start_step = -1
+        self.failures, self.failures_in_a_row = 0, 0
+        self.curve_score: float | None = None
+        self.direction: Direction | None = None  # of the last update
+        self.curve: list[dict[str, Any]] = []  # one entry per round, for plots and logs
+
+    @property
+    def started(self) -> bool:
+        return self.coordinates is not None
+
+    def start(self, step: int, coordinates: Coordinates | None = None) -> None:
+        """Begin: everything outside phi stands still from here on."""
+        self.start_step = step
+        self.coordinates = coordinates or self.make_coordinates()
+        self.guide.start(self.coordinates, self.metric.greater_is_better, self.seed)
+        for evaluator in (self.observer.evaluator, self.selector):
+            if evaluator is not None:
+                evaluator.freeze(self.phi.names, lambda: self.observer.moved(self.coordinates))
+
+    def advance(self, step: int) -> None:
+        """Before the update of `step`: select, observe and learn, where it is time to."""
+        if (step - self.start_step) % self.observe_steps:
+            return
+        self.select(step)
+        count = int(min(self.observations_per_step, self.ledger.remaining))
+        if count > 0 and self.guide.off is None:
+            self._observe(step, count)
+        trust, reason = self.guide.trust.value() if self.guide.off is None else (0.0, self.guide.off)
+        self.curve.append(
+            {
+                "step": step,
+                "selection": self.curve_score,
+                "trust": trust,
+                "reason": reason,
+                "rank_correlation": self.guide.trust.correlation,
+                "observation_mean": float(np.mean(self.trajectory.last_round.scores)) if len(self.trajectory) else None,
+                "predicted": self._predicted(),
+                "calls": self.ledger.calls["observe"],
+            }
+        )
+
+    def correct(self) -> None:
+        """Add the value gradient to the task gradient at phi."""
+        if self.value_weight == 0:
+            return
+        self.direction = self.guide.direction(self.phi.read())
+        if self.direction.trust > 0:
+            task_grad = self.phi.read_grad()
+            self.phi.add_grad(
+                blend.correction(task_grad, self.direction.vector, self.direction.trust, self.value_weight)
+            )
+
+    def select(self, step: int) -> None:
+        """Measure the present phi on the selection split, and remember it if it is the best."""
+        self.curve_score = None
+        if self.selector is None:
+            return
+        try:
+            score = on_main(lambda: self.selector.evaluate("select"), self.observer.rank, self.observer.world_size)
+        except MetricError as error:
+            self._failed([str(error)], succeeded=0)
+            return
+        finally:
+            if self.observer.rank:
+                self.ledger.add("select", 1, 0.0)
+        self.curve_score = score
+        if self.selection.phi is None or self.metric.sign * (score - self.selection.score) > 0:
+            self.selection = Selection(self.phi.read(), score, step)
+
+    def finish(self, step: int) -> None:
+        """The last phi is a candidate too; then the best one is put in place."""
+        self.select(step)
+        self.curve.append({"step": step, "selection": self.curve_score, "trust": None, "predicted": self._predicted()})
+        if self.selection.phi is not None:
+            self.phi.write(self.selection.phi)
+            logger.info(
+                f"Best {self.metric.name} on the selection split: {self.selection.score:.4f} at step "
+                f"{self.selection.step}; this phi is kept."
+            )
+
+    def log_scalars(self) -> dict[str, float]:
+        """What is reported of the guidance beside Trainer's own numbers."""
+        if not self.curve:
+            return {}
+        latest = self.curve[-1]
+        names = ("selection", "trust", "rank_correlation", "observation_mean", "calls")
+        scalars = {name: float(latest[name]) for name in names if latest.get(name) is not None}
+        scalars["failed_calls"] = float(self.failures)
+        return {name: value for name, value in scalars.items() if np.isfinite(value)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors and JSON values."""
+        return {
+            "start_step": self.start_step,
+            "origin": self.coordinates.origin,
+            "basis": self.coordinates.basis,
+            "trajectory": {name: torch.as_tensor(array) for name, array in self.trajectory.state_dict().items()},
+            "guide": self.guide.state_dict(),
+            "generator": self.observer.generator.get_state(),
+            "selection": {"phi": self.selection.phi, "score": self.selection.score, "step": self.selection.step},
+            "failures": [self.failures, self.failures_in_a_row],
+            "curve": self.curve,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.phi.read().device
+        basis = state["basis"]
+        coordinates = Coordinates(state["origin"].to(device), None if basis is None else basis.to(device))
+        self.start(state["start_step"], coordinates)
+        self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})
+        self.guide.load_state_dict(state["guide"])
+        self.observer.generator.set_state(state["generator"].to(torch.uint8))
+        phi = state["selection"]["phi"]
+        self.selection = Selection(**{**state["selection"], "phi": None if phi is None else phi.to(device)})
+        self.failures, self.failures_in_a_row = state["failures"]
+        self.curve = state["curve"]
+
+    def _observe(self, step: int, count: int) -> None:
+        observations, errors = self.observer.observe(self.coordinates, step, count)
+        usable = [o for o in observations if not self._outlier(o)]
+        errors += [
+            f"The metric returned {o.score}, far outside of everything that it returned so far."
+            for o in observations
+            if self._outlier(o)
+        ]
+        self._failed(errors, succeeded=len(usable))
+        if usable and self.guide.off is None:
+            self.trajectory.extend(usable)
+            self.guide.learn(self.trajectory)
+
+    def _outlier(self, observation: Observation) -> bool:
+        scores = self.trajectory.scores
+        if len(scores) < MIN_OBSERVATIONS_FOR_OUTLIERS or np.ptp(scores) == 0:
+            return False
+        return abs(observation.score - np.median(scores)) > OUTLIER_RANGES * np.ptp(scores)
+
+    def _failed(self, errors: list[str], succeeded: int) -> None:
+        """Count failed calls; a run goes on without guidance rather than end."""
+        self.failures += len(errors)
+        self.failures_in_a_row = 0 if succeeded else self.failures_in_a_row + len(errors)
+        for error in errors:
+            logger.warning(f"{error} The observation is dropped ({self.failures_in_a_row} failed in a row).")
+        if self.failures_in_a_row >= self.max_failures and self.guide.off is None:
+            self.guide.switch_off(f"the metric failed {self.failures_in_a_row} times in a row")
+            logger.warning(f"Guidance is {self.guide.off}. Training goes on with the loss alone.")
+
+    def _predicted(self) -> list[float] | None:
+        """Mean and standard deviation that the guide's value function, if it has one, expects at the present phi."""
+        value_function = getattr(self.guide, "value_function", None)
+        if value_function is None or not self.guide.fitted:
+            return None
+        return [float(x) for x in value_function.predict(self.coordinates.encode(self.phi.read()).cpu())]

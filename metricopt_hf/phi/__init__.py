@@ -1,0 +1,29 @@
+"""phi: the few parameters that are tuned for the metric, and the compact coordinates in which they are seen."""
+
+from torch import nn
+
+from .coordinates import Coordinates, gradient_pca, group_gradients, random_basis
+from .film import FiLM
+from .space import PhiSpace
+from .subset import Subset, adapter
+
+__all__ = [
+    "Coordinates",
+    "FiLM",
+    "PhiSpace",
+    "Subset",
+    "adapter",
+    "from_spec",
+    "gradient_pca",
+    "group_gradients",
+    "random_basis",
+]
+
+
+def from_spec(model: nn.Module, spec: str) -> PhiSpace:
+    """The space that a config string names: "film", "adapter", or a regular expression over parameter names."""
+    if spec == "film":
+        return FiLM(model)
+    if spec == "adapter":
+        return adapter(model)
+    return Subset(model, spec)

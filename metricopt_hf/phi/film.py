@@ -1,0 +1,302 @@
+"""FiLM: a scale and a shift per channel behind norm layers, plus the output layer's bias, that fold into plain weights.
+
+After FiLM (Perez et al., 2018): y = (1 + scale) * norm(x) + shift, with scale = shift = 0, the identity, at the start.
+Because norm(x) ends in `weight * x + bias`, the modulation folds: weight <- (1 + scale) * weight and
+bias <- (1 + scale) * bias + shift. The tuned model is then an ordinary model that needs nothing of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import PhiError
+from .space import PhiSpace
+
+SCALE, SHIFT = "film_scale", "film_shift"
+
+
+def _modulate(host: nn.Module, args, output: Tensor) -> Tensor:
+    """Forward hook. The parameters are read off the module, so wrappers may replace them and copies have theirs."""
+    shape = [1] * output.dim()
+    shape[host.film_dim] = -1
+    output = output * (1 + getattr(host, SCALE).reshape(shape)).to(output.dtype)
+    shift = getattr(host, SHIFT, None)
+    return output if shift is None else output + shift.reshape(shape).to(output.dtype)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A norm layer that can be modulated: `host` is the module whose output is the norm's output."""
+
+    norm_name: str
+    norm: nn.Module
+    host_name: str
+    host: nn.Module
+    channel_dim: int
+
+
+def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
+    """The dimension of the output that weight and bias act on, or None where the layer is not `weight * x + bias`.
+
+    Found by trying: a change of the weights must change the output as a modulation would. That also settles which
+    layers fold exactly, without a list of the norm classes of every library.
+    """
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    n = weight.numel()
+    generator = torch.Generator().manual_seed(0)
+    captured: list[Tensor] = []
+    handle = host.register_forward_hook(lambda module, args, output: captured.append(output))
+    saved = {id(t): t.detach().clone() for t in (weight, bias) if t is not None}
+    training = {module: module.training for module in norm.modules()}
+    norm.eval()
+
+    def run(x: Tensor) -> Tensor:
+        captured.clear()
+        norm(x.clone())
+        return captured[-1].double()
+
+    try:
+        with torch.no_grad():
+            for shape, dim in (((2, n + 1, n), -1), ((2, n, n + 1, 1), 1), ((2, n, n + 1), 1), ((2, n), -1)):
+                x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+                scale = torch.rand(n, generator=generator).to(weight.device, weight.dtype)
+                shift = torch.randn(n, generator=generator).to(weight.device, weight.dtype)
+                try:
+                    plain = run(x)
+                    weight.mul_(1 + scale)
+                    if bias is not None:
+                        bias.mul_(1 + scale).add_(shift)
+                    folded = run(x)
+                except (RuntimeError, ValueError, IndexError, AssertionError):
+                    continue  # not an input of this layer's rank
+                finally:
+                    for tensor in (weight, bias):
+                        if tensor is not None:
+                            tensor.copy_(saved[id(tensor)])
+                broadcast = [1] * plain.dim()
+                broadcast[dim] = -1
+                modulated = plain * (1 + scale.double().reshape(broadcast))
+                if bias is not None:
+                    modulated = modulated + shift.double().reshape(broadcast)
+                tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
+                if torch.allclose(folded, modulated, rtol=tolerance, atol=tolerance):
+                    return dim
+    finally:
+        handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return None
+
+
+def _norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that look like a norm: "norm" or "bn" in the class name and a weight per channel."""
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        kind = type(module).__name__.lower()
+        if isinstance(weight, Tensor) and weight.dim() == 1 and ("norm" in kind or kind.startswith("bn")):
+            found[name] = module
+    return found
+
+
+def _last_block(names: list[str]) -> list[str]:
+    """Those of the norm layers from the last repeated block on: that block's and the final one behind it.
+
+    A block is the deepest numbered container (`layer3.2`, `encoder.layer.5`) that holds at least two of the norms.
+    """
+
+    def containers(name: str) -> list[str]:
+        parts = name.split(".")
+        return [".".join(parts[: i + 1]) for i in range(len(parts) - 1) if parts[i].isdigit()]
+
+    for i in range(len(names) - 1, -1, -1):
+        for container in reversed(containers(names[i])):
+            inside = [n for n in names if n.startswith(container + ".")]
+            if len(inside) >= 2:
+                return names[names.index(inside[0]) :]
+    return names[-2:]
+
+
+def _output_layer(model: nn.Module) -> str | None:
+    """Name of the layer that makes the logits, if the model ends in one.
+
+    The last linear layer with `config.num_labels` outputs, else timm's classifier, else the last layer that has
+    parameters if it is linear or a convolution (a model that ends in a norm is an encoder without logits).
+    """
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    if matching := [n for n, m in linear.items() if m.out_features == num_labels]:
+        return matching[-1]
+    if callable(getattr(model, "get_classifier", None)):
+        classifier = model.get_classifier()
+        return next((n for n, m in linear.items() if m is classifier), None)
+    last = None
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            last = name, module
+    if last is not None and isinstance(last[1], (nn.Linear, nn.modules.conv._ConvNd)):
+        return last[0]
+    return None
+
+
+class FiLM(PhiSpace):
+    """Scale and shift behind norm layers of `model`, and the bias of its output layer (one number per logit).
+
+    Built means attached: the model computes the same as before until phi is moved. `fold` takes it out again.
+
+    Args:
+        model: any CNN or transformer whose norm layers have per-channel weights (timm, transformers, torchvision, own).
+        layers: regular expression (`re.search`) over the names of norm layers; default: the last block's, and the final
+            norm behind it.
+        output_bias: whether the output layer's bias belongs to phi; "auto": where there is such a layer with a bias.
+
+    Raises:
+        PhiError: no norm layer can be modulated, or `layers` matches none; the message names what phi could be.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+        >>> phi = FiLM(model)
+        >>> phi.names
+        ('1.film_scale', '1.film_shift', '3.bias')
+        >>> phi.fold(); [name for name, _ in model.named_parameters()]
+        ['0.weight', '0.bias', '1.weight', '1.bias', '3.weight', '3.bias']
+    """
+
+    def __init__(self, model: nn.Module, layers: str | None = None, output_bias: bool | str = "auto"):
+        super().__init__(model)
+        self._sites = self._find_sites(layers)
+        self._output_bias = self._find_output_bias(output_bias)
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.inserted + ((self._output_bias,) if self._output_bias else ())
+
+    @property
+    def inserted(self) -> tuple[str, ...]:
+        return tuple(
+            f"{site.host_name}.{part}" if site.host_name else part
+            for site in self._sites
+            for part in (SCALE, SHIFT)
+            if hasattr(site.host, part)
+        )
+
+    def fold(self) -> None:
+        with torch.no_grad():
+            for site in self._sites:
+                if not hasattr(site.host, SCALE):
+                    continue
+                weight, bias = site.norm.weight, getattr(site.norm, "bias", None)
+                for tensor, folded in zip((weight, bias), self._folded(site, weight, bias), strict=True):
+                    if tensor is not None:
+                        tensor.copy_(folded)
+                for part in (SCALE, SHIFT, "film_dim"):
+                    if hasattr(site.host, part):
+                        delattr(site.host, part)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def folded_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        result = dict(state_dict)
+        for site in self._sites:
+            weight, bias = (f"{site.norm_name}.{part}" for part in ("weight", "bias"))
+            folded = self._folded(site, result[weight], result.get(bias))
+            for name, value in zip((weight, bias), folded, strict=True):
+                if value is not None:
+                    result[name] = value
+        for name in self.inserted:
+            result.pop(name, None)
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        for site in self._sites:
+            for part in ("weight", "bias"):
+                tensor = getattr(site.norm, part, None)
+                if tensor is not None:
+                    state[f"{site.norm_name}.{part}"] = tensor.detach().cpu().clone()
+        return state
+
+    @staticmethod
+    def _folded(site: _Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = 1 + getattr(site.host, SCALE).detach().to(weight.device)
+        if bias is None:
+            return (weight * scale).to(weight.dtype), None
+        shift = getattr(site.host, SHIFT).detach().to(weight.device)
+        return (weight * scale).to(weight.dtype), (bias * scale + shift).to(bias.dtype)
+
+    def _attach(self) -> None:
+        for site in self._sites:
+            weight = site.norm.weight
+            site.host.film_dim = site.channel_dim
+            # float32 whatever the model's dtype: steps of 1e-3 vanish in bfloat16
+            parameter = torch.zeros(weight.numel(), device=weight.device, dtype=torch.float32)
+            site.host.register_parameter(SCALE, nn.Parameter(parameter))
+            if getattr(site.norm, "bias", None) is not None:  # without a bias, a shift could not fold
+                site.host.register_parameter(SHIFT, nn.Parameter(parameter.clone()))
+            self._handles.append(site.host.register_forward_hook(_modulate))
+
+    def _find_sites(self, layers: str | None) -> list[_Site]:
+        norms = _norm_layers(self.model)
+        if layers is None:
+            chosen = _last_block(list(norms))
+        else:
+            try:
+                chosen = [name for name in norms if re.search(layers, name)]
+            except re.error as error:
+                raise PhiError(f"layers={layers!r} is no regular expression: {error}.") from None
+        if not chosen:
+            raise PhiError(self._no_site_message(layers, list(norms)))
+        sites = []
+        for name in chosen:
+            norm, host, host_name = norms[name], norms[name], name
+            # timm's norm-and-activation layers: what comes out of `drop` is what goes into the activation
+            if hasattr(norm, "act") and isinstance(getattr(norm, "drop", None), nn.Module):
+                host, host_name = norm.drop, f"{name}.drop"
+            if hasattr(host, SCALE):
+                raise PhiError(f"{name} is modulated already: fold the first FiLM before building another.")
+            dim = _channel_dim(norm, host)
+            if dim is None:
+                raise PhiError(
+                    f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so a FiLM behind it would not "
+                    'fold into plain weights. Choose others with `layers="..."`; norm layers here: '
+                    f"{', '.join(norms)}."
+                )
+            sites.append(_Site(name, norm, host_name, host, dim))
+        return sites
+
+    def _find_output_bias(self, output_bias: bool | str) -> str | None:
+        if not output_bias:
+            return None
+        layer = _output_layer(self.model)
+        if layer is not None and self.model.get_submodule(layer).bias is not None:
+            return f"{layer}.bias" if layer else "bias"
+        if output_bias == "auto":
+            return None
+        raise PhiError(
+            f"{type(self.model).__name__} has no output layer with a bias that could be found (looked at: {layer}). "
+            'Use `FiLM(model, output_bias=False)`, and add a bias by name: `+ Subset(model, "name\\.bias$")`.'
+        )
+
+    def _no_site_message(self, layers: str | None, norms: list[str]) -> str:
+        kind = type(self.model).__name__
+        if norms:
+            return f"layers={layers!r} matches no norm layer of {kind}. They are: {', '.join(norms)}."
+        biases = [n for n, _ in self.model.named_parameters() if n.endswith("bias")]
+        named = biases or [n for n, _ in self.model.named_parameters()]
+        pattern = re.escape(named[-1]) + "$" if named else "..."
+        return (
+            f"{kind} has no norm layer with per-channel weights, so FiLM cannot reach it. Use existing parameters "
+            f"instead: phi={pattern!r} takes {named[-1] if named else 'nothing'}"
+            + (f", phi='bias$' all {len(biases)} biases" if biases else "")
+            + '; or wrap the model with peft and use phi="adapter".'
+        )

@@ -1,0 +1,152 @@
+"""PhiSpace: a few parameters of a model as one flat vector phi, read, written and restored in place.
+
+Extension point: a new space says which parameters it is made of (`names`), and, if it inserted something into the
+model, how that folds back into plain weights (`fold`, `folded_state_dict`, `state_dict`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..errors import PhiError
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 may have sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """`value` (whole) in the dtype, shape and sharding of `target`."""
+    value = value.reshape(target.shape).to(device=target.device, dtype=target.dtype)
+    return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
+
+
+class PhiSpace(ABC):
+    """The parameters `names` of `model` as one vector phi: [dim] float32 on the model's device.
+
+    Parameters are looked up by name at every use, because wrappers such as FSDP2 replace the objects.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters in `model.named_parameters()`, in phi's order."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.model.get_parameter(name) for name in self.names]
+
+    @property
+    def inserted(self) -> tuple[str, ...]:
+        """Those of `names` that the space itself put into the model and that `fold` removes."""
+        return ()
+
+    @property
+    def dim(self) -> int:
+        return sum(p.numel() for p in self.parameters)
+
+    def read(self) -> Tensor:
+        """phi: [dim] float32, a copy."""
+        return torch.cat([_full(p.detach()).reshape(-1).float() for p in self.parameters])
+
+    def write(self, phi: Tensor) -> None:
+        """Set phi: [dim]."""
+        with torch.no_grad():
+            for parameter, value in self._split(phi):
+                parameter.copy_(_like(value, parameter))
+
+    def read_grad(self) -> Tensor:
+        """The gradient at phi: [dim] float32; a parameter without one counts as zero."""
+        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
+        return torch.cat([_full(g.detach()).reshape(-1).float() for g in grads])
+
+    def add_grad(self, vector: Tensor) -> None:
+        """Add `vector`: [dim] to the gradients, creating those that are None."""
+        for parameter, value in self._split(vector):
+            value = _like(value, parameter)
+            parameter.grad = value.clone() if parameter.grad is None else parameter.grad.add_(value)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """On leaving, whatever happened inside, phi is bit for bit what it was."""
+        parameters = self.parameters
+        before = [p.detach().clone() for p in parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+
+    def fold(self) -> None:
+        """Turn whatever was inserted into plain weights and take it out; the outputs stay the same. Once only."""
+
+    def folded_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state_dict` of the attached model as it would be after `fold`; the model is not touched."""
+        return dict(state_dict)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor that has to be put back, beside a folded checkpoint, to go on exactly."""
+        return {name: p.detach().cpu().clone() for name, p in zip(self.names, map(_full, self.parameters), strict=True)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        expected = set(self.state_dict())
+        if set(state) != expected:
+            raise PhiError(
+                f"The saved phi has tensors {sorted(state)}, this model's phi {sorted(expected)}: "
+                "build it with the same `phi` as in the run that saved it."
+            )
+        with torch.no_grad():
+            for name, value in state.items():
+                tensors[name].copy_(_like(value, tensors[name]))
+
+    def __add__(self, other: PhiSpace) -> PhiSpace:
+        return Union(self, other)
+
+    def _split(self, vector: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        parameters = self.parameters
+        sizes = [p.numel() for p in parameters]
+        if vector.shape != (sum(sizes),):
+            raise PhiError(f"phi has {sum(sizes)} numbers, the vector given has shape {tuple(vector.shape)}.")
+        return zip(parameters, vector.split(sizes), strict=True)
+
+
+class Union(PhiSpace):
+    """Two spaces on the same model, one after the other; made by `space + space`."""
+
+    def __init__(self, first: PhiSpace, second: PhiSpace):
+        if first.model is not second.model:
+            raise PhiError("Only spaces on the same model can be added.")
+        if shared := set(first.names) & set(second.names):
+            raise PhiError(f"Both spaces hold {sorted(shared)}; a parameter can be in phi once.")
+        super().__init__(first.model)
+        self.parts = (first, second)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.parts[0].names + self.parts[1].names
+
+    @property
+    def inserted(self) -> tuple[str, ...]:
+        return self.parts[0].inserted + self.parts[1].inserted
+
+    def fold(self) -> None:
+        for part in self.parts:
+            part.fold()
+
+    def folded_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.parts[1].folded_state_dict(self.parts[0].folded_state_dict(state_dict))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**self.parts[0].state_dict(), **self.parts[1].state_dict()}

@@ -1,0 +1,528 @@
+"""MetricOptTrainer: transformers.Trainer, guided by the metric that its user named."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, get_scheduler
+
+from . import checkpoint, data
+from . import guide as guides
+from . import metric as metrics
+from . import phi as spaces
+from .config import MetricOptConfig
+from .errors import CheckpointError, ConfigurationError, MetricError
+from .evaluator import BatchOutput, Evaluator, undisturbed
+from .guide import Guide
+from .ledger import Ledger
+from .metric import Metric
+from .observation import Observation
+from .observer import Observer, on_main
+from .phase import MetricPhase
+from .phi import Coordinates, PhiSpace
+from .value import ValueFunction
+
+logger = logging.getLogger(__name__)
+
+# mini-batch gradients from which the coordinates are taken, per coordinate: the 128 of ten coordinates, rounded
+GRADIENTS_PER_COORDINATE = 12
+
+
+class MetricOptTrainer(Trainer):
+    """`Trainer` that also follows a black-box metric (after MetricOpt; Huang, Zhai, Guo and Susskind, CVPR 2021).
+
+    A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
+    and in eval mode (else batch statistics and dropout would move, and the metric would be no function of phi); the
+    metric is observed at and around phi, a value function is fitted to it online, and its gradient is blended into the
+    task gradient as far as it has proved to predict. At the end the best phi by the selection split is put in place and
+    folded into plain weights. Without a metric this class is Trainer.
+
+    Takes all arguments of `Trainer`, with `args` a `MetricOptConfig`, and:
+
+    Args:
+        metric: what to optimise: an `evaluate` module, its name or path, a callable `EvalPrediction -> number or dict`,
+            or a `Metric`. Default: `args.metric_name_or_path`, else `compute_metrics` and `metric_for_best_model`;
+            where neither names a metric (or only the loss), nothing is done.
+        observation_dataset: where the metric is observed; default: cut from `eval_dataset` with `args.seed`.
+        selection_dataset: where the best phi is chosen; default: likewise, disjoint.
+        phi: a `PhiSpace` on the model, or a function that builds one on a model (needed with `model_init`); default:
+            from `args.phi`.
+        value_function: one to start from, fitted in the coordinates of this phi.
+        guide: a `Guide`; default: from `args.guide`.
+
+    Raises:
+        ConfigurationError, PhiError: something in the arguments cannot work; before any training.
+        MetricError: from `train`, if the metric's very first call fails; later failures only drop observations.
+
+    Example:
+        trainer = MetricOptTrainer(
+            model, MetricOptConfig("out", metric_for_best_model="f1"), train_dataset=train, eval_dataset=validation,
+            compute_metrics=compute_metrics)
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        *args,
+        metric: Any = None,
+        observation_dataset: Any = None,
+        selection_dataset: Any = None,
+        phi: PhiSpace | Callable[[nn.Module], PhiSpace] | None = None,
+        value_function: ValueFunction | None = None,
+        guide: Guide | None = None,
+        **kwargs,
+    ):
+        self.metric: Metric | None = None
+        self.phi: PhiSpace | None = None
+        self.phase: MetricPhase | None = None
+        self._training_phi = False
+        super().__init__(*args, **kwargs)
+        self._given_metric, self._given_phi, self._given_guide = metric, phi, guide
+        self._given_value_function = value_function
+        self.observation_dataset, self.selection_dataset = observation_dataset, selection_dataset
+        self._ignore_keys: list[str] | None = None
+        self.metric = self._resolve_metric()
+        if self.metric is not None:
+            self._check_supported()
+            self._split()
+            self.phi = self._build_phi(self.model)
+            self._check_optimizers()
+
+    # What a user reads
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a metric to optimise."""
+        return self.metric is not None
+
+    @property
+    def observations(self) -> list[Observation]:
+        """All observations of the last run."""
+        return [] if self.phase is None else list(self.phase.trajectory)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Metric calls and seconds of the last run, by purpose."""
+        return Ledger() if self.phase is None else self.phase.ledger
+
+    @property
+    def value_function(self) -> ValueFunction | None:
+        """The value function of the last run; None before the metric phase, or with a guide that has none."""
+        return None if self.phase is None else getattr(self.phase.guide, "value_function", None)
+
+    # The run
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        self._ignore_keys = ignore_keys_for_eval
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self.guided:
+            self._finish_run()
+        return output
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        if self.guided:
+            self.phi = self._build_phi(model)
+        return model
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if not self.guided:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if not all(name in dict(self.model.named_parameters()) for name in self.phi.names):
+            self.phi = self._build_phi(self.model)  # folded at the end of an earlier run
+        self._phi_names = set(self.phi.names)
+        self._requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        self._metric_start = round(self.args.metric_start_ratio * max_steps)
+        for parameter in self.phi.parameters:
+            parameter.requires_grad_(True)
+        if self._metric_start == 0:
+            self._freeze()
+        self.phase = self._build_phase(max_steps)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is None:
+            self._check_metric()
+        return prepared
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.guided:
+            return super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step
+        self._training_phi = step >= self._metric_start
+        if self._training_phi and not self._parallel:
+            self._freeze()
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            training_phi, self._training_phi = self._training_phi, False
+        if self.accelerator.sync_gradients:
+            if training_phi:
+                self._guide_update(step)
+            else:
+                for name in self.phi.inserted:  # not to be trained yet: the first phase is Trainer's own
+                    self.model.get_parameter(name).grad = None
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self._training_phi:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        model.eval()
+        batch = dict(inputs)  # Trainer takes the labels out for label smoothing
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        term = self.phase.guide.loss_term(model, batch, outputs) if self.phase.started else None
+        loss = loss if term is None else loss + term
+        return (loss, outputs) if return_outputs else loss
+
+    def _guide_update(self, step: int) -> None:
+        """Between backward and optimizer step: the whole of the method, on the reduced gradient."""
+        for name, parameter in self.model.named_parameters():
+            if name not in self._phi_names:
+                parameter.grad = None  # where it could not be frozen, it is not moved
+        if not self.phase.started:
+            self.phase.start(step)
+        self.phase.advance(step)
+        self.phase.correct()
+
+    def _finish_run(self) -> None:
+        """Put the best phi in place, fold it, and leave the model as ordinary as it came."""
+        best_is_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        if self.phase.started and not best_is_loaded:
+            self.phase.finish(self.state.global_step)
+        inserted = bool(self.phi.inserted)
+        self.phi.fold()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, True))
+        if inserted:
+            self.optimizer = self.lr_scheduler = None  # they hold parameters that are gone
+
+    # Optimizer and schedule
+
+    def create_optimizer(self, model=None):
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self.guided and fresh and self.args.phi_learning_rate is not None:
+            mine = {id(p) for p in self.phi.parameters}
+            groups = []
+            for group in optimizer.param_groups:
+                phi = [p for p in group["params"] if id(p) in mine]
+                group["params"] = [p for p in group["params"] if id(p) not in mine]
+                if phi:
+                    groups.append({**group, "params": phi, "lr": self.args.phi_learning_rate})
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+            for group in groups:
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Each phase runs the user's schedule once: the first over its own steps, as a shorter Trainer run would."""
+        start = self._metric_start if self.guided else 0
+        if start == 0 or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(start, optimizer)
+        if isinstance(scheduler, LambdaLR):
+            mine = {id(p) for p in self.phi.parameters}
+            tuning = self._metric_phase_schedule(num_training_steps - start)
+            for i, group in enumerate(scheduler.optimizer.param_groups):
+                if any(id(p) in mine for p in group["params"]):
+                    first = scheduler.lr_lambdas[i]
+                    ratio = self.args.learning_rate / group["initial_lr"]
+                    scheduler.lr_lambdas[i] = lambda step, first=first, ratio=ratio: (
+                        ratio * first(step) if step < start else tuning(step - start)
+                    )
+                    group["lr"] = group["initial_lr"] * scheduler.lr_lambdas[i](0)
+        return scheduler
+
+    def _metric_phase_schedule(self, steps: int) -> Callable[[int], float]:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        kwargs = {"num_warmup_steps": 0, "num_training_steps": steps}
+        kwargs["scheduler_specific_kwargs"] = self.args.lr_scheduler_kwargs
+        return get_scheduler(self.args.lr_scheduler_type, optimizer, **kwargs).lr_lambdas[0]
+
+    # Saving, and going on
+
+    def log(self, logs, start_time=None):
+        if self.phase is not None and "loss" in logs:
+            logs.update({f"metricopt/{name}": value for name, value in self.phase.log_scalars().items()})
+        super().log(logs, start_time)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.guided and self.phi.inserted:
+            state_dict = self.phi.folded_state_dict(self.model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _save_checkpoint(self, model, trial):
+        if self.guided and self.args.should_save and not self.args.save_only_model:
+            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            checkpoint.save(
+                {
+                    "phi": self.phi.state_dict(),
+                    "ledger": self.ledger.state_dict(),
+                    "phase": self.phase.state_dict() if self.phase.started else None,
+                },
+                folder,
+            )
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.guided:
+            self._load_phi(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.guided:
+            self._load_phi(self.state.best_model_checkpoint)
+
+    def _load_phi(self, folder: str) -> None:
+        """The model's weights were saved folded: put phi and what lies under it back."""
+        if os.path.exists(os.path.join(folder, checkpoint.JSON_FILE)):
+            self.phi.load_state_dict(checkpoint.load(folder)["phi"])
+        else:  # saved by a plain Trainer, or with save_only_model: the folded weights and the identity are the same
+            for name in self.phi.inserted:
+                nn.init.zeros_(self.model.get_parameter(name))
+
+    def _load_optimizer_and_scheduler(self, folder):
+        super()._load_optimizer_and_scheduler(folder)
+        if self.guided and folder is not None:
+            if not os.path.exists(os.path.join(folder, checkpoint.JSON_FILE)):
+                raise CheckpointError(
+                    f"{folder} holds no guidance state ({checkpoint.JSON_FILE}): it was written by a plain Trainer or "
+                    "with save_only_model. Load its weights into the model and start a new run instead."
+                )
+            state = checkpoint.load(folder)
+            self.ledger.load_state_dict(state["ledger"])
+            if state["phase"] is not None:
+                self.phase.load_state_dict(state["phase"])
+
+    # Building the parts
+
+    @property
+    def _parallel(self) -> bool:
+        return self.args.world_size > 1
+
+    def _resolve_metric(self) -> Metric | None:
+        metric = self._given_metric
+        if not isinstance(self.args, MetricOptConfig):
+            if metric is not None or (self.compute_metrics is not None and self._metric_name() is not None):
+                raise ConfigurationError(
+                    f"MetricOptTrainer needs its arguments as MetricOptConfig, got {type(self.args).__name__}: "
+                    "change the class name there too; all fields stay."
+                )
+            return None
+        args = self.args
+        metric = metric if metric is not None else args.metric_name_or_path
+        if metric is not None:
+            better = True if isinstance(metric, Metric) else args.resolved_greater_is_better
+            return metrics.resolve(
+                metric, better, args.metric_inputs, args.metric_key, args.metric_kwargs, args.metric_timeout
+            )
+        name = self._metric_name()
+        if self.compute_metrics is None or name is None:
+            return None
+        function = metrics.whole_set(self.compute_metrics) if args.batch_eval_metrics else self.compute_metrics
+        return Metric(function, name, args.resolved_greater_is_better, args.metric_timeout)
+
+    def _metric_name(self) -> str | None:
+        """`metric_for_best_model` without the name of an eval set; None where it is the loss, which is trained anyway."""
+        name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        if (part := self._eval_part()) is not None:
+            name = name.removeprefix(f"{part}_")
+        return None if name == "loss" else name
+
+    def _eval_part(self) -> str | None:
+        """Which of a dict of eval sets `metric_for_best_model` speaks of; the first where it names none."""
+        if not isinstance(self.eval_dataset, dict):
+            return None
+        name = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        named = [part for part in self.eval_dataset if name.startswith(f"{part}_")]
+        return max(named, key=len) if named else next(iter(self.eval_dataset))
+
+    def _check_supported(self) -> None:
+        """Refuse by name what cannot work or was never tested."""
+        self.args.check_optimizer()
+        reasons = {
+            DistributedType.DEEPSPEED: "its engine steps inside the backward pass, before gradients can be blended",
+            DistributedType.FSDP: "ranks observe different phi at once, which a sharded model cannot compute",
+        }
+        kind = self.accelerator.distributed_type
+        if kind in reasons:
+            raise ConfigurationError(f"{kind.value} cannot be guided: {reasons[kind]}. Use DDP, or no metric.")
+        if self.args.n_gpu > 1:
+            raise ConfigurationError(
+                "Several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
+                "`torchrun --nproc_per_node N script.py`, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
+
+    def _check_optimizers(self) -> None:
+        """An optimizer of the user's own must hold phi."""
+        if self.optimizer is None:
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [n for n, p in zip(self.phi.names, self.phi.parameters, strict=True) if id(p) not in held]
+        if missing:
+            raise ConfigurationError(
+                f"The optimizer given does not hold {', '.join(missing[:4])} of phi: build phi first "
+                "(`phi = FiLM(model)`), then the optimizer over model.parameters(), and pass both; or let the trainer "
+                "make the optimizer."
+            )
+
+    def _split(self) -> None:
+        if self.observation_dataset is not None and self.selection_dataset is not None:
+            return
+        part = self._eval_part()
+        source = self.eval_dataset if part is None else self.eval_dataset[part]
+        if source is None:
+            raise ConfigurationError(
+                "The metric has to be observed somewhere: pass eval_dataset, or observation_dataset and "
+                "selection_dataset."
+            )
+        if self.observation_dataset is None and self.selection_dataset is None:
+            self.observation_dataset, self.selection_dataset = data.cut(
+                source, self.args.observation_size, self.args.seed
+            )
+        elif self.observation_dataset is None:
+            self.observation_dataset = source
+        else:
+            self.selection_dataset = source
+        logger.warning(
+            "eval_dataset serves the metric guidance (observation, selection), so what evaluate() reports on it is not "
+            "held out. Pass observation_dataset and selection_dataset, or report on another set."
+        )
+
+    def _build_phi(self, model: nn.Module) -> PhiSpace:
+        given = self._given_phi
+        if given is None:
+            phi = spaces.from_spec(model, self.args.phi)
+        elif isinstance(given, PhiSpace):
+            phi = given
+        else:
+            phi = given(model)
+        if phi.model is not model:
+            raise ConfigurationError(
+                "phi was built on another model than the trainer's. With model_init, or to train again, pass a "
+                "function that builds it: phi=lambda model: FiLM(model, layers=...)."
+            )
+        return phi
+
+    def _build_phase(self, max_steps: int) -> MetricPhase:
+        args = self.args
+        ledger = Ledger(args.metric_call_budget)
+        evaluators = [
+            None if dataset is None else self._evaluator(dataset, ledger)
+            for dataset in (self.observation_dataset, self.selection_dataset)
+        ]
+        value_function = self._given_value_function
+        if value_function is None and args.value_function_name_or_path is not None:
+            value_function = ValueFunction.from_pretrained(args.value_function_name_or_path)
+        return MetricPhase(
+            phi=self.phi,
+            metric=self.metric,
+            observer=Observer(
+                self.phi,
+                evaluators[0],
+                args.explore_std,
+                args.seed,
+                args.process_index,
+                args.world_size,
+                progress=not args.disable_tqdm and self.is_local_process_zero(),
+            ),
+            selector=evaluators[1],
+            guide=self._given_guide or guides.from_spec(args.guide, value_function),
+            make_coordinates=self._make_coordinates,
+            value_weight=args.value_weight,
+            observe_steps=args.rounds_every(max_steps - self._metric_start),
+            observations_per_step=args.observations_per_step,
+            max_failures=args.max_metric_failures,
+            seed=args.seed,
+        )
+
+    def _evaluator(self, dataset: Any, ledger: Ledger) -> Evaluator:
+        batches = data.in_order(
+            *self._columns(dataset, self.args.eval_batch_size), num_workers=self.args.dataloader_num_workers
+        )
+        memory = self.args.observation_cache_gb * 1e9
+        return Evaluator(
+            self.model, self._predict, batches, self.metric, ledger, memory, self.args.eval_do_concat_batches
+        )
+
+    def _columns(self, dataset: Any, batch_size: int) -> tuple[Any, int, Callable]:
+        """`dataset` and a collator without the columns that the model does not take, as Trainer's loaders have them."""
+        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+            return self._remove_unused_columns(dataset, "observation"), batch_size, self.data_collator
+        return dataset, batch_size, self._get_collator_with_removed_columns(self.data_collator, "observation")
+
+    def _predict(self, batch: Any) -> BatchOutput:
+        loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
+        if self.preprocess_logits_for_metrics is not None:
+            logits = self.preprocess_logits_for_metrics(logits, labels)
+        wanted = self.args.include_for_metrics
+        main_input = getattr(self.model, "main_input_name", "input_ids")
+        return BatchOutput(
+            logits,
+            labels,
+            loss.repeat(len(batch[main_input])) if "loss" in wanted and loss is not None else None,
+            self._prepare_input(batch[main_input]) if "inputs" in wanted else None,
+        )
+
+    def _check_metric(self) -> None:
+        """The metric's first call, before any training time is spent."""
+        evaluator = self.phase.observer.evaluator
+        try:
+            score = on_main(lambda: evaluator.evaluate("check"), self.args.process_index, self.args.world_size)
+        except MetricError as error:
+            raise MetricError(
+                f"{error}\nThis was the first call of the metric, on the observation set, before training; nothing "
+                "was trained. The metric is called with an EvalPrediction of the whole set (predictions, label_ids as numpy "
+                "arrays) and must return one finite number, or a dict that holds one."
+            ) from error
+        direction = "greater" if self.metric.greater_is_better else "smaller"
+        logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
+
+    # Coordinates
+
+    def _make_coordinates(self) -> Coordinates:
+        """Q for the metric phase, from the present phi (see `metricopt_hf.phi.coordinates`)."""
+        args, origin = self.args, self.phi.read()
+        generator = torch.Generator().manual_seed(args.seed)
+        if args.phi_coordinates == "identity":
+            return Coordinates(origin, None)
+        if args.phi_coordinates == "random":
+            return Coordinates(origin, spaces.random_basis(self.phi.dim, args.phi_dim, generator).to(origin.device))
+        dataset, batch_size, collate = self._columns(self.train_dataset, self.args.train_batch_size)
+        if args.phi_coordinates == "group_gradients":
+            name = self.label_names[0] if self.label_names else "labels"
+            batches = data.group_batches(dataset, name, 4 * batch_size, collate, generator)
+            basis = spaces.group_gradients(self._loss_gradients(batches))
+        else:
+            count = GRADIENTS_PER_COORDINATE * args.phi_dim
+            batches = data.random_batches(dataset, batch_size, count, collate, generator)
+            basis = spaces.gradient_pca(self._loss_gradients(batches), args.phi_dim)
+        return Coordinates(origin, basis.to(origin.device))
+
+    def _loss_gradients(self, batches) -> Tensor:
+        """Gradients of the training loss with respect to phi: [batches, d] on the CPU, dealt out over the ranks."""
+        rows = []
+        with undisturbed(self.model), torch.enable_grad():
+            for i, batch in enumerate(batches):
+                if i % self.args.world_size == self.args.process_index:
+                    loss = self.compute_loss(self.model, self._prepare_inputs(batch))
+                    gradients = torch.autograd.grad(loss, self.phi.parameters, allow_unused=True)
+                    full = [
+                        torch.zeros_like(p) if g is None else g
+                        for g, p in zip(gradients, self.phi.parameters, strict=True)
+                    ]
+                    rows.append((i, torch.cat([g.reshape(-1).float() for g in full]).cpu()))
+        if self._parallel:
+            rows = sorted(gather_object(rows), key=lambda row: row[0])
+        return torch.stack([row for _, row in rows])
+
+    def _freeze(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name not in self._phi_names:
+                parameter.requires_grad_(False)
