@@ -104,6 +104,9 @@ class Splits:
     selection: Images
     report: Images
 
+    def measured(self) -> dict[str, Images]:
+        return {"observation": self.observation, "selection": self.selection, "report": self.report}
+
 
 def splits(train: Images, test: Images, seed: int, train_size=6000, observation_size=2000) -> Splits:
     generator = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ def correction(task_grad: Tensor, value_grad: Tensor, trust: float, weight: floa
     """What is added to the task gradient: weight * trust * (|g| / |v|) * v.
 
     Matching norms makes `weight` (the paper's lambda) independent of both units, and immune to loss scaling, gradient
-    accumulation and world size. It is zero where either gradient is zero.
+    accumulation and world size. It is zero where either gradient is zero, or the value gradient is not finite.
 
     Args:
         task_grad: g, [d].
@@ -26,6 +26,6 @@ def correction(task_grad: Tensor, value_grad: Tensor, trust: float, weight: floa
         tensor([0., 5.])
     """
     norm = value_grad.norm()
-    if not norm > 0:
+    if not 0 < norm < float("inf"):  # a direction that is no direction is not followed
         return task_grad.new_zeros(task_grad.shape)
     return value_grad * (weight * trust * task_grad.norm() / norm)

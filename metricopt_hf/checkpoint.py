@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .errors import CheckpointError
 
@@ -23,19 +29,21 @@ def save(state: dict[str, Any], folder: str | os.PathLike) -> None:
 
     def strip(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().cpu().contiguous()
-            return {"tensor": path}
+            name = f"{len(tensors)}{path}"  # numbered, because keys may hold a slash
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # no two share memory
+            return {"tensor": name}
         if isinstance(value, dict):
             return {"dict": {key: strip(item, f"{path}/{key}") for key, item in value.items()}}
         return {"value": value}
 
     tree = strip(state, "")
     blob = save_tensors(tensors)
+    document = {"format_version": 1, "sha256": hashlib.sha256(blob).hexdigest(), "state": tree}
+    text = json.dumps(document)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / TENSORS_FILE, blob)
-    document = {"format_version": 1, "sha256": hashlib.sha256(blob).hexdigest(), "state": tree}
-    _write(folder / JSON_FILE, json.dumps(document).encode())
+    _write(folder / JSON_FILE, text.encode())
 
 
 def load(folder: str | os.PathLike) -> dict[str, Any]:
@@ -45,6 +53,14 @@ def load(folder: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: a file is missing, cut off, or does not belong to the other.
     """
     folder = Path(folder)
+
+    def fill(node: dict[str, Any]) -> Any:
+        if "tensor" in node:
+            return tensors[node["tensor"]]
+        if "dict" in node:
+            return {key: fill(item) for key, item in node["dict"].items()}
+        return node["value"]
+
     try:
         document = json.loads((folder / JSON_FILE).read_bytes())
         blob = (folder / TENSORS_FILE).read_bytes()
@@ -56,6 +72,7 @@ def load(folder: str | os.PathLike) -> dict[str, Any]:
         if hashlib.sha256(blob).hexdigest() != document["sha256"]:
             raise CheckpointError(f"{folder / TENSORS_FILE} is damaged or from another moment than {JSON_FILE}.")
         tensors = load_tensors(blob)
+        return fill(document["state"])
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -64,14 +81,48 @@ def load(folder: str | os.PathLike) -> dict[str, Any]:
             "Resume from the checkpoint before it."
         ) from error
 
-    def fill(node: dict[str, Any]) -> Any:
-        if "tensor" in node:
-            return tensors[node["tensor"]]
-        if "dict" in node:
-            return {key: fill(item) for key, item in node["dict"].items()}
-        return node["value"]
 
-    return fill(document["state"])
+def check(folder: str | os.PathLike) -> None:
+    """Before a resume: is the checkpoint whole?
+
+    Raises:
+        CheckpointError: it was not written to its end, is damaged, or holds no guidance state; names the one before.
+    """
+    folder = Path(folder)
+    problem = None
+    if not (folder / JSON_FILE).exists():
+        problem = (
+            f"holds no guidance state ({JSON_FILE}): it was written by a plain Trainer, with save_only_model, or "
+            "not to its end. To start from its weights, load them into the model and begin a new run"
+        )
+    elif not (folder / TRAINER_STATE_NAME).exists():  # what Trainer writes last
+        problem = f"was not written to its end: {TRAINER_STATE_NAME} is missing"
+    else:
+        with readable(folder):
+            load(folder)
+    if problem is not None:
+        raise CheckpointError(f"{folder} {problem}. {_before(folder)}")
+
+
+@contextmanager
+def readable(folder: str | os.PathLike | None) -> Iterator[None]:
+    """Turn whatever goes wrong while reading a checkpoint's files into a `CheckpointError` that says what to do."""
+    try:
+        yield
+    except (CheckpointError, OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if folder is None:
+            raise
+        raise CheckpointError(
+            f"{folder} cannot be read ({type(error).__name__}: {error}). {_before(Path(folder))}"
+        ) from error
+
+
+def _before(folder: Path) -> str:
+    """The remedy: the last checkpoint in front of this one."""
+    steps = {int(p.name.removeprefix("checkpoint-")): p for p in folder.parent.glob("checkpoint-[0-9]*")}
+    own = folder.name.removeprefix("checkpoint-")
+    earlier = [step for step in steps if own.isdigit() and step < int(own)]
+    return f"Resume from {steps[max(earlier)]}." if earlier else "There is no earlier one beside it; start anew."
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -20,7 +20,7 @@ from .prefix_cache import PrefixCache, nbytes
 
 
 class BatchOutput(NamedTuple):
-    """What the model says of one batch: tensors or nested tuples of them; `loss` [batch] and `inputs` only on demand."""
+    """What the model says of one batch: tensors or nested tuples of them; `loss` [batch], `inputs` on demand."""
 
     logits: Any
     labels: Any
@@ -32,9 +32,11 @@ class BatchOutput(NamedTuple):
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; on leaving, every RNG and every module's mode is what it was."""
     modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        # the model's own devices: other processes own the others
+        with torch.random.fork_rng(devices), torch.no_grad():
             model.eval()
             yield
     finally:
@@ -75,7 +77,8 @@ class Evaluator:
 
     def freeze(self, phi_names: tuple[str, ...], moved: Callable) -> None:
         """From now on nothing outside phi changes: replay the rest (see `PrefixCache`)."""
-        batches = self._kept_batches()
+        with undisturbed(self.model):  # a loader draws its seed from the global RNG
+            batches = self._kept_batches()
         if batches is not None:
             self._prefix = PrefixCache(self.model, phi_names, self.max_bytes - nbytes(batches), moved)
 
@@ -96,7 +99,7 @@ class Evaluator:
             if self._prefix is None or batches is None:
                 output = self.predict(batch)
             else:
-                output = self._prefix.forward(index, lambda batch=batch: self.predict(batch), len(batches))
+                output = self._prefix.forward(index, lambda i: self.predict(batches[i]), len(batches))
             for name, value in output._asdict().items():
                 if value is not None:
                     columns[name].add(value)

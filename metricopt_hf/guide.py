@@ -110,7 +110,7 @@ class ValueFunctionGuide(Guide):
     """
 
     # optimizer steps of a fit: the first from scratch, the others warm
-    FIRST_FIT_STEPS, WARM_FIT_STEPS = 300, 100
+    FIRST_FIT_STEPS, WARM_FIT_STEPS = 150, 30
 
     def __init__(self, value_function: ValueFunction | None = None, shuffled: bool = False):
         self._given, self.shuffled = value_function, shuffled

@@ -106,18 +106,27 @@ class Metric:
                 key = next(iter(result))
             if key is None:
                 raise MetricError(
-                    f"The metric returned the keys {sorted(result)}, none of which is {self.name!r}: name one of them "
+                    f"The metric returned the keys {list(result)}, none of which is {self.name!r}: name one of them "
                     "with metric_for_best_model (or metric_key)."
                 )
             result = result[key]
         if isinstance(result, torch.Tensor):
             result = result.detach().cpu().float().numpy()
-        array = np.asarray(result)
+        try:
+            array = np.asarray(result)
+        except ValueError:  # nested lists of unequal lengths
+            array = np.empty(0)
         if array.size != 1 or array.dtype.kind not in "fiub":
-            raise MetricError(f"The metric {self.name!r} must return one number, got {result!r}.")
+            raise MetricError(
+                f"The metric {self.name!r} must return one number, got {result!r}. Of one number per class, return the "
+                'mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
+            )
         value = float(array.reshape(()))
         if not np.isfinite(value):
-            raise MetricError(f"The metric {self.name!r} returned {value}, which is not a finite number.")
+            raise MetricError(
+                f"The metric {self.name!r} returned {value}, which is not a finite number. Return one also where it is "
+                "not defined, as for a class without examples or without predictions (scikit-learn: zero_division=0)."
+            )
         return value
 
 
@@ -134,8 +143,9 @@ def from_evaluate(
     Args:
         module: for instance `evaluate.load("f1")`.
         inputs: how predictions become the module's inputs.
-            "argmax": class indices; token labels of -100 are left out.
-            "scores": softmax over the last axis (of two classes the second column; of a single logit, its sigmoid).
+            "argmax": class indices; token labels of -100 are left out. Multi-label: 1 where the logit is positive.
+            "scores": softmax over the last axis (of two classes the second column; of a single logit, and multi-label,
+            the sigmoid).
             "identity": predictions as they are, a trailing axis of 1 dropped.
             A function `EvalPrediction -> dict` gives the arguments of `module.compute` itself.
             "auto" reads the module's features: "scores" if it takes `prediction_scores`, "argmax" if it takes
@@ -179,16 +189,23 @@ def _select(prediction: EvalPrediction, how: str) -> tuple[np.ndarray, np.ndarra
     predictions, labels = prediction.predictions, prediction.label_ids
     if isinstance(predictions, (tuple, list)):
         predictions = predictions[0]  # models that also return hidden states put the logits first
+    floating = np.issubdtype(predictions.dtype, np.floating)
+    # a row of answers per example and a logit for each
+    multilabel = floating and predictions.ndim > 1 < predictions.shape[-1] and predictions.shape == np.shape(labels)
     if how == "argmax":
+        if multilabel:
+            return (predictions > 0).astype(np.int64), labels.astype(np.int64)
         if predictions.ndim == labels.ndim + 1 and predictions.shape[-1] > 1:
             predictions = predictions.argmax(-1)
-        elif np.issubdtype(predictions.dtype, np.floating):  # one logit
+        elif floating:  # one logit
             predictions = (predictions.reshape(labels.shape) > 0).astype(np.int64)
         kept = labels != -100
         return predictions[kept], labels[kept]
     if how == "scores":
         if predictions.ndim == 1 or predictions.shape[-1] == 1:
             return expit(predictions.reshape(-1)), labels
+        if multilabel:
+            return expit(predictions), labels
         scores = softmax(predictions, axis=-1)
         return (scores[..., 1] if scores.shape[-1] == 2 else scores), labels
     if predictions.ndim > 1 and predictions.shape[-1] == 1:
@@ -236,7 +253,6 @@ def whole_set(compute_metrics: Callable) -> Callable[[EvalPrediction], Any]:
             for name, value in vars(prediction).items()
             if name != "elements"
         }
-        tensors["predictions"] = tensors.pop("predictions")
         return compute_metrics(EvalPrediction(**tensors), compute_result=True)
 
     return function
@@ -246,7 +262,8 @@ def _load(name: str) -> evaluate.EvaluationModule:
     if not os.path.exists(name) and name in shipped_metrics.names():
         name = shipped_metrics.path(name)
     try:
-        return evaluate.load(name)
+        # in memory: the lock of a cache file would outlive an error, and hold up the next call
+        return evaluate.load(name, keep_in_memory=True)
     except Exception as error:
         raise ConfigurationError(
             f"The evaluate module {name!r} could not be loaded ({type(error).__name__}: {error}). Give a path to a "

@@ -90,6 +90,7 @@ class MetricPhase:
         self.start_step = -1
         self.failures, self.failures_in_a_row = 0, 0
         self.curve_score: float | None = None
+        self.last_phi: Tensor | None = None  # where training ended, whichever phi was selected
         self.direction: Direction | None = None  # of the last update
         self.curve: list[dict[str, Any]] = []  # one entry per round, for plots and logs
 
@@ -158,6 +159,7 @@ class MetricPhase:
 
     def finish(self, step: int) -> None:
         """The last phi is a candidate too; then the best one is put in place."""
+        self.last_phi = self.phi.read()
         self.select(step)
         self.curve.append({"step": step, "selection": self.curve_score, "trust": None, "predicted": self._predicted()})
         if self.selection.phi is not None:

@@ -4,13 +4,15 @@ While phi is tuned everything else stands still, so whatever the model computes 
 for every phi. Which modules those are is found by watching one forward pass; what they return is kept, and on the next
 pass they return it instead of computing. Whether that is right for a model is not assumed but tried, at another phi,
 against the full forward pass; where it is not, nothing is cached.
+
+Compared is what the model itself returns: class decisions made of it would hardly show a wrong replay.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,19 +21,24 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 # one call of one module in a forward pass: (module name, how many-th call of it)
 Call = tuple[str, int]
+# what it returned, and whether the numbers in it, and not only their shape, are used behind the prefix
+Kept = tuple[Any, bool]
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all tensors in nested dicts, lists and tuples."""
-    return sum(t.numel() * t.element_size() for t in tree_flatten(tree)[0] if isinstance(t, Tensor))
+    """Bytes of all tensors and arrays in nested mappings (a collator's are not always dicts), lists and tuples."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        return sum(map(nbytes, tree))
+    return getattr(tree, "nbytes", 0)
 
 
 def _same(first: Any, second: Any) -> bool:
-    a, b = (tree_flatten(tree)[0] for tree in (first, second))
-    return len(a) == len(b) and all(
-        torch.allclose(x, y, rtol=1e-5, atol=1e-6, equal_nan=True) if isinstance(x, Tensor) else x == y
+    a, b = ([leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)] for tree in (first, second))
+    return 0 < len(a) == len(b) and all(
+        x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
         for x, y in zip(a, b, strict=True)
-        if isinstance(x, Tensor) or isinstance(x, (int, float))
     )
 
 
@@ -46,7 +53,7 @@ class PrefixCache:
     Args:
         model: in eval mode whenever `forward` is called; its parameters outside phi must not change any more.
         phi_names: parameters of phi.
-        max_bytes: memory for kept outputs; a set that would need more is not cached.
+        max_bytes: memory for kept outputs; batches that find no room are computed in full.
         moved: context inside which phi is another one; used once, to try whether replaying is right.
     """
 
@@ -55,59 +62,87 @@ class PrefixCache:
         model: nn.Module,
         phi_names: tuple[str, ...],
         max_bytes: float,
-        moved: Callable[[], AbstractContextManager] = nullcontext,
+        moved: Callable[[], AbstractContextManager],
     ):
-        self.model, self.max_bytes, self._moved = model, max_bytes, moved
+        self.model, self._moved = model, moved
+        self._room = max_bytes
         self._owners = {name.rpartition(".")[0] for name in phi_names}
         holders = {""} | {o[:i] for o in self._owners for i in range(len(o) + 1) if o[i : i + 1] in ("", ".")}
         self._frozen = {name: module for name, module in model.named_modules() if name not in holders}
         self._calls: tuple[Call, ...] | None = None  # the prefix, in order; None: not tried yet, (): not cached
-        self._needed: set[Call] = set()  # those whose numbers, and not only shapes, are used behind the prefix
-        self._kept: dict[int, dict[Call, Any]] = {}
+        self._needed: set[Call] = set()
+        self._kept: dict[int, dict[Call, Kept]] = {}  # by batch; nothing where replaying would be wrong or too large
 
     @property
     def active(self) -> bool:
         """Whether replaying was tried and found right."""
         return bool(self._calls)
 
-    def forward(self, index: int, run: Callable[[], Any], num_batches: int) -> Any:
-        """`run()`, which runs the model on batch `index` of `num_batches`, with the prefix replayed where it can be."""
+    def forward(self, index: int, run: Callable[[int], Any], num_batches: int) -> Any:
+        """`run(index)`, which runs the model on batch `index` of `num_batches`; the prefix is replayed if it can be."""
         if self._calls is None:
             self._try(run, num_batches)
         if not self.active:
-            return run()
+            return run(index)
         if index in self._kept:
-            with self._replayed(self._kept[index], self._needed):
-                return run()
-        result, outputs = self._record(run)
-        if tuple(outputs) == self._calls:  # a batch that takes another way through the model is not cached
-            self._kept[index] = {call: self._copy(call, output) for call, output in outputs.items()}
+            with self._replayed(self._kept[index]):
+                return run(index)
+        with self._returned() as expected:
+            result, outputs = self._record(lambda: run(index))
+        self._kept[index] = {}
+        size = nbytes([outputs.get(call) for call in self._needed])
+        # a batch may take another way through the model, or use what the batch that was tried did not
+        if size <= self._room and tuple(outputs) == self._calls:
+            kept = self._select(outputs, self._needed)
+            if self._right(kept, lambda: run(index), expected):
+                self._kept[index] = kept
+                self._room -= size
         return result
 
-    def _try(self, run: Callable[[], Any], num_batches: int) -> None:
-        _, outputs = self._record(run)
+    def _try(self, run: Callable[[int], Any], num_batches: int) -> None:
+        """Find the prefix, and which of its outputs are needed behind it, with batch 0."""
+        _, outputs = self._record(lambda: run(0))
         self._calls = ()
         with self._moved():
-            expected = run()
+            with self._returned() as expected:
+                run(0)
+            run(num_batches - 1)  # what modules leave behind on themselves is now another batch's
 
             def right(needed: set[Call]) -> bool:
-                kept = {c: o if c in needed else tree_map_only(Tensor, _poison, o) for c, o in outputs.items()}
-                try:
-                    with self._replayed(kept, needed):
-                        return _same(run(), expected)
-                except (RuntimeError, ValueError, TypeError, IndexError):
-                    return False  # a poisoned tensor was viewed or changed in place, so it is needed
+                return self._right(self._select(outputs, needed), lambda: run(0), expected)
 
             every = set(outputs)
             if not every or not right(every):
                 return
             needed = {call for call in every if not right(every - {call})}
             self._needed = needed if right(needed) else every
-        if nbytes([outputs[call] for call in self._needed]) * num_batches <= self.max_bytes:
-            self._calls = tuple(outputs)
+        self._calls = tuple(outputs)
 
-    def _copy(self, call: Call, output: Any) -> Any:
-        return output if call in self._needed else tree_map_only(Tensor, _poison, output)
+    def _right(self, kept: dict[Call, Kept], run: Callable[[], Any], expected: list[Any]) -> bool:
+        """Whether the model returns what is expected of it, with `kept` replayed."""
+        try:
+            with self._returned() as returned, self._replayed(kept):
+                run()
+        except Exception:
+            return False  # say, a poisoned tensor was viewed or changed in place, so it is needed
+        return _same(returned, expected)
+
+    @contextmanager
+    def _returned(self) -> Iterator[list[Any]]:
+        """What the model returns inside, call by call."""
+        returned: list[Any] = []
+        handle = self.model.register_forward_hook(lambda module, args, output: returned.append(output))
+        try:
+            yield returned
+        finally:
+            handle.remove()
+
+    @staticmethod
+    def _select(outputs: dict[Call, Any], needed: set[Call]) -> dict[Call, Kept]:
+        return {
+            call: (output if call in needed else tree_map_only(Tensor, _poison, output), call in needed)
+            for call, output in outputs.items()
+        }
 
     def _record(self, run: Callable[[], Any]) -> tuple[Any, dict[Call, Any]]:
         """Run, and copy what the outermost frozen modules return before phi is first touched."""
@@ -142,14 +177,14 @@ class PrefixCache:
                 handle.remove()
 
     @contextmanager
-    def _replayed(self, kept: dict[Call, Any], needed: set[Call]) -> Iterator[None]:
+    def _replayed(self, kept: dict[Call, Kept]) -> Iterator[None]:
         """Inside, each of the prefix's modules returns what is kept of it, call by call, and then computes again."""
-        outputs: dict[str, list[tuple[Any, bool]]] = defaultdict(list)
-        for call, output in kept.items():
-            outputs[call[0]].append((output, call in needed))
+        outputs: dict[str, list[Kept]] = defaultdict(list)
+        for (name, _), answer in kept.items():
+            outputs[name].append(answer)
         patched = []
 
-        def stub(original: Callable, answers: Iterator[tuple[Any, bool]]) -> Callable:
+        def stub(original: Callable, answers: Iterator[Kept]) -> Callable:
             def forward(*args, **kwargs):
                 answer = next(answers, None)
                 if answer is None:

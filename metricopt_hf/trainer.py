@@ -8,31 +8,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, get_scheduler
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from . import checkpoint, data
 from . import guide as guides
 from . import metric as metrics
 from . import phi as spaces
+from .basis import make_coordinates
 from .config import MetricOptConfig
-from .errors import CheckpointError, ConfigurationError, MetricError
+from .errors import ConfigurationError, MetricError
 from .evaluator import BatchOutput, Evaluator, undisturbed
 from .guide import Guide
 from .ledger import Ledger
 from .metric import Metric
 from .observation import Observation
 from .observer import Observer, on_main
+from .optimization import give_own_learning_rate, restart_schedule
 from .phase import MetricPhase
 from .phi import Coordinates, PhiSpace
 from .value import ValueFunction
 
 logger = logging.getLogger(__name__)
-
-# mini-batch gradients from which the coordinates are taken, per coordinate: the 128 of ten coordinates, rounded
-GRADIENTS_PER_COORDINATE = 12
 
 
 class MetricOptTrainer(Trainer):
@@ -52,8 +51,8 @@ class MetricOptTrainer(Trainer):
             where neither names a metric (or only the loss), nothing is done.
         observation_dataset: where the metric is observed; default: cut from `eval_dataset` with `args.seed`.
         selection_dataset: where the best phi is chosen; default: likewise, disjoint.
-        phi: a `PhiSpace` on the model, or a function that builds one on a model (needed with `model_init`); default:
-            from `args.phi`.
+        phi: a `PhiSpace` on the model, a function that builds one on a model (needed with `model_init`), or what
+            `args.phi` could be; default: `args.phi`.
         value_function: one to start from, fitted in the coordinates of this phi.
         guide: a `Guide`; default: from `args.guide`.
 
@@ -74,7 +73,7 @@ class MetricOptTrainer(Trainer):
         metric: Any = None,
         observation_dataset: Any = None,
         selection_dataset: Any = None,
-        phi: PhiSpace | Callable[[nn.Module], PhiSpace] | None = None,
+        phi: PhiSpace | Callable[[nn.Module], PhiSpace] | str | None = None,
         value_function: ValueFunction | None = None,
         guide: Guide | None = None,
         **kwargs,
@@ -121,6 +120,9 @@ class MetricOptTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         self._ignore_keys = ignore_keys_for_eval
+        if self.guided and resume_from_checkpoint:
+            last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+            checkpoint.check(last or resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.guided:
             self._finish_run()
@@ -207,16 +209,7 @@ class MetricOptTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if self.guided and fresh and self.args.phi_learning_rate is not None:
-            mine = {id(p) for p in self.phi.parameters}
-            groups = []
-            for group in optimizer.param_groups:
-                phi = [p for p in group["params"] if id(p) in mine]
-                group["params"] = [p for p in group["params"] if id(p) not in mine]
-                if phi:
-                    groups.append({**group, "params": phi, "lr": self.args.phi_learning_rate})
-            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-            for group in groups:
-                optimizer.add_param_group(group)
+            give_own_learning_rate(optimizer, self.phi.parameters, self.args.phi_learning_rate)
         return optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -225,24 +218,8 @@ class MetricOptTrainer(Trainer):
         if start == 0 or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(start, optimizer)
-        if isinstance(scheduler, LambdaLR):
-            mine = {id(p) for p in self.phi.parameters}
-            tuning = self._metric_phase_schedule(num_training_steps - start)
-            for i, group in enumerate(scheduler.optimizer.param_groups):
-                if any(id(p) in mine for p in group["params"]):
-                    first = scheduler.lr_lambdas[i]
-                    ratio = self.args.learning_rate / group["initial_lr"]
-                    scheduler.lr_lambdas[i] = lambda step, first=first, ratio=ratio: (
-                        ratio * first(step) if step < start else tuning(step - start)
-                    )
-                    group["lr"] = group["initial_lr"] * scheduler.lr_lambdas[i](0)
+        restart_schedule(scheduler, self.phi.parameters, self.args, start, num_training_steps)
         return scheduler
-
-    def _metric_phase_schedule(self, steps: int) -> Callable[[int], float]:
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        kwargs = {"num_warmup_steps": 0, "num_training_steps": steps}
-        kwargs["scheduler_specific_kwargs"] = self.args.lr_scheduler_kwargs
-        return get_scheduler(self.args.lr_scheduler_type, optimizer, **kwargs).lr_lambdas[0]
 
     # Saving, and going on
 
@@ -270,9 +247,15 @@ class MetricOptTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with checkpoint.readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.guided:
             self._load_phi(resume_from_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result):
+        if self.guided:  # saved folded, as they should be; `_load_phi` puts them back
+            load_result.missing_keys[:] = [k for k in load_result.missing_keys if k not in self.phi.inserted]
+        super()._issue_warnings_after_load(load_result)
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -288,13 +271,9 @@ class MetricOptTrainer(Trainer):
                 nn.init.zeros_(self.model.get_parameter(name))
 
     def _load_optimizer_and_scheduler(self, folder):
-        super()._load_optimizer_and_scheduler(folder)
+        with checkpoint.readable(folder):
+            super()._load_optimizer_and_scheduler(folder)
         if self.guided and folder is not None:
-            if not os.path.exists(os.path.join(folder, checkpoint.JSON_FILE)):
-                raise CheckpointError(
-                    f"{folder} holds no guidance state ({checkpoint.JSON_FILE}): it was written by a plain Trainer or "
-                    "with save_only_model. Load its weights into the model and start a new run instead."
-                )
             state = checkpoint.load(folder)
             self.ledger.load_state_dict(state["ledger"])
             if state["phase"] is not None:
@@ -329,7 +308,7 @@ class MetricOptTrainer(Trainer):
         return Metric(function, name, args.resolved_greater_is_better, args.metric_timeout)
 
     def _metric_name(self) -> str | None:
-        """`metric_for_best_model` without the name of an eval set; None where it is the loss, which is trained anyway."""
+        """`metric_for_best_model` without the name of an eval set; None where it is the loss, trained anyway."""
         name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         if (part := self._eval_part()) is not None:
             name = name.removeprefix(f"{part}_")
@@ -397,8 +376,8 @@ class MetricOptTrainer(Trainer):
 
     def _build_phi(self, model: nn.Module) -> PhiSpace:
         given = self._given_phi
-        if given is None:
-            phi = spaces.from_spec(model, self.args.phi)
+        if given is None or isinstance(given, str):
+            phi = spaces.from_spec(model, given or self.args.phi)
         elif isinstance(given, PhiSpace):
             phi = given
         else:
@@ -478,49 +457,30 @@ class MetricOptTrainer(Trainer):
         except MetricError as error:
             raise MetricError(
                 f"{error}\nThis was the first call of the metric, on the observation set, before training; nothing "
-                "was trained. The metric is called with an EvalPrediction of the whole set (predictions, label_ids as numpy "
-                "arrays) and must return one finite number, or a dict that holds one."
+                "was trained. The metric is called with an EvalPrediction of the whole set (predictions, label_ids as "
+                "numpy arrays) and must return one finite number, or a dict that holds one."
             ) from error
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
 
-    # Coordinates
-
     def _make_coordinates(self) -> Coordinates:
-        """Q for the metric phase, from the present phi (see `metricopt_hf.phi.coordinates`)."""
-        args, origin = self.args, self.phi.read()
+        """Q for the metric phase, from the present phi."""
+        args = self.args
         generator = torch.Generator().manual_seed(args.seed)
-        if args.phi_coordinates == "identity":
-            return Coordinates(origin, None)
-        if args.phi_coordinates == "random":
-            return Coordinates(origin, spaces.random_basis(self.phi.dim, args.phi_dim, generator).to(origin.device))
-        dataset, batch_size, collate = self._columns(self.train_dataset, self.args.train_batch_size)
-        if args.phi_coordinates == "group_gradients":
-            name = self.label_names[0] if self.label_names else "labels"
-            batches = data.group_batches(dataset, name, 4 * batch_size, collate, generator)
-            basis = spaces.group_gradients(self._loss_gradients(batches))
-        else:
-            count = GRADIENTS_PER_COORDINATE * args.phi_dim
-            batches = data.random_batches(dataset, batch_size, count, collate, generator)
-            basis = spaces.gradient_pca(self._loss_gradients(batches), args.phi_dim)
-        return Coordinates(origin, basis.to(origin.device))
-
-    def _loss_gradients(self, batches) -> Tensor:
-        """Gradients of the training loss with respect to phi: [batches, d] on the CPU, dealt out over the ranks."""
-        rows = []
+        dataset, batch_size, collate = self._columns(self.train_dataset, args.train_batch_size)
+        label_name = self.label_names[0] if self.label_names else "labels"
         with undisturbed(self.model), torch.enable_grad():
-            for i, batch in enumerate(batches):
-                if i % self.args.world_size == self.args.process_index:
-                    loss = self.compute_loss(self.model, self._prepare_inputs(batch))
-                    gradients = torch.autograd.grad(loss, self.phi.parameters, allow_unused=True)
-                    full = [
-                        torch.zeros_like(p) if g is None else g
-                        for g, p in zip(gradients, self.phi.parameters, strict=True)
-                    ]
-                    rows.append((i, torch.cat([g.reshape(-1).float() for g in full]).cpu()))
-        if self._parallel:
-            rows = sorted(gather_object(rows), key=lambda row: row[0])
-        return torch.stack([row for _, row in rows])
+            return make_coordinates(
+                args.phi_coordinates,
+                self.phi,
+                args.phi_dim,
+                generator,
+                lambda count: data.random_batches(dataset, batch_size, count, collate, generator),
+                lambda: data.group_batches(dataset, label_name, 4 * batch_size, collate, generator),
+                lambda batch: self.compute_loss(self.model, self._prepare_inputs(batch)),
+                args.process_index,
+                args.world_size,
+            )
 
     def _freeze(self) -> None:
         for name, parameter in self.model.named_parameters():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PhiError
-from .space import PhiSpace
+from .space import PhiSpace, whole
 
 SCALE, SHIFT = "film_scale", "film_shift"
 
@@ -25,9 +25,22 @@ def _modulate(host: nn.Module, args, output: Tensor) -> Tensor:
     """Forward hook. The parameters are read off the module, so wrappers may replace them and copies have theirs."""
     shape = [1] * output.dim()
     shape[host.film_dim] = -1
-    output = output * (1 + getattr(host, SCALE).reshape(shape)).to(output.dtype)
+    # in float32 up to the end: in bfloat16, 1 + scale would be 1 for every |scale| < 0.004
+    scale = 1 + getattr(host, SCALE).reshape(shape)
     shift = getattr(host, SHIFT, None)
-    return output if shift is None else output + shift.reshape(shape).to(output.dtype)
+    # addcmul: one pass over the activations instead of two
+    modulated = output * scale if shift is None else torch.addcmul(shift.reshape(shape), output, scale)
+    return modulated.to(output.dtype)
+
+
+def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a norm layer with the modulation behind it multiplied in, in their own dtype."""
+    weight = (weight * (1 + scale)).to(weight.dtype)
+    return weight, None if bias is None else (bias * (1 + scale) + shift).to(bias.dtype)
+
+
+def _join(module_name: str, part: str) -> str:
+    return f"{module_name}.{part}" if module_name else part  # the model itself has no name
 
 
 @dataclass(frozen=True)
@@ -49,9 +62,11 @@ def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
     """
     weight, bias = norm.weight, getattr(norm, "bias", None)
     n = weight.numel()
+    m = 2 if n != 2 else 3  # anything but n
     generator = torch.Generator().manual_seed(0)
     captured: list[Tensor] = []
-    handle = host.register_forward_hook(lambda module, args, output: captured.append(output))
+    # a copy, because the activation behind it may work in place
+    handle = host.register_forward_hook(lambda module, args, output: captured.append(output.clone()))
     saved = {id(t): t.detach().clone() for t in (weight, bias) if t is not None}
     training = {module: module.training for module in norm.modules()}
     norm.eval()
@@ -63,7 +78,7 @@ def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
 
     try:
         with torch.no_grad():
-            for shape, dim in (((2, n + 1, n), -1), ((2, n, n + 1, 1), 1), ((2, n, n + 1), 1), ((2, n), -1)):
+            for shape, dim in (((2, m, n), -1), ((2, n, m, 1), 1), ((2, n, m), 1), ((2, n), -1)):
                 x = torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
                 scale = torch.rand(n, generator=generator).to(weight.device, weight.dtype)
                 shift = torch.randn(n, generator=generator).to(weight.device, weight.dtype)
@@ -129,20 +144,16 @@ def _output_layer(model: nn.Module) -> str | None:
     The last linear layer with `config.num_labels` outputs, else timm's classifier, else the last layer that has
     parameters if it is linear or a convolution (a model that ends in a norm is an encoder without logits).
     """
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    owners = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    layers = {n: m for n, m in owners.items() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    if matching := [n for n, m in linear.items() if m.out_features == num_labels]:
+    if matching := [n for n, m in layers.items() if isinstance(m, nn.Linear) and m.out_features == num_labels]:
         return matching[-1]
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
-        return next((n for n, m in linear.items() if m is classifier), None)
-    last = None
-    for name, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            last = name, module
-    if last is not None and isinstance(last[1], (nn.Linear, nn.modules.conv._ConvNd)):
-        return last[0]
-    return None
+        return next((n for n, m in layers.items() if m is classifier), None)
+    last = next(reversed(owners), None)
+    return last if last in layers else None
 
 
 class FiLM(PhiSpace):
@@ -183,10 +194,7 @@ class FiLM(PhiSpace):
     @property
     def inserted(self) -> tuple[str, ...]:
         return tuple(
-            f"{site.host_name}.{part}" if site.host_name else part
-            for site in self._sites
-            for part in (SCALE, SHIFT)
-            if hasattr(site.host, part)
+            _join(site.host_name, part) for site in self._sites for part in (SCALE, SHIFT) if hasattr(site.host, part)
         )
 
     def fold(self) -> None:
@@ -195,9 +203,10 @@ class FiLM(PhiSpace):
                 if not hasattr(site.host, SCALE):
                     continue
                 weight, bias = site.norm.weight, getattr(site.norm, "bias", None)
-                for tensor, folded in zip((weight, bias), self._folded(site, weight, bias), strict=True):
+                folded = _folded(weight, bias, getattr(site.host, SCALE), getattr(site.host, SHIFT, None))
+                for tensor, value in zip((weight, bias), folded, strict=True):
                     if tensor is not None:
-                        tensor.copy_(folded)
+                        tensor.copy_(value)
                 for part in (SCALE, SHIFT, "film_dim"):
                     if hasattr(site.host, part):
                         delattr(site.host, part)
@@ -208,13 +217,14 @@ class FiLM(PhiSpace):
     def folded_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result = dict(state_dict)
         for site in self._sites:
-            weight, bias = (f"{site.norm_name}.{part}" for part in ("weight", "bias"))
-            folded = self._folded(site, result[weight], result.get(bias))
+            scale, shift = (result.pop(_join(site.host_name, part), None) for part in (SCALE, SHIFT))
+            if scale is None:  # folded already
+                continue
+            weight, bias = (_join(site.norm_name, part) for part in ("weight", "bias"))
+            folded = _folded(result[weight], result.get(bias), scale, shift)
             for name, value in zip((weight, bias), folded, strict=True):
                 if value is not None:
                     result[name] = value
-        for name in self.inserted:
-            result.pop(name, None)
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -223,16 +233,8 @@ class FiLM(PhiSpace):
             for part in ("weight", "bias"):
                 tensor = getattr(site.norm, part, None)
                 if tensor is not None:
-                    state[f"{site.norm_name}.{part}"] = tensor.detach().cpu().clone()
+                    state[_join(site.norm_name, part)] = whole(tensor.detach()).cpu().clone()
         return state
-
-    @staticmethod
-    def _folded(site: _Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scale = 1 + getattr(site.host, SCALE).detach().to(weight.device)
-        if bias is None:
-            return (weight * scale).to(weight.dtype), None
-        shift = getattr(site.host, SHIFT).detach().to(weight.device)
-        return (weight * scale).to(weight.dtype), (bias * scale + shift).to(bias.dtype)
 
     def _attach(self) -> None:
         for site in self._sites:
@@ -254,8 +256,6 @@ class FiLM(PhiSpace):
                 chosen = [name for name in norms if re.search(layers, name)]
             except re.error as error:
                 raise PhiError(f"layers={layers!r} is no regular expression: {error}.") from None
-        if not chosen:
-            raise PhiError(self._no_site_message(layers, list(norms)))
         sites = []
         for name in chosen:
             norm, host, host_name = norms[name], norms[name], name
@@ -266,12 +266,16 @@ class FiLM(PhiSpace):
                 raise PhiError(f"{name} is modulated already: fold the first FiLM before building another.")
             dim = _channel_dim(norm, host)
             if dim is None:
+                if layers is None:
+                    continue  # by default, those that fold
                 raise PhiError(
                     f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so a FiLM behind it would not "
                     'fold into plain weights. Choose others with `layers="..."`; norm layers here: '
                     f"{', '.join(norms)}."
                 )
             sites.append(_Site(name, norm, host_name, host, dim))
+        if not sites:
+            raise PhiError(self._no_site_message(layers, list(norms)))
         return sites
 
     def _find_output_bias(self, output_bias: bool | str) -> str | None:
@@ -279,7 +283,7 @@ class FiLM(PhiSpace):
             return None
         layer = _output_layer(self.model)
         if layer is not None and self.model.get_submodule(layer).bias is not None:
-            return f"{layer}.bias" if layer else "bias"
+            return _join(layer, "bias")
         if output_bias == "auto":
             return None
         raise PhiError(
@@ -289,14 +293,14 @@ class FiLM(PhiSpace):
 
     def _no_site_message(self, layers: str | None, norms: list[str]) -> str:
         kind = type(self.model).__name__
-        if norms:
+        if norms and layers is not None:
             return f"layers={layers!r} matches no norm layer of {kind}. They are: {', '.join(norms)}."
         biases = [n for n, _ in self.model.named_parameters() if n.endswith("bias")]
         named = biases or [n for n, _ in self.model.named_parameters()]
         pattern = re.escape(named[-1]) + "$" if named else "..."
         return (
-            f"{kind} has no norm layer with per-channel weights, so FiLM cannot reach it. Use existing parameters "
-            f"instead: phi={pattern!r} takes {named[-1] if named else 'nothing'}"
+            f"{kind} has no norm layer that computes weight * x + bias per channel, so FiLM cannot reach it. Use "
+            f"existing parameters instead: phi={pattern!r} takes {named[-1] if named else 'nothing'}"
             + (f", phi='bias$' all {len(biases)} biases" if biases else "")
             + '; or wrap the model with peft and use phi="adapter".'
         )

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..errors import PhiError
 
 
-def _full(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that FSDP2 may have sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -57,7 +57,7 @@ class PhiSpace(ABC):
 
     def read(self) -> Tensor:
         """phi: [dim] float32, a copy."""
-        return torch.cat([_full(p.detach()).reshape(-1).float() for p in self.parameters])
+        return torch.cat([whole(p.detach()).reshape(-1).float() for p in self.parameters])
 
     def write(self, phi: Tensor) -> None:
         """Set phi: [dim]."""
@@ -68,7 +68,7 @@ class PhiSpace(ABC):
     def read_grad(self) -> Tensor:
         """The gradient at phi: [dim] float32; a parameter without one counts as zero."""
         grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
-        return torch.cat([_full(g.detach()).reshape(-1).float() for g in grads])
+        return torch.cat([whole(g.detach()).reshape(-1).float() for g in grads])
 
     def add_grad(self, vector: Tensor) -> None:
         """Add `vector`: [dim] to the gradients, creating those that are None."""
@@ -88,7 +88,7 @@ class PhiSpace(ABC):
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
 
-    def fold(self) -> None:
+    def fold(self) -> None:  # noqa: B027, where nothing was inserted there is nothing to do
         """Turn whatever was inserted into plain weights and take it out; the outputs stay the same. Once only."""
 
     def folded_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,15 +97,15 @@ class PhiSpace(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that has to be put back, beside a folded checkpoint, to go on exactly."""
-        return {name: p.detach().cpu().clone() for name, p in zip(self.names, map(_full, self.parameters), strict=True)}
+        return {name: p.detach().cpu().clone() for name, p in zip(self.names, map(whole, self.parameters), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        expected = set(self.state_dict())
-        if set(state) != expected:
+        given, expected = ({(n, tuple(t.shape)) for n, t in s.items()} for s in (state, self.state_dict()))
+        if given != expected:
             raise PhiError(
-                f"The saved phi has tensors {sorted(state)}, this model's phi {sorted(expected)}: "
-                "build it with the same `phi` as in the run that saved it."
+                f"The saved phi holds {sorted(given - expected)}, this model's phi has {sorted(expected - given)} "
+                "instead: build it with the same `phi`, on the same model, as in the run that saved it."
             )
         with torch.no_grad():
             for name, value in state.items():

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from .model import ValueFunction
 
 LEARNING_RATE = 1e-2
-WEIGHT_DECAY = 1e-3
+WEIGHT_DECAY = 0.1
 RANKING_WEIGHT = 1.0
+# standardised variance added to every observation's, so that a round that looks noiseless does not drown the others
+VARIANCE_FLOOR = 0.3
 # pairs drawn per step for the ranking term, so that its cost does not grow with the square of the observations
 PAIRS_PER_STEP = 512
 # observations per step: full batch in an ordinary run, mini-batches beyond
@@ -38,10 +40,10 @@ def fit(
 ) -> FitReport:
     """Fit in place, starting from the present weights (warm).
 
-    Regression is weighted by 1 / (variance + floor); the floor keeps a round that looks noiseless from drowning the
-    others. Each member sees its own random reweighting of the observations (a Bayesian bootstrap), so that the spread
-    of the ensemble shows where the observations do not settle the answer. The ranking term asks of every pair only which
-    is better: a logistic loss on the difference, with the same weights.
+    Regression is weighted by 1 / (variance + floor). Each member sees its own random reweighting of the
+    observations (a Bayesian bootstrap), so that the spread of the ensemble shows where the observations do not
+    settle the answer. The ranking term asks of every pair only which is better: a logistic loss on the difference,
+    with the same weights.
 
     Args:
         value_function: changed in place.
@@ -67,7 +69,7 @@ def fit(
     inputs = torch.as_tensor(z, dtype=torch.float32)
     targets = torch.as_tensor((scores - scores.mean()) / score_std, dtype=torch.float32)
     noise = torch.as_tensor(noise / score_std**2, dtype=torch.float32)
-    weights = 1 / (noise + 0.1)
+    weights = 1 / (noise + VARIANCE_FLOOR)
     n, members = len(targets), value_function.num_members
     bootstrap = torch.empty(members, n).exponential_(generator=generator)
     weights = weights / weights.mean() * bootstrap

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -62,7 +63,7 @@ class ValueFunction(nn.Module, PyTorchModelHubMixin, library_name="metricopt_hf"
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(bias, h, weight)
             if i < len(self.weights) - 1:
-                h = torch.tanh(h)
+                h = F.silu(h)  # measured: ranks new observations better than tanh, softplus or gelu
         return h.squeeze(-1)
 
     @torch.no_grad()

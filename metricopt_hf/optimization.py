@@ -1,0 +1,62 @@
+"""The optimizer's and the schedule's share in the two phases: phi has a learning rate and a schedule of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainingArguments, get_scheduler
+
+
+def give_own_learning_rate(optimizer: Optimizer, parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
+    """Move `parameters` out of their groups into groups that differ by the learning rate alone."""
+    mine = {id(p) for p in parameters}
+    groups = []
+    for group in optimizer.param_groups:
+        moved = [p for p in group["params"] if id(p) in mine]
+        group["params"] = [p for p in group["params"] if id(p) not in mine]
+        if moved:
+            groups.append({**group, "params": moved, "lr": learning_rate})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    for group in groups:
+        optimizer.add_param_group(group)
+
+
+def restart_schedule(
+    scheduler: LRScheduler, parameters: Sequence[nn.Parameter], args: TrainingArguments, start: int, max_steps: int
+) -> None:
+    """Let the groups of `parameters` run the schedule once more, from `start` to `max_steps`.
+
+    Before `start` they follow, as part of the whole model, the same learning rate as everything else. Schedules that
+    react to evaluation instead of counting steps are left as they are.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return
+    mine = {id(p) for p in parameters}
+    second = _schedule(args, max_steps - start)
+    for i, group in enumerate(scheduler.optimizer.param_groups):
+        if any(id(p) in mine for p in group["params"]):
+            scheduler.lr_lambdas[i] = _two_phases(
+                scheduler.lr_lambdas[i], second, start, args.learning_rate / group["initial_lr"]
+            )
+            group["lr"] = group["initial_lr"] * scheduler.lr_lambdas[i](0)
+
+
+def _two_phases(first: Callable, second: Callable, start: int, ratio: float) -> Callable[[int], float]:
+    return lambda step: ratio * first(step) if step < start else second(step - start)
+
+
+def _schedule(args: TrainingArguments, steps: int) -> Callable[[int], float]:
+    """step -> factor on the peak learning rate, without warm-up: the model is trained already."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=0,
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    return scheduler.lr_lambdas[0]

@@ -1,0 +1,122 @@
+"""Checkpoints: the state comes back as it was, or not at all."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from metricopt_hf import CheckpointError
+from metricopt_hf.checkpoint import JSON_FILE, TENSORS_FILE, load, save
+
+SHARED = torch.arange(6.0)
+
+
+def state():
+    return {
+        "phi": {"norm/weight": torch.randn(3), "norm": {"weight": torch.randn(3)}},  # both are "norm/weight" as a path
+        "basis": torch.randn(4, 3).T,  # not contiguous
+        "twice": [1, 2.5, "x"],
+        "origin": SHARED,
+        "same memory": SHARED,
+        "part of it": SHARED[2:],
+        "generator": torch.Generator().manual_seed(1).get_state(),
+        "scalar": torch.tensor(2.0),
+        "no rows": torch.zeros(0, 3),
+        "half": torch.randn(3).bfloat16(),
+        "nothing": None,
+        "not a number": float("nan"),
+        "empty": {},
+        "tensor": {"value": {"dict": 1}},  # the words of the format itself
+        "curve": [{"step": 3, "selection": None}],
+    }
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    else:
+        assert a == b or math.isnan(a) and math.isnan(b)
+
+
+def test_nested_state_comes_back_as_it_was(tmp_path):
+    saved = state()
+    save(saved, tmp_path / "made" / "on the way")
+    assert_same(saved, load(tmp_path / "made" / "on the way"))
+
+
+def test_saving_again_replaces_and_leaves_no_other_files(tmp_path):
+    save(state(), tmp_path)
+    save({"phi": torch.ones(2)}, tmp_path)
+    assert_same({"phi": torch.ones(2)}, load(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([JSON_FILE, TENSORS_FILE])
+
+
+def test_what_cannot_be_saved_leaves_what_was_saved_before(tmp_path):
+    save({"phi": torch.ones(2)}, tmp_path)
+    with pytest.raises(TypeError):
+        save({"phi": torch.zeros(2), "function": print}, tmp_path)
+    assert_same({"phi": torch.ones(2)}, load(tmp_path))
+
+
+def cut_short(name):
+    def damage(folder, other):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-7])
+
+    return damage
+
+
+def without(name):
+    return lambda folder, other: (folder / name).unlink()
+
+
+def flip_a_byte(folder, other):
+    content = bytearray((folder / TENSORS_FILE).read_bytes())
+    content[-1] ^= 1
+    (folder / TENSORS_FILE).write_bytes(content)
+
+
+def swap(name):
+    return lambda folder, other: (folder / name).write_bytes((other / name).read_bytes())
+
+
+def rewrite(**changes):
+    def damage(folder, other):
+        document = json.loads((folder / JSON_FILE).read_text())
+        document = {k: v for k, v in {**document, **changes}.items() if v is not None}
+        (folder / JSON_FILE).write_text(json.dumps(document))
+
+    return damage
+
+
+DAMAGE = {
+    "truncated tensors": cut_short(TENSORS_FILE),
+    "truncated json": cut_short(JSON_FILE),
+    "no tensors": without(TENSORS_FILE),
+    "no json": without(JSON_FILE),
+    "a flipped byte": flip_a_byte,
+    "tensors of another checkpoint": swap(TENSORS_FILE),
+    "json of another checkpoint": swap(JSON_FILE),
+    "another format": rewrite(format_version=2),
+    "no state": rewrite(state=None),
+    "a state that names no tensor": rewrite(state={"tensor": "nowhere"}),
+    "not an object": lambda folder, other: (folder / JSON_FILE).write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    folder, other = tmp_path / "a", tmp_path / "b"
+    save(state(), folder)
+    save(state(), other)  # other random numbers
+    DAMAGE[damage](folder, other)
+    with pytest.raises(CheckpointError, match=re.escape(str(folder))):
+        load(folder)
+    load(other)

@@ -1,0 +1,149 @@
+"""The configuration: every field explained, reachable from the command line, saved, and checked."""
+
+import dataclasses
+import json
+import logging
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from metricopt_hf import ConfigurationError, MetricOptConfig
+
+INHERITED = {field.name for field in dataclasses.fields(TrainingArguments)}
+FIELDS = {field.name: field for field in dataclasses.fields(MetricOptConfig) if field.name not in INHERITED}
+# a value of each that is not the default
+OTHERS = {
+    "metric_name_or_path": "worst_class_recall",
+    "metric_inputs": "scores",
+    "metric_key": "f1",
+    "metric_kwargs": {"average": "macro", "k": 3},
+    "metric_timeout": 2.5,
+    "metric_start_ratio": 0.0,
+    "metric_call_budget": 0,
+    "max_metric_failures": 1,
+    "phi": r"\.bias$",
+    "phi_coordinates": "identity",
+    "phi_dim": 3,
+    "phi_learning_rate": 1e-4,
+    "guide": "random",
+    "value_weight": 0.0,
+    "value_function_name_or_path": "folder",
+    "observe_steps": 5,
+    "observations_per_step": 4,
+    "explore_std": 0.5,
+    "observation_size": 100,
+    "observation_cache_gb": 0.0,
+}
+
+
+def own_values(args):
+    return {name: getattr(args, name) for name in FIELDS}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_explained(name):
+    text = FIELDS[name].metadata["help"]
+    assert len(text) > 20 and text.rstrip(")").endswith((".", "'"))
+
+
+def test_the_help_can_be_printed():
+    text = " ".join(HfArgumentParser(MetricOptConfig).format_help().split())
+    for name, field in FIELDS.items():
+        assert f"--{name}" in text
+        assert " ".join(field.metadata["help"].split())[:60] in text
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_can_be_given_on_the_command_line(name):
+    value = OTHERS[name]
+    assert value != FIELDS[name].default
+    given = json.dumps(value) if isinstance(value, dict) else str(value)
+    (args,) = HfArgumentParser(MetricOptConfig).parse_args_into_dataclasses(["--output_dir", "out", f"--{name}", given])
+    assert own_values(args) == {**{n: f.default for n, f in FIELDS.items()}, name: value}
+
+
+def test_it_survives_json(tmp_path):
+    args = MetricOptConfig("out", **OTHERS)
+    assert own_values(args) == OTHERS
+    path = tmp_path / "args.json"
+    path.write_text(args.to_json_string())
+    saved = {name: value for name, value in json.loads(path.read_text()).items() if name in {*OTHERS, "output_dir"}}
+    path.write_text(json.dumps(saved))
+    (loaded,) = HfArgumentParser(MetricOptConfig).parse_json_file(path)
+    assert own_values(loaded) == OTHERS
+
+
+BAD = [
+    ("metric_inputs", "logits"),
+    ("metric_timeout", 0.0),
+    ("metric_timeout", -1.0),
+    ("metric_start_ratio", 1.0),
+    ("metric_start_ratio", -0.1),
+    ("metric_call_budget", -1),
+    ("max_metric_failures", 0),
+    ("phi_coordinates", "pca"),
+    ("phi_dim", 0),
+    ("phi_learning_rate", 0.0),
+    ("guide", "evolution"),
+    ("value_weight", -1.0),
+    ("value_weight", float("nan")),
+    ("observe_steps", 0),
+    ("observations_per_step", 1),
+    ("explore_std", 0.0),
+    ("explore_std", float("nan")),
+    ("observation_size", 0),
+    ("observation_cache_gb", -1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_value_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ConfigurationError, match=rf"^{name}={value!r} must be "):
+        MetricOptConfig("out", **{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if "choices" in field.metadata])
+def test_every_choice_offered_is_taken(name):
+    for choice in FIELDS[name].metadata["choices"]:
+        assert getattr(MetricOptConfig("out", **{name: choice}), name) == choice
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.default is None])
+def test_where_nothing_is_the_default_it_can_be_given(name):
+    assert getattr(MetricOptConfig("out", **{name: None}), name) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "metric_steps", "every"),
+    [
+        ({}, 200, 10),  # 160 calls, 8 a round: 20 rounds
+        ({"metric_call_budget": 80}, 200, 20),
+        ({"metric_call_budget": 81}, 220, 20),  # the last round may be smaller
+        ({"observations_per_step": 16}, 200, 20),
+        ({"metric_call_budget": 0}, 200, 10),
+        ({"metric_call_budget": None}, 200, 10),
+        ({}, 5, 1),
+        ({"observe_steps": 7}, 200, 7),
+    ],
+)
+def test_rounds_are_spread_over_the_metric_phase(given, metric_steps, every):
+    assert MetricOptConfig("out", **given).rounds_every(metric_steps) == every
+
+
+@pytest.mark.parametrize("given", [{"greater_is_better": False}, {"greater_is_better": True}, {}])
+def test_a_direction_that_is_guessed_is_said_aloud(given, caplog):
+    args = MetricOptConfig("out", metric_for_best_model="f1", **given)
+    with caplog.at_level(logging.WARNING, "metricopt_hf"):
+        assert args.resolved_greater_is_better is given.get("greater_is_better", True)
+    assert ("f1" in caplog.text) is (not given)
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_an_optimizer_without_gradients_to_blend_is_refused(optim):
+    with pytest.raises(ConfigurationError, match=f"{optim}.*adamw_torch"):
+        MetricOptConfig("out", optim=optim).check_optimizer()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_other_optimizers_are_fine(optim):
+    MetricOptConfig("out", optim=optim).check_optimizer()

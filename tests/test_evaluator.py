@@ -1,0 +1,226 @@
+"""Evaluator: the whole set, in order, once; and nothing around it is disturbed."""
+
+import random
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import BatchEncoding
+
+from metricopt_hf import data
+from metricopt_hf.errors import ConfigurationError, MetricError
+from metricopt_hf.evaluator import BatchOutput, Evaluator, undisturbed
+from metricopt_hf.ledger import Ledger
+from metricopt_hf.metric import Metric
+from metricopt_hf.phi import FiLM
+
+SIZE, BATCH = 11, 4
+
+
+class Model(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.LayerNorm(6), nn.Linear(6, 3))
+
+
+class Examples(torch.utils.data.Dataset):
+    def __init__(self, size=SIZE):
+        generator = torch.Generator().manual_seed(0)
+        self.x, self.labels = torch.randn(size, 5, generator=generator), torch.arange(size)
+        self.read = 0
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        self.read += 1
+        return {"x": self.x[i], "labels": self.labels[i]}
+
+
+class Seen:
+    """A metric that remembers what it was given, and behaves badly on demand."""
+
+    def __init__(self, misbehave=lambda: None):
+        self.misbehave = misbehave
+
+    def __call__(self, prediction):
+        self.prediction = prediction
+        self.misbehave()
+        return float(np.mean(prediction.predictions[0]))
+
+
+def evaluator(metric=None, examples=None, max_bytes=1e9, concat=True, predict=None, model=None):
+    model = model or Model()
+    examples = Examples() if examples is None else examples
+    return Evaluator(
+        model,
+        predict or (lambda batch: BatchOutput(model(batch["x"]), batch["labels"])),
+        data.in_order(examples, BATCH, torch.utils.data.default_collate),
+        Metric(metric or Seen(), "seen"),
+        Ledger(),
+        max_bytes,
+        concat,
+    )
+
+
+def random_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def fail():
+    raise ValueError("a metric's own mistake")
+
+
+def reseed():
+    random.seed(7), np.random.seed(7), torch.manual_seed(7)
+    fail()
+
+
+@pytest.mark.parametrize("misbehave", [lambda: None, fail, reseed], ids=["well-behaved", "raises", "reseeds"])
+@pytest.mark.parametrize("max_bytes", [1e9, 0], ids=["kept", "streamed"])
+def test_random_state_modes_and_weights_are_as_before(misbehave, max_bytes):
+    taken = evaluator(Seen(misbehave), max_bytes=max_bytes)
+    model = taken.model.train()
+    model[2].eval()  # a module of its own mind
+    modes = [m.training for m in model.modules()]
+    weights, states = {n: t.clone() for n, t in model.state_dict().items()}, random_states()
+    if misbehave in (fail, reseed):
+        with pytest.raises(MetricError, match="mistake"):
+            taken.evaluate("observe")
+    else:
+        taken.evaluate("observe")
+    assert random_states() == states
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(weights[n], t) for n, t in model.state_dict().items())
+
+
+def test_freezing_draws_no_random_numbers_either():
+    taken = evaluator()
+    states = random_states()
+    taken.freeze(("4.bias",), lambda: undisturbed(taken.model))
+    assert random_states() == states
+
+
+def test_inside_there_is_eval_mode_and_no_gradient():
+    model = Model().train()
+
+    def predict(batch):
+        assert not any(m.training for m in model.modules()) and not torch.is_grad_enabled()
+        return BatchOutput(model(batch["x"]), batch["labels"])
+
+    evaluator(predict=predict, model=model).evaluate("observe")
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("max_bytes", [1e9, 200, 0], ids=["kept", "too large to keep", "streamed"])
+def test_the_metric_sees_every_example_once_and_in_order(max_bytes):
+    metric, examples = Seen(), Examples()
+    taken = evaluator(metric, examples, max_bytes)
+    for _ in range(2):
+        taken.evaluate("observe")
+        seen = metric.prediction
+        assert seen.label_ids.tolist() == list(range(SIZE))
+        with torch.no_grad():
+            expected = taken.model.eval()(examples.x).numpy()
+        assert isinstance(seen.predictions, np.ndarray)
+        assert np.allclose(seen.predictions, expected, atol=1e-6)
+
+
+def test_batches_are_collated_once_if_they_fit_into_memory():
+    examples = Examples()
+    taken = evaluator(examples=examples)
+    for _ in range(3):
+        taken.evaluate("observe")
+    assert examples.read == SIZE
+
+    examples = Examples()
+    taken = evaluator(examples=examples, max_bytes=0)
+    taken.evaluate("observe")
+    before = examples.read
+    taken.evaluate("observe")
+    assert examples.read - before == SIZE
+
+
+def test_a_collator_s_own_mapping_counts_against_the_memory_too():
+    examples = Examples()
+    taken = evaluator(examples=examples, max_bytes=1)
+    batches = taken._batches
+    taken._batches = lambda: (BatchEncoding(batch) for batch in batches())
+    taken.evaluate("observe")
+    before = examples.read
+    taken.evaluate("observe")
+    assert examples.read > before
+
+
+def test_without_concatenation_the_metric_sees_a_list_of_batches():
+    metric = Seen()
+    evaluator(metric, concat=False).evaluate("observe")
+    assert [len(batch) for batch in metric.prediction.predictions] == [4, 4, 3]
+    assert np.concatenate(metric.prediction.label_ids).tolist() == list(range(SIZE))
+
+
+def test_several_outputs_inputs_and_losses_reach_the_metric():
+    metric, model = Seen(), Model()
+
+    def predict(batch):
+        logits = model(batch["x"]).bfloat16()  # numpy has none
+        return BatchOutput((logits, logits[:, :2]), batch["labels"], batch["labels"].float(), batch["x"])
+
+    evaluator(metric, predict=predict, model=model).evaluate("observe")
+    seen = metric.prediction
+    assert [p.shape for p in seen.predictions] == [(SIZE, 3), (SIZE, 2)]
+    assert np.array_equal(seen.inputs, Examples().x.numpy())
+    assert seen.losses.tolist() == list(range(SIZE))
+
+
+def test_rows_of_different_length_are_padded_as_trainer_does():
+    metric = Seen()
+
+    def predict(batch):
+        width = 2 + int(batch["labels"][0] > 0)
+        return BatchOutput(torch.ones(len(batch["labels"]), width), batch["labels"])
+
+    evaluator(metric, predict=predict).evaluate("observe")
+    assert metric.prediction.predictions[0].tolist() == [1, 1, -100]
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [{"examples": Examples(0)}, {"predict": lambda batch: BatchOutput(None, batch["labels"])}],
+    ids=["no examples", "no logits"],
+)
+def test_nothing_to_predict_is_said(nothing):
+    with pytest.raises(ConfigurationError, match="empty, or the model returns no logits"):
+        evaluator(**nothing).evaluate("observe")
+
+
+def test_calls_are_charged_with_their_forward_passes():
+    taken = evaluator()
+    taken.evaluate("observe")
+    taken.evaluate("select")
+    failing = evaluator(Seen(fail))
+    with pytest.raises(MetricError):
+        failing.evaluate("observe")
+    assert taken.ledger.calls["observe"] == taken.ledger.calls["select"] == failing.ledger.calls["observe"] == 1
+    assert 0 < taken.ledger.seconds["observe"] < 5
+
+
+@pytest.mark.parametrize("max_bytes", [1e9, 400, 0], ids=["all kept", "batches kept", "streamed"])
+def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(max_bytes):
+    frozen, plain = evaluator(max_bytes=max_bytes), evaluator()
+    plain.model.load_state_dict(frozen.model.state_dict())
+    phi, reference = FiLM(frozen.model), FiLM(plain.model)
+
+    @contextmanager
+    def moved():
+        with phi.restored():
+            phi.write(phi.read() + 0.1)
+            yield
+
+    frozen.freeze(phi.names, moved)
+    for _ in range(3):
+        position = torch.randn(phi.dim)
+        phi.write(position)
+        reference.write(position)
+        assert frozen.evaluate("observe") == pytest.approx(plain.evaluate("observe"), abs=1e-6)

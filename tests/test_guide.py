@@ -1,0 +1,232 @@
+"""One contract for every guide, the user's own included; then what is particular to ours."""
+
+import numpy as np
+import pytest
+import torch
+
+from metricopt_hf import ConfigurationError, Guide, Observation, RandomGuide, Trajectory, ValueFunction, checkpoint
+from metricopt_hf import ValueFunctionGuide as Fitted
+from metricopt_hf.guide import from_spec
+from metricopt_hf.phi import Coordinates, random_basis
+from metricopt_hf.trust import NO_EVIDENCE, NOT_PREDICTIVE, PREDICTIVE, Trust
+
+D, K = 12, 4
+SLOPE = np.array([1.0, -2.0, 0.5, 1.5], np.float32)
+
+
+class Truth(Guide):
+    """A guide of a user's: knows the slope."""
+
+    def predict(self, z):
+        return z @ SLOPE
+
+    def fit(self, trajectory):
+        pass
+
+    def ascent(self, phi):
+        return self.coordinates.lift(torch.as_tensor(SLOPE))
+
+
+class Wrong(Truth):
+    def predict(self, z):
+        return -(z @ SLOPE)
+
+
+GUIDES = {
+    "value function": Fitted,
+    "value function given": lambda: Fitted(ValueFunction(K, hidden_size=8)),
+    "shuffled": lambda: Fitted(shuffled=True),
+    "random": RandomGuide,
+    "user's": Truth,
+}
+
+
+def coordinates():
+    return Coordinates(torch.ones(D), random_basis(D, K, torch.Generator().manual_seed(0)))
+
+
+def started(name, greater_is_better=True, seed=0):
+    guide = GUIDES[name]() if isinstance(name, str) else name()
+    guide.start(coordinates(), greater_is_better, seed)
+    return guide
+
+
+def taught(guide, rounds=4, first=0, trajectory=None, size=8, noise=0.1):
+    """Tell rounds of a metric that is linear in z; returns the trajectory."""
+    trajectory = Trajectory() if trajectory is None else trajectory
+    for step in range(first, first + rounds):
+        rng = np.random.default_rng(step)
+        z = rng.normal(size=(size, K)).astype(np.float32)
+        scores = z @ SLOPE + noise * rng.normal(size=size)
+        trajectory.extend([Observation(p, float(s), noise**2, step, 0.1) for p, s in zip(z, scores, strict=True)])
+        guide.learn(trajectory)
+    return trajectory
+
+
+def trusted(guide):
+    guide.trust = Trust(evidence=100.0, correlation_sum=90.0)
+    return guide
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_before_there_is_evidence_there_is_no_direction(name):
+    direction = started(name).direction(torch.zeros(D))
+    assert direction.trust == 0 and direction.reason == NO_EVIDENCE
+    assert torch.equal(direction.vector, torch.zeros(D))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_direction_is_a_vector_in_the_span_of_the_coordinates(name):
+    guide = started(name)
+    taught(guide)
+    vector, basis = trusted(guide).direction(torch.randn(D)).vector, guide.coordinates.basis
+    assert vector.shape == (D,) and vector.isfinite().all() and vector.norm() > 0
+    assert torch.allclose(basis @ (basis.T @ vector), vector, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_where_smaller_is_better_the_direction_is_the_opposite(name):
+    phi, vectors = torch.randn(D), []
+    for greater_is_better in (True, False):
+        guide = started(name, greater_is_better)
+        taught(guide)
+        vectors.append(trusted(guide).direction(phi).vector)
+    assert torch.equal(vectors[0], -vectors[1])
+
+
+@pytest.mark.parametrize("greater_is_better", [True, False])
+@pytest.mark.parametrize("name", ["value function", "value function given", "user's"])
+def test_a_step_against_the_direction_improves_the_metric(name, greater_is_better):
+    guide = started(name, greater_is_better)
+    taught(guide)
+    direction = guide.direction(guide.coordinates.origin)
+    assert direction.reason == PREDICTIVE and direction.trust > 0.3
+    improvement = guide.coordinates.basis.T @ -direction.vector @ torch.as_tensor(SLOPE)
+    assert improvement * (1 if greater_is_better else -1) > 0
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guide_is_judged_before_it_is_told(name):
+    guide = started(name)
+    asked = []
+    predict = guide.predict
+    guide.predict = lambda z: asked.append(fits) or predict(z)
+    fits = 0
+    fit = guide.fit
+
+    def counted(trajectory):
+        nonlocal fits
+        fits += 1
+        fit(trajectory)
+
+    guide.fit = counted
+    taught(guide, rounds=3)
+    assert asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_saved_state_goes_on_exactly(name, tmp_path):
+    first = started(name)
+    trajectory = taught(first, rounds=2)
+    checkpoint.save(first.state_dict(), tmp_path)
+    second = started(name, seed=1)  # even from another seed
+    second.load_state_dict(checkpoint.load(tmp_path))
+
+    taught(first, 2, first=2, trajectory=Trajectory(trajectory))
+    taught(second, 2, first=2, trajectory=Trajectory(trajectory))
+    phi = torch.randn(D)
+    assert second.trust == first.trust and second.trust.evidence > 0
+    assert torch.equal(trusted(second).direction(phi).vector, trusted(first).direction(phi).vector)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_state_from_before_the_first_round_can_be_saved_too(name, tmp_path):
+    checkpoint.save(started(name).state_dict(), tmp_path)
+    guide = started(name)
+    guide.load_state_dict(checkpoint.load(tmp_path))
+    taught(guide)
+    assert trusted(guide).direction(torch.zeros(D)).vector.norm() > 0
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_seed_is_the_only_randomness(name):
+    vectors = []
+    for seed in (0, 0, 1):
+        torch.rand(1)  # the global state is another each time
+        state = torch.get_rng_state()
+        guide = started(name, seed=seed)
+        taught(guide)
+        vectors.append(trusted(guide).direction(torch.zeros(D)).vector)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(vectors[0], vectors[1])
+    assert name == "user's" or not torch.equal(vectors[0], vectors[2])
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_switched_off_it_is_followed_no_more_until_the_next_phase(name, tmp_path):
+    guide = started(name)
+    taught(guide)
+    trusted(guide).switch_off("the metric failed")
+    checkpoint.save(guide.state_dict(), tmp_path)
+    resumed = started(name)
+    resumed.load_state_dict(checkpoint.load(tmp_path))
+    for off in (guide, resumed):
+        direction = off.direction(torch.zeros(D))
+        assert direction.trust == 0 and "the metric failed" in direction.reason
+        assert not direction.vector.any()
+    guide.start(coordinates(), True, 0)
+    assert guide.direction(torch.zeros(D)).reason == NO_EVIDENCE
+
+
+@pytest.mark.parametrize("name", [n for n in GUIDES if n != "value function given"])
+def test_a_new_phase_forgets_the_last(name):
+    guide, fresh = started(name), started(name)
+    taught(guide)
+    guide.start(coordinates(), True, 0)
+    phi = torch.randn(D)
+    for g in (guide, fresh):
+        taught(g, rounds=2, first=7)
+    assert guide.trust == fresh.trust
+    assert torch.equal(trusted(guide).direction(phi).vector, trusted(fresh).direction(phi).vector)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_round_of_one_observation_is_no_trouble(name):
+    guide = started(name)
+    taught(guide, rounds=1, size=1)
+    assert guide.direction(torch.zeros(D)).trust == 0
+
+
+def test_a_guide_that_predicts_the_opposite_is_not_followed():
+    guide = started(Wrong)
+    taught(guide)
+    assert guide.direction(torch.zeros(D)).trust == 0
+    assert guide.direction(torch.zeros(D)).reason == NOT_PREDICTIVE
+
+
+def test_guides_that_know_nothing_are_followed_less_than_one_that_learns():
+    def mean_trust(name):
+        guide, values = started(name), []
+        trajectory = Trajectory()
+        for step in range(8):
+            taught(guide, 1, first=step, trajectory=trajectory, noise=0.5)
+            values.append(guide.direction(torch.zeros(D)).trust)
+        return np.mean(values)
+
+    assert mean_trust("value function") > 0.4 > 2 * max(mean_trust("shuffled"), mean_trust("random"))
+
+
+def test_a_value_function_of_another_size_is_refused():
+    with pytest.raises(ConfigurationError, match="3 coordinates, this phi 4"):
+        started(lambda: Fitted(ValueFunction(3)))
+
+
+def test_a_string_names_a_guide():
+    given = ValueFunction(K)
+    assert type(from_spec("random")) is RandomGuide
+    assert from_spec("shuffled").shuffled and not from_spec("value_function").shuffled
+    guide = from_spec("value_function", given)
+    guide.start(coordinates(), True, 0)
+    assert guide.value_function is given and guide.predict(np.zeros((2, K), np.float32)).shape == (2,)
+    with pytest.raises(ConfigurationError, match="value_function, shuffled, random"):
+        from_spec("evolution")

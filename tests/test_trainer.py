@@ -1,0 +1,374 @@
+"""The trainer's wiring: blending into .grad, phases, selection, saving, errors before training."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    OPTIMUM,
+    Quadratic,
+    Targets,
+    Texts,
+    assert_equal_weights,
+    distance_to_optimum,
+    tiny_bert,
+    true_class_probability,
+    weights,
+    worst_class_recall,
+)
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+from metricopt_hf import (
+    ConfigurationError,
+    FiLM,
+    Guide,
+    MetricError,
+    MetricOptConfig,
+    MetricOptTrainer,
+    PhiError,
+    Subset,
+)
+
+
+class Truth(Guide):
+    """Knows the optimum of the quadratic toy; `sign=-1` is the guide that lies."""
+
+    def __init__(self, sign: int = 1):
+        self.factor = sign
+
+    def predict(self, z):
+        w = (self.coordinates.origin + torch.as_tensor(z) @ self._basis().T).numpy()
+        return self.factor * ((w - OPTIMUM) ** 2).sum(1)
+
+    def fit(self, trajectory):
+        pass
+
+    def ascent(self, phi):
+        return self.factor * 2 * (phi - torch.as_tensor(OPTIMUM, dtype=torch.float32))
+
+    def _basis(self):
+        basis = self.coordinates.basis
+        return torch.eye(len(OPTIMUM)) if basis is None else basis
+
+
+def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, **kwargs):
+    defaults = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "phi": "^w$",
+        "phi_coordinates": "identity",
+        "phi_learning_rate": None,
+        "metric_start_ratio": 0,
+        "observe_steps": 1,
+        "greater_is_better": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "label_names": ["labels"],
+    }
+    return cls(
+        Quadratic(),
+        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        train_dataset=Targets(seed=1),
+        observation_dataset=Targets(8, seed=2),
+        selection_dataset=Targets(8, seed=3),
+        metric=distance_to_optimum,
+        guide=guide,
+    )
+
+
+class Recorder(MetricOptTrainer):
+    """Keeps .grad before and after blending, step by step."""
+
+    def _guide_update(self, step):
+        before = self.phi.read_grad()
+        phi = self.phi.read()
+        super()._guide_update(step)
+        direction = self.phase.direction
+        self.records = getattr(self, "records", []) + [(before, self.phi.read_grad(), phi, direction)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_gradient_after_blending_is_the_formula(tmp_path, accumulate):
+    trainer = quadratic_trainer(tmp_path, Truth(), Recorder, value_weight=2.5, gradient_accumulation_steps=accumulate)
+    trainer.train()
+    followed = 0
+    for before, after, phi, direction in trainer.records:
+        v = 2 * (phi - torch.as_tensor(OPTIMUM, dtype=torch.float32))  # smaller is better: against it is downhill
+        expected = before + 2.5 * direction.trust * (before.norm() / v.norm()) * v
+        assert torch.allclose(after, expected, rtol=1e-6, atol=1e-7)
+        followed += direction.trust > 0
+    assert len(trainer.records) == 20 and followed > 10
+
+
+def test_the_truth_improves_the_metric_that_the_loss_does_not_see(tmp_path):
+    def final(guide, **kwargs):
+        trainer = quadratic_trainer(tmp_path, guide, max_steps=40, **kwargs)
+        trainer.train()
+        return trainer.phase
+
+    guided, loss_only = final(Truth()), final(None, value_weight=0)
+    assert guided.selection.score < 0.5 * loss_only.selection.score
+
+
+def test_a_guide_that_lies_is_not_followed(tmp_path):
+    """Its predictions are the truth's, turned round: trust is zero at every step, and training is the loss's alone."""
+    lied, loss_only = quadratic_trainer(tmp_path, Truth(-1)), quadratic_trainer(tmp_path, value_weight=0)
+    lied.train()
+    loss_only.train()
+    assert all(entry["trust"] == 0 for entry in lied.phase.curve if entry["trust"] is not None)
+    assert torch.equal(lied.phase.last_phi, loss_only.phase.last_phi)
+
+
+def test_the_value_function_finds_the_way_by_itself(tmp_path):
+    guided = quadratic_trainer(tmp_path, max_steps=60, explore_std=0.3, metric_call_budget=None, observe_steps=4)
+    loss_only = quadratic_trainer(tmp_path, max_steps=60, value_weight=0, metric_call_budget=0)
+    guided.train()
+    loss_only.train()
+    assert guided.phase.selection.score < 0.8 * loss_only.phase.selection.score
+
+
+class WithTerm(Truth):
+    """Adds a constant to the training loss, and notes in which phase it was asked."""
+
+    def loss_term(self, model, inputs, outputs):
+        assert "labels" in inputs and "logits" in outputs and not model.training
+        return outputs["logits"].sum() * 0 + 100.0
+
+
+def test_a_guide_s_loss_term_is_trained_but_not_evaluated(tmp_path):
+    trainer = quadratic_trainer(tmp_path, WithTerm(), logging_steps=10, value_weight=0)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(loss > 90 for loss in logged[1:])
+    assert trainer.evaluate(Targets(8, seed=5))["eval_loss"] < 50
+
+
+def bert_trainer(folder, model=None, **kwargs):
+    trainer_kwargs = {
+        name: kwargs.pop(name)
+        for name in ("metric", "phi", "guide", "compute_metrics", "eval_dataset", "optimizers", "model_init", "cls")
+        if name in kwargs
+    }
+    for name in ("observation_dataset", "selection_dataset", "train_dataset"):
+        if name in kwargs:
+            trainer_kwargs[name] = kwargs.pop(name)
+    defaults = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "metric_start_ratio": 0,
+        "metric_call_budget": 24,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "greater_is_better": True,
+    }
+    cls = trainer_kwargs.pop("cls", MetricOptTrainer)
+    data = {
+        "train_dataset": Texts(160, seed=1),
+        "observation_dataset": Texts(60, seed=3),
+        "selection_dataset": Texts(60, seed=4),
+    }
+    if "metric" not in trainer_kwargs and "compute_metrics" not in trainer_kwargs:
+        trainer_kwargs["metric"] = true_class_probability
+    if "model_init" not in trainer_kwargs:
+        trainer_kwargs["model"] = model or tiny_bert()
+    args = MetricOptConfig(str(folder), **{**defaults, **kwargs})
+    return cls(args=args, **{**data, **trainer_kwargs})
+
+
+def test_drop_in_with_compute_metrics_and_metric_for_best_model(tmp_path, caplog):
+    trainer = bert_trainer(
+        tmp_path,
+        compute_metrics=worst_class_recall,
+        metric_for_best_model="worst_class_recall",
+        eval_dataset=Texts(120, seed=2),
+        observation_dataset=None,
+        selection_dataset=None,
+    )
+    assert "not held out" in caplog.text
+    observed = {tuple(x["input_ids"].tolist()) for x in trainer.observation_dataset}
+    selected = {tuple(x["input_ids"].tolist()) for x in trainer.selection_dataset}
+    assert len(trainer.observation_dataset) == len(trainer.selection_dataset) == 60
+    assert len(observed & selected) < 5  # equal texts by chance aside
+    trainer.train()
+    assert trainer.ledger.calls["observe"] == 24
+    assert trainer.value_function is not None and len(trainer.observations) == 24
+
+
+def test_a_guessed_direction_is_said_aloud(tmp_path, caplog):
+    bert_trainer(tmp_path, greater_is_better=None)
+    assert "greater_is_better is not set: taking greater values" in caplog.text
+
+
+@pytest.mark.parametrize(("budget", "per_round"), [(10, 8), (24, 8), (7, 3), (0, 8)])
+def test_the_budget_is_kept_exactly(tmp_path, budget, per_round):
+    calls = []
+
+    def counted(prediction):
+        calls.append(len(prediction.label_ids))
+        return worst_class_recall(prediction)["worst_class_recall"]
+
+    trainer = bert_trainer(
+        tmp_path, metric=counted, metric_call_budget=budget, observations_per_step=per_round, observe_steps=2
+    )
+    trainer.train()
+    ledger = trainer.ledger
+    assert ledger.calls["observe"] == budget
+    assert len(calls) == budget + ledger.calls["select"] + ledger.calls["check"]
+    assert set(calls) == {60}  # always the whole set
+
+
+def test_everything_but_phi_is_frozen_in_eval_mode_and_comes_back(tmp_path):
+    modes = []
+
+    class Spy(MetricOptTrainer):
+        def _guide_update(self, step):
+            modes.append(any(m.training for m in self.model.modules()))
+            super()._guide_update(step)
+
+    model = tiny_bert()
+    before = weights(model)
+    trainer = bert_trainer(tmp_path, model, cls=Spy)
+    names = set(trainer.phi.names)
+    trainer.train()
+    assert modes == [False] * 12
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert moved and all("LayerNorm" in name or name == "classifier.bias" for name in moved)
+    assert any("film" in name for name in names)
+    assert set(before) == set(weights(model))  # folded: an ordinary model again
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_best_phi_by_selection_is_put_in_place_and_the_start_is_a_candidate(tmp_path):
+    """With a learning rate that destroys the model, what was at the start is kept."""
+    model = tiny_bert()
+    before = weights(model)
+    trainer = bert_trainer(tmp_path, model, learning_rate=1.0, phi_learning_rate=30.0, optim="sgd", max_grad_norm=0.0)
+    trainer.train()
+    scores = [entry["selection"] for entry in trainer.phase.curve]
+    assert trainer.phase.selection.score == max(scores)
+    assert trainer.phase.selection.step == trainer.phase.curve[int(np.argmax(scores))]["step"]
+    if trainer.phase.selection.step == 0:
+        assert_equal_weights(before, weights(model))
+
+
+def test_saved_models_are_ordinary_models(tmp_path):
+    """In checkpoints in the midst of tuning, and at the end; nothing of ours is needed to load them."""
+    trainer = bert_trainer(tmp_path, save_strategy="steps", save_steps=6, phi_learning_rate=0.05)
+    probe = {"input_ids": Texts(20, seed=9).ids}
+
+    outputs = {}
+
+    class Spy(MetricOptTrainer):
+        pass
+
+    original = trainer._save_checkpoint
+
+    def spy(model, trial):
+        original(model, trial)
+        with torch.no_grad():
+            outputs[trainer.state.global_step] = trainer.model.eval()(**probe).logits
+
+    trainer._save_checkpoint = spy
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    with torch.no_grad():
+        outputs["final"] = trainer.model.eval()(**probe).logits
+        for name, expected in outputs.items():
+            folder = tmp_path / ("final" if name == "final" else f"checkpoint-{name}")
+            loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+            assert not info["missing_keys"] and not info["unexpected_keys"]
+            assert torch.allclose(loaded.eval()(**probe).logits, expected, atol=1e-5)
+    assert set(outputs) == {6, 12, "final"}
+
+
+def test_train_can_be_called_again(tmp_path):
+    trainer = bert_trainer(tmp_path)
+    trainer.train()
+    first = weights(trainer.model)
+    trainer.train()
+    assert set(first) == set(weights(trainer.model))
+    assert trainer.ledger.calls["observe"] == 24  # of the last run
+
+
+def test_the_metric_s_first_fault_stops_before_training(tmp_path):
+    model = tiny_bert()
+    before = weights(model)
+
+    def broken(prediction):
+        raise KeyError("no such column")
+
+    trainer = bert_trainer(tmp_path, model, metric=broken)
+    with pytest.raises(MetricError, match="nothing was trained"):
+        trainer.train()
+    assert_equal_weights(before, {k: v for k, v in weights(model).items() if "film" not in k})
+
+
+def test_guidance_scalars_come_with_trainer_s_logs(tmp_path):
+    trainer = bert_trainer(tmp_path, logging_steps=4)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 3
+    assert {"metricopt/selection", "metricopt/trust", "metricopt/calls"} <= set(entries[-1])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"phi": "nonsense_xyz"}, PhiError, "matches no parameter"),
+        ({"phi": "adapter"}, PhiError, "get_peft_model"),
+        ({"optim": "lomo"}, ConfigurationError, "lomo.*adamw_torch"),
+        ({"optim": "galore_adamw_layerwise"}, ConfigurationError, "galore_adamw_layerwise"),
+        ({"observation_dataset": None, "selection_dataset": None}, ConfigurationError, "pass eval_dataset"),
+        (
+            {"observation_dataset": None, "selection_dataset": None, "eval_dataset": Texts(1)},
+            ConfigurationError,
+            "too few",
+        ),
+        ({"metric": "no_such_metric_anywhere"}, ConfigurationError, "worst_class_recall"),
+        ({"metric": 3}, ConfigurationError, "callable"),
+        (
+            {"optimizers": (torch.optim.SGD(tiny_bert().parameters(), lr=1.0), None)},
+            ConfigurationError,
+            "does not hold",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, kwargs, error, match):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(error, match=match):
+        bert_trainer(tmp_path, **kwargs)
+
+
+def test_training_arguments_of_the_old_class_are_named(tmp_path):
+    with pytest.raises(ConfigurationError, match="MetricOptConfig"):
+        MetricOptTrainer(
+            tiny_bert(),
+            TrainingArguments(str(tmp_path), metric_for_best_model="worst_class_recall", report_to=[]),
+            eval_dataset=Texts(10),
+            compute_metrics=worst_class_recall,
+        )
+
+
+def test_a_phi_object_and_an_optimizer_of_one_s_own(tmp_path):
+    model = tiny_bert()
+    phi = FiLM(model, layers="layer.0", output_bias=False) + Subset(model, "classifier")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = bert_trainer(tmp_path, model, phi=phi, optimizers=(optimizer, None))
+    trainer.train()
+    assert trainer.phi is phi and not phi.inserted
+
+
+def test_model_init_builds_phi_anew(tmp_path):
+    trainer = bert_trainer(tmp_path, model_init=lambda: tiny_bert())
+    trainer.train()
+    first = weights(trainer.model)
+    trainer.train()
+    assert_equal_weights(first, weights(trainer.model))

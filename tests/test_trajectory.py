@@ -1,0 +1,48 @@
+"""The trajectory: observations in, arrays out, and back."""
+
+import numpy as np
+import pytest
+
+from metricopt_hf import Observation, Trajectory
+
+
+def observation(step, score=0.5, variance=0.1):
+    return Observation(np.full(3, step, np.float32), score, variance, step, cost=0.25)
+
+
+def test_it_reads_as_a_list_and_as_arrays():
+    trajectory = Trajectory([observation(0, 0.25)])
+    trajectory.extend([observation(2, 0.75), observation(2, 1.0)])
+    assert len(trajectory) == 3 and trajectory[-1].score == 1.0 and [o.step for o in trajectory[:2]] == [0, 2]
+    assert trajectory.z.shape == (3, 3) and trajectory.z.dtype == np.float32
+    assert trajectory.scores.tolist() == [0.25, 0.75, 1.0]
+    assert trajectory.steps.tolist() == [0, 2, 2] and trajectory.steps.dtype == np.int64
+    assert trajectory.costs.tolist() == [0.25] * 3 and trajectory.variances.tolist() == [0.1] * 3
+
+
+def test_the_last_round_is_what_was_taken_at_the_latest_step():
+    trajectory = Trajectory([observation(0), observation(4, 0.1), observation(4, 0.2)])
+    assert trajectory.last_round.scores.tolist() == [0.1, 0.2]
+
+
+def test_it_can_be_empty():
+    trajectory = Trajectory()
+    assert len(trajectory) == len(trajectory.last_round) == 0
+    assert trajectory.z.size == trajectory.scores.size == trajectory.steps.size == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_its_state_gives_the_same_observations(count):
+    first = Trajectory([observation(step, variance=float("nan") if step else 0.1) for step in range(count)])
+    second = Trajectory.from_state_dict(first.state_dict())
+    assert len(second) == count
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a.z, b.z) and b.z.dtype == np.float32
+        assert (a.score, a.step, a.cost) == (b.score, b.step, b.cost) and type(b.step) is int
+        assert a.variance == b.variance or np.isnan([a.variance, b.variance]).all()
+
+
+def test_a_state_with_columns_of_unequal_length_is_refused():
+    state = Trajectory([observation(0), observation(1)]).state_dict()
+    with pytest.raises(ValueError):
+        Trajectory.from_state_dict({**state, "scores": state["scores"][:1]})

@@ -1,0 +1,190 @@
+"""The value function and its fit: what it must recover, and what must not matter."""
+
+import numpy as np
+import pytest
+import torch
+
+from metricopt_hf import ValueFunction, ValueFunctionError
+from metricopt_hf.value import fit
+
+K = 5
+SLOPE = np.array([1.0, -2.0, 0.5, 0.0, 1.5])
+OPTIMUM = np.array([0.5, -0.5, 1.0, 0.0, -1.0])
+
+
+def linear(z):
+    return z @ SLOPE
+
+
+def quadratic(z):
+    return -((z - OPTIMUM) ** 2).sum(-1)
+
+
+def observed(function=linear, n=100, noise=0.3, spread=1.0, seed=0):
+    """Points, noisy scores, and variances nobody knows."""
+    rng = np.random.default_rng(seed)
+    z = (spread * rng.normal(size=(n, K))).astype(np.float32)
+    return z, function(z) + noise * rng.normal(size=n), np.full(n, np.nan)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def fitted(z, scores, variances, seed=0, steps=200, **kwargs):
+    value_function = ValueFunction(K, **kwargs)
+    report = fit(value_function, z, scores, variances, generator(seed), steps)
+    return value_function, report
+
+
+def cosine(a, b):
+    return float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("function", [linear, quadratic])
+def test_the_gradient_points_where_the_function_rises(function):
+    value_function, report = fitted(*observed(function))
+    points = observed(function, n=20, spread=0.7, seed=1)[0]
+    truth = np.tile(SLOPE, (20, 1)) if function is linear else -2 * (points - OPTIMUM)
+    found = value_function.gradient(torch.as_tensor(points)).numpy()
+    assert np.mean([cosine(a, b) for a, b in zip(found, truth, strict=True)]) > 0.9
+    assert report.steps == 200 and report.regression_loss < 0.5
+
+
+def test_predictions_are_in_the_metrics_own_unit():
+    z, scores, variances = observed()
+    mean, std = fitted(z, scores, variances)[0].predict(torch.as_tensor(z))
+    assert np.sqrt(np.mean((mean.numpy() - linear(z)) ** 2)) < 0.25 * scores.std()
+    assert 0.1 < float(std.mean()) < 0.5 * scores.std()  # of the size of the noise
+
+
+def test_another_unit_of_the_metric_gives_the_same_function_in_that_unit():
+    z, scores, variances = observed()
+    plain, rescaled = fitted(z, scores, variances)[0], fitted(z, 1000 * scores - 7, variances)[0]
+    where = torch.as_tensor(z[:5])
+    assert torch.allclose(rescaled.predict(where)[0], 1000 * plain.predict(where)[0] - 7, rtol=1e-2, atol=5)
+    assert torch.allclose(rescaled.gradient(where), 1000 * plain.gradient(where), rtol=2e-2, atol=5)
+
+
+def test_the_gradient_is_that_of_the_predicted_mean():
+    value_function = fitted(*observed(quadratic))[0].double()
+    z, step = torch.randn(4, K, dtype=torch.float64), 1e-5
+    numeric = torch.stack(
+        [
+            (value_function.predict(z + step * e)[0] - value_function.predict(z - step * e)[0]) / (2 * step)
+            for e in torch.eye(K, dtype=torch.float64)
+        ],
+        dim=-1,
+    )
+    assert torch.allclose(value_function.gradient(z), numeric, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(value_function.gradient(z[0]), numeric[0], rtol=1e-5, atol=1e-7)
+
+
+def test_one_point_and_many_give_the_same_numbers():
+    value_function = fitted(*observed())[0]
+    z = torch.randn(3, K)
+    mean, std = value_function.predict(z)
+    assert mean.shape == std.shape == (3,) and value_function.gradient(z).shape == (3, K)
+    one_mean, one_std = value_function.predict(z[1])
+    assert one_mean.shape == one_std.shape == ()
+    assert torch.allclose(one_mean, mean[1]) and torch.allclose(one_std, std[1])
+
+
+@pytest.mark.parametrize("shape", [(K + 1,), (3, K - 1), (2, 3, K), ()])
+def test_points_of_another_shape_are_refused(shape):
+    for ask in (ValueFunction(K).predict, ValueFunction(K).gradient):
+        with pytest.raises(ValueFunctionError, match=rf"\[n, {K}\]"):
+            ask(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("sizes", [(0, 32, 5), (3, 0, 5), (3, 32, 0)])
+def test_sizes_below_one_are_refused(sizes):
+    with pytest.raises(ValueFunctionError, match="at least 1"):
+        ValueFunction(*sizes)
+
+
+# ---- what the fit makes of its data
+
+
+def test_the_ensemble_disagrees_more_where_nothing_was_observed():
+    value_function = fitted(*observed())[0]
+    assert value_function.predict(torch.full((K,), 8.0))[1] > 2 * value_function.predict(torch.zeros(K))[1]
+
+
+def test_observations_of_high_variance_count_less():
+    z, scores, _ = observed(noise=0.0)
+    wrong = np.arange(100) % 2 == 1
+    scores = np.where(wrong, -scores, scores)
+    believed = fitted(z, scores, np.where(wrong, 100.0, 0.01))[0]
+    doubted = fitted(z, scores, np.where(wrong, 0.01, 100.0))[0]
+    assert cosine(believed.gradient(torch.zeros(K)).numpy(), SLOPE) > 0.8
+    assert cosine(doubted.gradient(torch.zeros(K)).numpy(), SLOPE) < -0.8
+
+
+def test_an_unknown_variance_counts_as_an_average_one():
+    z, scores, _ = observed()
+    known, some = np.full(100, 0.2), np.where(np.arange(100) % 3, 0.2, np.nan)
+    assert torch.equal(fitted(z, scores, known)[0].weights[0], fitted(z, scores, some)[0].weights[0])
+
+
+def test_the_generator_is_the_only_randomness():
+    def weights(seed):
+        torch.rand(seed + 1)  # the global state is another each time
+        return fitted(*observed(), seed=seed, steps=5)[0].weights[0]
+
+    state = torch.get_rng_state()
+    first = weights(0)
+    torch.rand(3)
+    assert torch.equal(weights(0), first) and not torch.equal(weights(1), first)
+    torch.set_rng_state(state)
+    fitted(*observed(), steps=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_warm_fit_goes_on_from_where_it_was():
+    z, scores, variances = observed(quadratic, noise=0.0)
+    warm, _ = fitted(z, scores, variances, steps=150)
+    again = fit(warm, z, scores, variances, generator(1), steps=10)
+    _, fresh = fitted(z, scores, variances, steps=10)
+    assert again.regression_loss < 0.5 * fresh.regression_loss
+
+
+@pytest.mark.parametrize(
+    ("z", "scores"),
+    [
+        (np.zeros((1, K), np.float32), np.zeros(1)),
+        (np.full((3, K), np.nan, np.float32), np.arange(3.0)),
+        (np.zeros((3, K), np.float32), np.array([0, 1, np.inf])),
+    ],
+    ids=["one observation", "nan coordinates", "infinite score"],
+)
+def test_what_cannot_be_fitted_is_refused(z, scores):
+    with pytest.raises(ValueError, match="at least two observations and finite"):
+        fit(ValueFunction(K), z, scores, np.full(len(z), np.nan), generator())
+
+
+@pytest.mark.parametrize("constant", ["scores", "points"])
+def test_data_without_any_spread_gives_finite_predictions(constant):
+    z, scores, variances = observed(n=8)
+    z, scores = (z, np.full(8, 0.5)) if constant == "scores" else (np.ones_like(z), scores)
+    value_function, _ = fitted(z, scores, variances, steps=20)
+    answers = [*value_function.predict(torch.as_tensor(z)), value_function.gradient(torch.as_tensor(z))]
+    assert all(answer.isfinite().all() for answer in answers)
+    assert torch.allclose(answers[0].mean(), torch.tensor(scores.mean(), dtype=torch.float32), atol=0.3)
+
+
+def test_very_many_observations_are_taken_in_batches(monkeypatch):
+    monkeypatch.setitem(fit.__globals__, "BATCH_SIZE", 64)
+    value_function, _ = fitted(*observed(n=400))
+    assert cosine(value_function.gradient(torch.zeros(K)).numpy(), SLOPE) > 0.9
+
+
+def test_saved_and_loaded_it_predicts_the_same(tmp_path):
+    value_function = fitted(*observed(), hidden_size=16, num_members=3)[0]
+    value_function.save_pretrained(tmp_path)
+    loaded = ValueFunction.from_pretrained(tmp_path)
+    z = torch.randn(4, K)
+    assert loaded.num_members == 3
+    for first, second in zip(value_function.predict(z), loaded.predict(z), strict=True):
+        assert torch.equal(first, second)
+    assert torch.equal(value_function.gradient(z), loaded.gradient(z))
