@@ -14,6 +14,7 @@ from .ledger import Ledger
 from .metric import Metric
 from .observation import Observation
 from .phi import FiLM, PhiSpace, Subset
+from .seq2seq import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
 from .trainer import MetricOptTrainer
 from .trajectory import Trajectory
 from .value import ValueFunction
@@ -31,6 +32,8 @@ __all__ = [
     "MetricError",
     "MetricOptConfig",
     "MetricOptError",
+    "MetricOptSeq2SeqConfig",
+    "MetricOptSeq2SeqTrainer",
     "MetricOptTrainer",
     "Observation",
     "PhiError",

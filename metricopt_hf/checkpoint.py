@@ -77,8 +77,7 @@ def load(folder: str | os.PathLike) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"The guidance state in {folder} cannot be read ({type(error).__name__}: {error}). "
-            "Resume from the checkpoint before it."
+            f"The guidance state in {folder} cannot be read ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -119,10 +118,13 @@ def readable(folder: str | os.PathLike | None) -> Iterator[None]:
 
 def _before(folder: Path) -> str:
     """The remedy: the last checkpoint in front of this one."""
-    steps = {int(p.name.removeprefix("checkpoint-")): p for p in folder.parent.glob("checkpoint-[0-9]*")}
-    own = folder.name.removeprefix("checkpoint-")
-    earlier = [step for step in steps if own.isdigit() and step < int(own)]
-    return f"Resume from {steps[max(earlier)]}." if earlier else "There is no earlier one beside it; start anew."
+
+    def step(path: Path) -> int:
+        number = path.name.removeprefix("checkpoint-")
+        return int(number) if number.isdigit() else -1
+
+    earlier = [path for path in folder.parent.glob("checkpoint-*") if 0 <= step(path) < step(folder)]
+    return f"Resume from {max(earlier, key=step)}." if earlier else "There is no earlier one beside it; start anew."
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -12,8 +11,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .errors import ConfigurationError
-
-logger = logging.getLogger(__name__)
 
 
 def cut(dataset: Any, size: int | None, seed: int) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -103,14 +103,16 @@ class Observer:
             yield
 
 
-def on_main(evaluate: Callable[[], float], rank: int, world_size: int) -> float:
-    """`evaluate()` on rank 0 alone, its answer or its `MetricError` on all ranks."""
+def on_main(evaluator: Evaluator, purpose: str, rank: int, world_size: int) -> float:
+    """`evaluator.evaluate(purpose)` on rank 0 alone; its answer or its `MetricError`, and the charge, on all ranks."""
     outcome: list = [None]
     if rank == 0:
         try:
-            outcome = [evaluate()]
+            outcome = [evaluator.evaluate(purpose)]
         except MetricError as error:
             outcome = [error]
+    else:
+        evaluator.ledger.add(purpose, 1, 0.0)
     if world_size > 1:
         broadcast_object_list(outcome)
     if isinstance(outcome[0], MetricError):

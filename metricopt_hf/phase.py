@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 # a score this many times the range of all earlier ones away from them is taken for a fault of the metric
 OUTLIER_RANGES = 20
-MIN_OBSERVATIONS_FOR_OUTLIERS = 16
+MIN_SCORES_FOR_OUTLIERS = 16
+OUTLIER = "The metric returned {}, far outside of everything that it returned so far."
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,12 @@ class MetricPhase:
         if self.selector is None:
             return
         try:
-            score = on_main(lambda: self.selector.evaluate("select"), self.observer.rank, self.observer.world_size)
+            score = on_main(self.selector, "select", self.observer.rank, self.observer.world_size)
+            if self._outlier(score):
+                raise MetricError(OUTLIER.format(score))
         except MetricError as error:
             self._failed([str(error)], succeeded=0)
             return
-        finally:
-            if self.observer.rank:
-                self.ledger.add("select", 1, 0.0)
         self.curve_score = score
         if self.selection.phi is None or self.metric.sign * (score - self.selection.score) > 0:
             self.selection = Selection(self.phi.read(), score, step)
@@ -208,22 +208,20 @@ class MetricPhase:
 
     def _observe(self, step: int, count: int) -> None:
         observations, errors = self.observer.observe(self.coordinates, step, count)
-        usable = [o for o in observations if not self._outlier(o)]
-        errors += [
-            f"The metric returned {o.score}, far outside of everything that it returned so far."
-            for o in observations
-            if self._outlier(o)
-        ]
+        usable = [o for o in observations if not self._outlier(o.score)]
+        errors += [OUTLIER.format(o.score) for o in observations if self._outlier(o.score)]
         self._failed(errors, succeeded=len(usable))
         if usable and self.guide.off is None:
             self.trajectory.extend(usable)
             self.guide.learn(self.trajectory)
 
-    def _outlier(self, observation: Observation) -> bool:
-        scores = self.trajectory.scores
-        if len(scores) < MIN_OBSERVATIONS_FOR_OUTLIERS or np.ptp(scores) == 0:
+    def _outlier(self, score: float) -> bool:
+        """Whether `score` lies so far from all earlier ones, on either split, that it is taken for a fault."""
+        selections = [entry["selection"] for entry in self.curve if entry["selection"] is not None]
+        scores = np.append(self.trajectory.scores, selections)
+        if len(scores) < MIN_SCORES_FOR_OUTLIERS or np.ptp(scores) == 0:
             return False
-        return abs(observation.score - np.median(scores)) > OUTLIER_RANGES * np.ptp(scores)
+        return abs(score - np.median(scores)) > OUTLIER_RANGES * np.ptp(scores)
 
     def _failed(self, errors: list[str], succeeded: int) -> None:
         """Count failed calls; a run goes on without guidance rather than end."""

@@ -72,6 +72,7 @@ class PrefixCache:
         self._calls: tuple[Call, ...] | None = None  # the prefix, in order; None: not tried yet, (): not cached
         self._needed: set[Call] = set()
         self._kept: dict[int, dict[Call, Kept]] = {}  # by batch; nothing where replaying would be wrong or too large
+        self._passes: dict[int, int] = {}  # by batch, how often the model was called
 
     @property
     def active(self) -> bool:
@@ -85,11 +86,13 @@ class PrefixCache:
         if not self.active:
             return run(index)
         if index in self._kept:
-            with self._replayed(self._kept[index]):
-                return run(index)
+            with self._returned() as returned, self._replayed(self._kept[index]):
+                result = run(index)
+            # one that generates may go on for longer at this phi, without what skipped modules would have noted
+            return result if len(returned) == self._passes[index] else run(index)
         with self._returned() as expected:
             result, outputs = self._record(lambda: run(index))
-        self._kept[index] = {}
+        self._kept[index], self._passes[index] = {}, len(expected)
         size = nbytes([outputs.get(call) for call in self._needed])
         # a batch may take another way through the model, or use what the batch that was tried did not
         if size <= self._room and tuple(outputs) == self._calls:

@@ -453,7 +453,7 @@ class MetricOptTrainer(Trainer):
         """The metric's first call, before any training time is spent."""
         evaluator = self.phase.observer.evaluator
         try:
-            score = on_main(lambda: evaluator.evaluate("check"), self.args.process_index, self.args.world_size)
+            score = on_main(evaluator, "check", self.args.process_index, self.args.world_size)
         except MetricError as error:
             raise MetricError(
                 f"{error}\nThis was the first call of the metric, on the observation set, before training; nothing "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metricopt_hf import CheckpointError
-from metricopt_hf.checkpoint import JSON_FILE, TENSORS_FILE, load, save
+from metricopt_hf.checkpoint import JSON_FILE, TENSORS_FILE, check, load, readable, save
 
 SHARED = torch.arange(6.0)
 
@@ -120,3 +120,54 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     with pytest.raises(CheckpointError, match=re.escape(str(folder))):
         load(folder)
     load(other)
+
+
+# ---- before a resume
+
+
+def trainer_checkpoint(folder, step):
+    """A folder as Trainer leaves it, which writes its state last."""
+    save(state(), folder / f"checkpoint-{step}")
+    (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    return folder / f"checkpoint-{step}"
+
+
+def test_a_whole_checkpoint_can_be_resumed(tmp_path):
+    check(trainer_checkpoint(tmp_path, 10))
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"), [(JSON_FILE, "no guidance state"), ("trainer_state.json", "not written to its end")]
+)
+def test_an_unfinished_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, missing, reason):
+    for step in (8, 20, 100):
+        trainer_checkpoint(tmp_path, step)
+    last = trainer_checkpoint(tmp_path, 30)
+    (last / missing).unlink()
+    with pytest.raises(CheckpointError, match=f"{reason}.*Resume from .*checkpoint-20\\."):
+        check(last)
+
+
+@pytest.mark.parametrize("damage", ["truncated tensors", "truncated json", "tensors of another checkpoint"])
+def test_a_damaged_checkpoint_is_refused_before_it_is_resumed(tmp_path, damage):
+    first, last = trainer_checkpoint(tmp_path, 10), trainer_checkpoint(tmp_path, 20)
+    DAMAGE[damage](last, first)
+    with pytest.raises(CheckpointError, match="Resume from .*checkpoint-10"):
+        check(last)
+
+
+def test_other_folders_beside_it_do_not_matter(tmp_path):
+    (tmp_path / "checkpoint-5-of-another-run").mkdir()
+    only = trainer_checkpoint(tmp_path, 10)
+    (only / TENSORS_FILE).unlink()
+    with pytest.raises(CheckpointError, match="no earlier one"):
+        check(only)
+
+
+def test_errors_of_reading_become_checkpoint_errors_and_others_stay(tmp_path):
+    with pytest.raises(CheckpointError, match="cut short"), readable(tmp_path):
+        raise EOFError("cut short")
+    with pytest.raises(EOFError), readable(None):  # nothing is being resumed
+        raise EOFError("cut short")
+    with pytest.raises(ZeroDivisionError), readable(tmp_path):
+        raise ZeroDivisionError

@@ -110,7 +110,7 @@ def test_a_guide_is_judged_before_it_is_told(name):
     guide = started(name)
     asked = []
     predict = guide.predict
-    guide.predict = lambda z: asked.append(fits) or predict(z)
+    guide.predict = lambda z: asked.append((fits, len(z))) or predict(z)
     fits = 0
     fit = guide.fit
 
@@ -121,7 +121,7 @@ def test_a_guide_is_judged_before_it_is_told(name):
 
     guide.fit = counted
     taught(guide, rounds=3)
-    assert asked == [0, 1, 2]
+    assert asked == [(0, 8), (1, 8), (2, 8)]  # of the last round, before it was fitted to it
 
 
 @pytest.mark.parametrize("name", GUIDES)

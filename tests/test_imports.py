@@ -13,7 +13,7 @@ FLOORS = {
     1: {"phi", "metric", "metrics", "prefix_cache", "evaluator", "data", "checkpoint", "trajectory", "value", "trust"}
     | {"blend"},
     2: {"basis", "guide", "observer", "phase"},
-    3: {"config", "optimization", "trainer"},
+    3: {"config", "optimization", "trainer", "seq2seq"},
     4: {"posthoc", "report", "comparison"},  # and the benchmarks and examples
 }
 # On one floor rooms are strangers, but for these.
@@ -22,6 +22,7 @@ NEIGHBOURS = {
     "evaluator": {"metric", "prefix_cache"},
     "phase": {"guide", "observer"},
     "trainer": {"config", "optimization"},
+    "seq2seq": {"config", "trainer"},
     "comparison": {"posthoc", "report"},
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

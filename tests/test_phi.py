@@ -146,6 +146,8 @@ def build(name):
             module.running_var.uniform_(0.5, 2)
         if hasattr(module, "weight") and "norm" in type(module).__name__.lower():
             nn.init.uniform_(module.weight, 0.5, 1.5)
+            if getattr(module, "bias", None) is not None:
+                nn.init.normal_(module.bias, 0, 0.2)
     return model, make_inputs()
 
 
@@ -320,6 +322,12 @@ def test_a_subset_that_matches_nothing_names_parameters_that_exist():
         Subset(tiny_bert(), "nowhere")
     with pytest.raises(PhiError, match="no regular expression"):
         Subset(tiny_bert(), "(")
+
+
+def test_whole_numbers_are_no_part_of_a_subset():
+    model = nn.Linear(2, 3)
+    model.register_parameter("steps", nn.Parameter(torch.zeros(4, dtype=torch.int64), requires_grad=False))
+    assert Subset(model, ".").names == ("weight", "bias")
 
 
 def lora():

@@ -71,6 +71,14 @@ def test_rounds_that_say_nothing_are_no_evidence(scores):
     assert np.isnan(trust.correlation)
 
 
+def test_a_round_of_constant_predictions_is_outlived():
+    trust, scores = Trust(), np.arange(8.0)
+    trust.update(np.zeros(8), scores)
+    for _ in range(20):
+        trust.update(scores, scores)
+    assert trust.value()[0] > 0.5
+
+
 def test_the_state_holds_everything():
     first, second = judged(noise), Trust()
     second.load_state_dict(first.state_dict())

@@ -1,0 +1,103 @@
+"""Run by torchrun from test_distributed.py: what has to hold on every rank. Not a test module of its own."""
+
+import hashlib
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from helpers import Texts, tiny_bert, true_class_probability
+
+from metricopt_hf import MetricOptConfig, MetricOptTrainer
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+folder = sys.argv[1]
+
+
+def digest(*tensors):
+    return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def same_on_all_ranks(value):
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    assert all(v == values[0] for v in values), values
+
+
+class Checked(MetricOptTrainer):
+    """At every step: phi, guide and blended gradient are the same bits on all ranks."""
+
+    steps = 0
+
+    def _guide_update(self, step):
+        super()._guide_update(step)
+        direction = self.phase.guide.direction(self.phi.read())
+        same_on_all_ranks(
+            digest(self.phi.read(), self.phi.read_grad(), direction.vector, *self.value_function.state_dict().values())
+        )
+        same_on_all_ranks([direction.trust, direction.reason, [o.score for o in self.observations]])
+        self.steps += 1
+
+
+def run(name, **kwargs):
+    sizes = []
+
+    def metric(prediction):
+        sizes.append(len(prediction.label_ids))
+        return true_class_probability(prediction)
+
+    model = tiny_bert()
+    model.accepts_loss_kwargs = False
+    args = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", 1)),
+        "learning_rate": 1e-2,
+        "metric_call_budget": 36,
+        "observations_per_step": 5,
+        "observe_steps": 1,
+        "metric_start_ratio": 0.25,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "greater_is_better": True,
+        "optim": "sgd",
+        "phi_coordinates": "random",
+    }
+    trainer = Checked(
+        model,
+        MetricOptConfig(folder, **{**args, **kwargs}),
+        train_dataset=Texts(160, seed=1),
+        observation_dataset=Texts(41, seed=3),
+        selection_dataset=Texts(37, seed=4),
+        metric=metric,
+    )
+    trainer.train()
+    ledger = dict(trainer.ledger.calls)
+    same_on_all_ranks(ledger)
+    assert set(sizes) <= {41, 37}, sizes  # the whole set, once each, without padding duplicates
+    counts = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, len(sizes))
+    assert sum(counts) == sum(ledger.values())
+    if dist.get_world_size() > 1:
+        assert counts[1] == sum(1 for i in range(36) if i % 5 % 2), counts  # observations were shared out
+    assert trainer.steps == 12 - trainer._metric_start
+    if trainer.is_world_process_zero():
+        scores = [o.score for o in trainer.observations]
+        result = {"phi": trainer.phase.last_phi.tolist(), "scores": scores, "calls": ledger}
+        with open(os.path.join(folder, f"{name}-{dist.get_world_size()}.json"), "w") as file:
+            json.dump(result, file)
+
+
+if not dist.is_initialized():
+    dist.init_process_group("gloo")
+assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
+run("two_phases")
+run("metric_phase_alone", metric_start_ratio=0.0)
+run("gradient_pca", phi_coordinates="gradient_pca", gradient_accumulation_steps=2, phi_dim=3, max_grad_norm=0.1)
+run("bf16", bf16=True, optim="adamw_torch")
+dist.barrier()
+print(f"all asserts held on {dist.get_world_size()} ranks", flush=True)
+dist.destroy_process_group()

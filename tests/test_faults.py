@@ -1,0 +1,171 @@
+"""The black box misbehaves: nothing is lost, everything is counted and said."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
+
+from metricopt_hf import MetricError, MetricOptConfig, MetricOptTrainer
+
+
+def make(folder, metric, **kwargs):
+    defaults = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "metric_start_ratio": 0,
+        "metric_call_budget": 24,
+        "observe_steps": 2,
+        "observations_per_step": 4,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "greater_is_better": True,
+        "phi_dim": 4,
+    }
+    return MetricOptTrainer(
+        tiny_bert(),
+        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        train_dataset=Texts(160, seed=1),
+        observation_dataset=Texts(40, seed=3),
+        selection_dataset=Texts(40, seed=4),
+        metric=metric,
+    )
+
+
+class Box:
+    """The mean probability of the right class, except on the calls in `faulty`, which do `fault`."""
+
+    def __init__(self, fault, faulty):
+        self.fault, self.faulty, self.calls = fault, faulty, 0
+
+    def __call__(self, prediction):
+        self.calls += 1
+        if self.calls - 1 in self.faulty:
+            return self.fault(prediction)
+        return {"score": true_class_probability(prediction), "other": 0.0}
+
+
+def raises(prediction):
+    raise RuntimeError("the service is down")
+
+
+FAULTS = {
+    "raises": (raises, "service is down"),
+    "nan": (lambda p: float("nan"), "nan"),
+    "inf": (lambda p: np.float32("inf"), "inf"),
+    "string": (lambda p: "0.5", "one number"),
+    "no key": (lambda p: {"a": 1.0, "b": 2.0}, "none of which"),
+    "none": (lambda p: None, "one number"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault):
+    function, message = FAULTS[fault]
+    trainer = make(tmp_path, Box(function, {0}), metric_key="score")
+    with pytest.raises(MetricError, match=message) as caught:
+        trainer.train()
+    assert "before training" in str(caught.value)
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_later_fault_drops_the_observation_and_is_counted(tmp_path, fault, caplog):
+    function, message = FAULTS[fault]
+    box = Box(function, {4, 9, 10})
+    trainer = make(tmp_path, box, metric_key="score", logging_steps=12)
+    trainer.train()
+    assert trainer.phase.failures == 3
+    assert message in caplog.text
+    calls = trainer.ledger.calls
+    assert calls["observe"] == 24 and box.calls == sum(calls.values())  # a call that failed was made
+    failed_observations = 24 - len(trainer.observations)
+    assert 1 <= failed_observations <= 3
+    assert trainer.phase.guide.off is None
+    assert trainer.state.log_history[-2]["metricopt/failed_calls"] == 3
+
+
+def test_after_many_in_a_row_guidance_is_switched_off_and_training_goes_on(tmp_path, caplog):
+    trainer = make(tmp_path, Box(raises, set(range(1, 1000))), max_metric_failures=5, metric_key="score")
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert "switched off" in caplog.text
+    assert trainer.phase.guide.direction(trainer.phase.last_phi).reason.startswith("switched off: the metric failed")
+    assert trainer.ledger.calls["observe"] < 12  # not called on and on
+
+    loss_only = make(tmp_path, true_class_probability, value_weight=0, metric_call_budget=0)
+    loss_only.train()
+    assert torch.equal(loss_only.phase.last_phi, trainer.phase.last_phi)
+
+
+def test_numpy_and_torch_scalars_are_numbers(tmp_path):
+    kinds = [np.float32, np.float64, torch.tensor, lambda x: {"score": torch.tensor([x])}, float]
+
+    def metric(prediction):
+        metric.calls += 1
+        return kinds[metric.calls % len(kinds)](true_class_probability(prediction))
+
+    metric.calls = 0
+    trainer = make(tmp_path, metric)
+    trainer.train()
+    assert trainer.phase.failures == 0 and len(trainer.observations) == 24
+
+
+def test_a_value_far_outside_all_earlier_ones_is_dropped(tmp_path, caplog):
+    trainer = make(tmp_path, Box(lambda p: 1e6, {26, 27}), metric_call_budget=32, max_steps=16, metric_key="score")
+    trainer.train()
+    assert trainer.phase.failures == 2
+    assert "far outside" in caplog.text
+    assert max(o.score for o in trainer.observations) < 1
+
+
+def test_a_call_beyond_the_timeout_is_abandoned_and_none_is_made_before_it_is_back(tmp_path, caplog):
+    running = []
+
+    def slow(prediction):
+        assert not running, "called while an earlier call was running"
+        running.append(1)
+        time.sleep(0.6)
+        running.clear()
+        return 0.5
+
+    trainer = make(tmp_path, Box(slow, {6}), metric_timeout=0.3, metric_key="score", max_metric_failures=100)
+    trainer.train()
+    assert "longer than metric_timeout" in caplog.text
+    assert trainer.phase.failures >= 1
+    time.sleep(0.7)
+    before = trainer.phase.failures
+    trainer.phase.observer.evaluator.evaluate("offline")  # it is back: calls work again
+    assert trainer.phase.failures == before
+
+
+def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path):
+    """It prints, changes its inputs, and reseeds every generator; the run is the same as without."""
+
+    def rude(prediction):
+        value = true_class_probability(prediction)
+        print("hello from the metric")
+        prediction.predictions[...] = 0
+        prediction.label_ids[...] = 0
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        return value
+
+    polite, other = make(tmp_path, true_class_probability), make(tmp_path, rude)
+    polite.train()
+    other.train()
+    assert_equal_weights(weights(polite.model), weights(other.model))
+    assert [o.score for o in polite.observations] == [o.score for o in other.observations]
+
+
+def test_a_selection_that_fails_costs_a_candidate_not_the_run(tmp_path):
+    trainer = make(tmp_path, Box(raises, {1}), metric_key="score")  # call 0 is the check, call 1 the first selection
+    trainer.train()
+    assert trainer.phase.curve[0]["selection"] is None
+    assert trainer.phase.selection.step > 0
