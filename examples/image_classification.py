@@ -33,6 +33,7 @@ from time import perf_counter
 import datasets
 import numpy as np
 import timm
+import torch
 from scipy.ndimage import uniform_filter
 from sklearn.datasets import load_digits
 from transformers import (
@@ -423,6 +424,8 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
     for name in (__name__, "metricopt_hf.comparison"):
         logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
 
+    if data.dataset_name is None:
+        torch.set_num_threads(1)  # so small a model is slower on several, and far slower beside other work
     since, runs = perf_counter(), []
     kept_method = "metricopt" if "metricopt" in study.methods else study.methods[-1]
     for seed in study.seeds:

@@ -50,13 +50,13 @@ def worst_class_recall(prediction) -> dict[str, float]:
 
 
 def true_class_probability(prediction) -> float:
-    """Mean probability of the right class: moves with every change of phi, as class counts of an untrained net do not."""
+    """Mean probability of the right class: moves with every change of phi, as an untrained net's hits do not."""
     probabilities = torch.softmax(torch.as_tensor(prediction.predictions), -1).numpy()
     return float(probabilities[np.arange(len(probabilities)), prediction.label_ids].mean())
 
 
 class Quadratic(nn.Module):
-    """loss = |w - a|^2 / 2 averaged over the batch's targets a; the metric is -|w - b|^2, which the loss does not see."""
+    """loss = |w - a|^2 / 2 over the batch's targets a; the metric, |w - b|^2, is another one."""
 
     def __init__(self, dim: int = 6):
         super().__init__()

@@ -193,7 +193,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_weights(tmp_path):
     script.write_text(textwrap.dedent(SCRIPT).format(tests=os.path.dirname(__file__), folder=str(folder)))
     draw = random.Random(0)
     kills = 0
-    for attempt in range(40):
+    for _ in range(40):
         process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
         if kills < 10:
             for line in process.stdout:

@@ -1,6 +1,5 @@
 """Metrics of generated texts, with a tiny T5."""
 
-import numpy as np
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
