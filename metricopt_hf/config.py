@@ -119,7 +119,7 @@ class MetricOptConfig(TrainingArguments):
         metadata={"help": "Metric calls in a round: antithetic pairs, and, if odd, one at phi itself."},
     )
     explore_std: float = field(
-        default=0.12, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
+        default=0.06, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
     )
     observation_size: int | None = field(
         default=None,

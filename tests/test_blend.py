@@ -27,7 +27,7 @@ def test_the_unit_of_the_metric_does_not_matter_and_that_of_the_loss_carries_ove
         (G, V, 0.0, 1.0),
         (G, V, 1.0, 0.0),
         (G, V * float("nan"), 1.0, 1.0),
-        (G, V * float("inf"), 1.0, 1.0),
+        (G, torch.tensor([0.0, float("inf"), 0.0]), 1.0, 1.0),
     ],
     ids=["no task gradient", "no value gradient", "no trust", "no weight", "nan direction", "infinite direction"],
 )

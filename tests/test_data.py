@@ -116,8 +116,17 @@ def test_a_group_s_batch_holds_one_class(kind, name):
     assert all(len(set(batch)) == 4 for batch in batches)
 
 
-def test_trainers_name_for_labels_finds_the_column_that_will_be_renamed():
-    batches = list(data.group_batches(table(name="label"), "labels", 100, collate, generator()))
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_group_s_batch_is_seeded(kind):
+    def drawn(seed):
+        return list(data.group_batches(MAKE[kind](), "labels", 4, collate, generator(seed)))
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_trainers_name_for_labels_finds_the_column_that_will_be_renamed(kind):
+    batches = list(data.group_batches(MAKE[kind](name="label"), "labels", 100, collate, generator()))
     assert [len(batch) for batch in batches] == [7, 7, 6]  # a small class is taken whole
 
 

@@ -37,8 +37,9 @@ def test_an_unknown_purpose_is_a_mistake():
 def test_a_resumed_ledger_goes_on_counting():
     first, second = Ledger(budget=10), Ledger(budget=10)
     first.add("observe", 4, 1.5)
-    second.load_state_dict(first.state_dict())
+    state = first.state_dict()
     first.add("observe", 1, 1)  # the state is no view of the ledger
+    second.load_state_dict(state)
     second.add("observe", 2, 0.5)
     assert second.calls["observe"] == 6 and second.seconds["observe"] == 2.0 and second.remaining == 4
 

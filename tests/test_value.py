@@ -53,9 +53,14 @@ def test_the_gradient_points_where_the_function_rises(function):
 
 def test_predictions_are_in_the_metrics_own_unit():
     z, scores, variances = observed()
-    mean, std = fitted(z, scores, variances)[0].predict(torch.as_tensor(z))
-    assert np.sqrt(np.mean((mean.numpy() - linear(z)) ** 2)) < 0.25 * scores.std()
-    assert 0.1 < float(std.mean()) < 0.5 * scores.std()  # of the size of the noise
+    mean, _ = fitted(z, 50 + scores, variances)[0].predict(torch.as_tensor(z))
+    assert np.sqrt(np.mean((mean.numpy() - 50 - linear(z)) ** 2)) < 0.25 * scores.std()
+
+
+def test_the_spread_is_at_least_that_of_a_noisy_metric():
+    z = torch.as_tensor(observed()[0])
+    quiet, noisy = (fitted(*observed(noise=noise, n=400))[0].predict(z)[1].mean() for noise in (0.1, 2.0))
+    assert quiet < 0.5 and 1.5 < noisy < 3.5
 
 
 def test_another_unit_of_the_metric_gives_the_same_function_in_that_unit():
@@ -175,7 +180,10 @@ def test_data_without_any_spread_gives_finite_predictions(constant):
 
 def test_very_many_observations_are_taken_in_batches(monkeypatch):
     monkeypatch.setitem(fit.__globals__, "BATCH_SIZE", 64)
-    value_function, _ = fitted(*observed(n=400))
+    value_function, sizes = ValueFunction(K), []
+    value_function.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    fit(value_function, *observed(n=400), generator(), steps=200)
+    assert set(sizes[:200]) == {64}
     assert cosine(value_function.gradient(torch.zeros(K)).numpy(), SLOPE) > 0.9
 
 
