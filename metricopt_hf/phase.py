@@ -21,7 +21,6 @@ from .errors import MetricError
 from .evaluator import Evaluator
 from .guide import Direction, Guide
 from .metric import Metric
-from .observation import Observation
 from .observer import Observer, on_main
 from .phi import Coordinates, PhiSpace
 from .trajectory import Trajectory

@@ -8,17 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import checkpoint, data
+from . import checkpoint, data, preflight
 from . import guide as guides
-from . import metric as metrics
 from . import phi as spaces
 from .basis import make_coordinates
-from .config import MetricOptConfig
 from .errors import ConfigurationError, MetricError
 from .evaluator import BatchOutput, Evaluator, undisturbed
 from .guide import Guide
@@ -83,16 +80,18 @@ class MetricOptTrainer(Trainer):
         self.phase: MetricPhase | None = None
         self._training_phi = False
         super().__init__(*args, **kwargs)
-        self._given_metric, self._given_phi, self._given_guide = metric, phi, guide
+        self._given_phi, self._given_guide = phi, guide
         self._given_value_function = value_function
         self.observation_dataset, self.selection_dataset = observation_dataset, selection_dataset
         self._ignore_keys: list[str] | None = None
-        self.metric = self._resolve_metric()
+        self.metric = preflight.resolve_metric(metric, self.args, self.compute_metrics, self.eval_dataset)
         if self.metric is not None:
-            self._check_supported()
-            self._split()
+            preflight.check_supported(self.args, self.accelerator.distributed_type)
+            self.observation_dataset, self.selection_dataset = preflight.split(
+                observation_dataset, selection_dataset, self.eval_dataset, self.args
+            )
             self.phi = self._build_phi(self.model)
-            self._check_optimizers()
+            preflight.check_holds_phi(self.optimizer, self.phi)
 
     # What a user reads
 
@@ -284,95 +283,6 @@ class MetricOptTrainer(Trainer):
     @property
     def _parallel(self) -> bool:
         return self.args.world_size > 1
-
-    def _resolve_metric(self) -> Metric | None:
-        metric = self._given_metric
-        if not isinstance(self.args, MetricOptConfig):
-            if metric is not None or (self.compute_metrics is not None and self._metric_name() is not None):
-                raise ConfigurationError(
-                    f"MetricOptTrainer needs its arguments as MetricOptConfig, got {type(self.args).__name__}: "
-                    "change the class name there too; all fields stay."
-                )
-            return None
-        args = self.args
-        metric = metric if metric is not None else args.metric_name_or_path
-        if metric is not None:
-            better = True if isinstance(metric, Metric) else args.resolved_greater_is_better
-            return metrics.resolve(
-                metric, better, args.metric_inputs, args.metric_key, args.metric_kwargs, args.metric_timeout
-            )
-        name = self._metric_name()
-        if self.compute_metrics is None or name is None:
-            return None
-        function = metrics.whole_set(self.compute_metrics) if args.batch_eval_metrics else self.compute_metrics
-        return Metric(function, name, args.resolved_greater_is_better, args.metric_timeout)
-
-    def _metric_name(self) -> str | None:
-        """`metric_for_best_model` without the name of an eval set; None where it is the loss, trained anyway."""
-        name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
-        if (part := self._eval_part()) is not None:
-            name = name.removeprefix(f"{part}_")
-        return None if name == "loss" else name
-
-    def _eval_part(self) -> str | None:
-        """Which of a dict of eval sets `metric_for_best_model` speaks of; the first where it names none."""
-        if not isinstance(self.eval_dataset, dict):
-            return None
-        name = (self.args.metric_for_best_model or "").removeprefix("eval_")
-        named = [part for part in self.eval_dataset if name.startswith(f"{part}_")]
-        return max(named, key=len) if named else next(iter(self.eval_dataset))
-
-    def _check_supported(self) -> None:
-        """Refuse by name what cannot work or was never tested."""
-        self.args.check_optimizer()
-        reasons = {
-            DistributedType.DEEPSPEED: "its engine steps inside the backward pass, before gradients can be blended",
-            DistributedType.FSDP: "ranks observe different phi at once, which a sharded model cannot compute",
-        }
-        kind = self.accelerator.distributed_type
-        if kind in reasons:
-            raise ConfigurationError(f"{kind.value} cannot be guided: {reasons[kind]}. Use DDP, or no metric.")
-        if self.args.n_gpu > 1:
-            raise ConfigurationError(
-                "Several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
-                "`torchrun --nproc_per_node N script.py`, or set CUDA_VISIBLE_DEVICES to one of them."
-            )
-
-    def _check_optimizers(self) -> None:
-        """An optimizer of the user's own must hold phi."""
-        if self.optimizer is None:
-            return
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        missing = [n for n, p in zip(self.phi.names, self.phi.parameters, strict=True) if id(p) not in held]
-        if missing:
-            raise ConfigurationError(
-                f"The optimizer given does not hold {', '.join(missing[:4])} of phi: build phi first "
-                "(`phi = FiLM(model)`), then the optimizer over model.parameters(), and pass both; or let the trainer "
-                "make the optimizer."
-            )
-
-    def _split(self) -> None:
-        if self.observation_dataset is not None and self.selection_dataset is not None:
-            return
-        part = self._eval_part()
-        source = self.eval_dataset if part is None else self.eval_dataset[part]
-        if source is None:
-            raise ConfigurationError(
-                "The metric has to be observed somewhere: pass eval_dataset, or observation_dataset and "
-                "selection_dataset."
-            )
-        if self.observation_dataset is None and self.selection_dataset is None:
-            self.observation_dataset, self.selection_dataset = data.cut(
-                source, self.args.observation_size, self.args.seed
-            )
-        elif self.observation_dataset is None:
-            self.observation_dataset = source
-        else:
-            self.selection_dataset = source
-        logger.warning(
-            "eval_dataset serves the metric guidance (observation, selection), so what evaluate() reports on it is not "
-            "held out. Pass observation_dataset and selection_dataset, or report on another set."
-        )
 
     def _build_phi(self, model: nn.Module) -> PhiSpace:
         given = self._given_phi

@@ -11,10 +11,6 @@ from helpers import Texts, tiny_bert, true_class_probability
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 
-torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)
-folder = sys.argv[1]
-
 
 def digest(*tensors):
     return hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in tensors)).hexdigest()
@@ -41,7 +37,7 @@ class Checked(MetricOptTrainer):
         self.steps += 1
 
 
-def run(name, **kwargs):
+def run(name, folder, **kwargs):
     sizes = []
 
     def metric(prediction):
@@ -91,13 +87,23 @@ def run(name, **kwargs):
             json.dump(result, file)
 
 
-if not dist.is_initialized():
-    dist.init_process_group("gloo")
-assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
-run("two_phases")
-run("metric_phase_alone", metric_start_ratio=0.0)
-run("gradient_pca", phi_coordinates="gradient_pca", gradient_accumulation_steps=2, phi_dim=3, max_grad_norm=0.1)
-run("bf16", bf16=True, optim="adamw_torch")
-dist.barrier()
-print(f"all asserts held on {dist.get_world_size()} ranks", flush=True)
-dist.destroy_process_group()
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    assert dist.get_world_size() == int(os.environ["WORLD_SIZE"])
+    run("two_phases", sys.argv[1])
+    run("metric_phase_alone", sys.argv[1], metric_start_ratio=0.0)
+    run(
+        "gradient_pca",
+        sys.argv[1],
+        phi_coordinates="gradient_pca",
+        gradient_accumulation_steps=2,
+        phi_dim=3,
+        max_grad_norm=0.1,
+    )
+    run("bf16", sys.argv[1], bf16=True, optim="adamw_torch")
+    dist.barrier()
+    print(f"all asserts held on {dist.get_world_size()} ranks", flush=True)
+    dist.destroy_process_group()

@@ -213,7 +213,7 @@ def test_guides_that_know_nothing_are_followed_less_than_one_that_learns():
             values.append(guide.direction(torch.zeros(D)).trust)
         return np.mean(values)
 
-    assert mean_trust("value function") > 0.4 > 2 * max(mean_trust("shuffled"), mean_trust("random"))
+    assert mean_trust("value function") > 0.3 > 2 * max(mean_trust("shuffled"), mean_trust("random"))
 
 
 def test_a_value_function_of_another_size_is_refused():

@@ -5,7 +5,8 @@ import torch
 from accelerate.utils import DistributedType
 from test_trainer import Recorder, Truth, bert_trainer, quadratic_trainer
 
-from metricopt_hf import ConfigurationError, MetricOptTrainer
+from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.preflight import check_supported
 
 
 class Scaled(MetricOptTrainer):
@@ -71,15 +72,13 @@ def test_bf16_autocast(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
-def test_what_cannot_be_guided_is_refused_with_the_reason(tmp_path, monkeypatch, kind):
-    trainer = bert_trainer(tmp_path)
-    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", kind)
+def test_what_cannot_be_guided_is_refused_with_the_reason(tmp_path, kind):
     with pytest.raises(ConfigurationError, match=f"{kind.value} cannot be guided: .*Use DDP"):
-        trainer._check_supported()
+        check_supported(MetricOptConfig(str(tmp_path), report_to=[]), kind)
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):
-    trainer = bert_trainer(tmp_path)
-    trainer.args._n_gpu = 2
+    args = MetricOptConfig(str(tmp_path), report_to=[])
+    args._n_gpu = 2
     with pytest.raises(ConfigurationError, match="torchrun"):
-        trainer._check_supported()
+        check_supported(args, DistributedType.NO)
