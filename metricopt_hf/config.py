@@ -142,19 +142,24 @@ class MetricOptConfig(TrainingArguments):
         self._direction_was_given = self.greater_is_better is not None
         super().__post_init__()
         checks = {
+            "metric_kwargs": (not isinstance(self.metric_kwargs, str), 'JSON, such as \'{"average": "macro"}\''),
+            "phi": (bool(self.phi), '"film", "adapter" or a regular expression over parameter names'),
             "metric_inputs": (self.metric_inputs in INPUTS, f"one of {', '.join(INPUTS)}"),
             "metric_timeout": (self.metric_timeout is None or self.metric_timeout > 0, "positive"),
             "metric_start_ratio": (0 <= self.metric_start_ratio < 1, "in [0, 1)"),
             "metric_call_budget": (self.metric_call_budget is None or self.metric_call_budget >= 0, "at least 0"),
             "max_metric_failures": (self.max_metric_failures >= 1, "at least 1"),
             "phi_coordinates": (self.phi_coordinates in COORDINATES, f"one of {', '.join(COORDINATES)}"),
-            "phi_dim": (self.phi_dim >= 1, "at least 1"),
+            "phi_dim": (self.phi_dim >= 1 and int(self.phi_dim) == self.phi_dim, "a whole number of at least 1"),
             "phi_learning_rate": (self.phi_learning_rate is None or self.phi_learning_rate > 0, "positive"),
             "guide": (self.guide in GUIDES, f"one of {', '.join(GUIDES)}"),
-            "value_weight": (self.value_weight >= 0, "at least 0 (the sign of the metric is greater_is_better's)"),
+            "value_weight": (
+                0 <= self.value_weight < float("inf"),
+                "at least 0 (the sign of the metric is greater_is_better's)",
+            ),
             "observe_steps": (self.observe_steps is None or self.observe_steps >= 1, "at least 1"),
             "observations_per_step": (self.observations_per_step >= 2, "at least 2, one antithetic pair"),
-            "explore_std": (self.explore_std > 0, "positive"),
+            "explore_std": (0 < self.explore_std < float("inf"), "positive"),
             "observation_size": (self.observation_size is None or self.observation_size >= 1, "at least 1"),
             "observation_cache_gb": (self.observation_cache_gb >= 0, "at least 0"),
         }

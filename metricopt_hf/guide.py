@@ -7,6 +7,7 @@ controls and yours, is judged by the same `Trust`.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,7 @@ class ValueFunctionGuide(Guide):
     """Follows the gradient of a value function fitted online to the observations.
 
     Args:
-        value_function: one to start from, fitted in the same coordinates; None: a new one.
+        value_function: a fitted one to start from, in the same coordinates; it is copied. None: a new one.
         shuffled: the control: fitted to the same observations with their scores shuffled anew at each fit.
     """
 
@@ -122,7 +123,9 @@ class ValueFunctionGuide(Guide):
                 f"The value function given has {self._given.num_coordinates} coordinates, this phi {coordinates.dim}."
             )
         self.fitted = self._given is not None
-        self.value_function = self._given or ValueFunction(coordinates.dim)
+        self.value_function = copy.deepcopy(self._given) or ValueFunction(
+            coordinates.dim
+        )  # the given one stays as it is
         if not self.fitted:
             self.value_function.reset_parameters(self.generator)
 

@@ -38,12 +38,14 @@ class Trust:
     def update(self, predicted: np.ndarray, observed: np.ndarray) -> None:
         """Take in one round: what the guide predicted, [n], and what was observed, [n], in the same unit and sign.
 
-        A round in which all observed scores are equal says nothing. Equal predictions are evidence of not predicting.
+        A round in which all observed scores are equal says nothing. Equal predictions, or such as are not finite, are
+        evidence of not predicting.
         """
         n = len(observed)
-        if n < 3 or np.ptp(observed) == 0:
+        if n < 2 or np.ptp(observed) == 0:
             return
-        correlation = 0.0 if np.ptp(predicted) == 0 else float(spearmanr(predicted, observed).statistic)
+        useful = np.isfinite(predicted).all() and np.ptp(predicted) > 0
+        correlation = float(spearmanr(predicted, observed).statistic) if useful else 0.0
         self.evidence = DISCOUNT * self.evidence + (n - 1)
         self.correlation_sum = DISCOUNT * self.correlation_sum + (n - 1) * correlation
 

@@ -63,7 +63,7 @@ def test_the_pooled_value_is_the_discounted_mean_less_a_standard_error():
     assert trust.value()[0] == pytest.approx(correlation - evidence**-0.5)
 
 
-@pytest.mark.parametrize("scores", [[], [1.0], [1.0, 2.0], [3.0, 3.0, 3.0, 3.0]])
+@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [3.0, 3.0, 3.0, 3.0]])
 def test_rounds_that_say_nothing_are_no_evidence(scores):
     trust = Trust()
     trust.update(np.arange(float(len(scores))), np.array(scores))
@@ -83,3 +83,20 @@ def test_the_state_holds_everything():
     first, second = judged(noise), Trust()
     second.load_state_dict(first.state_dict())
     assert second == first
+
+
+def test_predictions_that_are_not_finite_count_as_not_predicting_and_are_forgotten():
+    trust = Trust()
+    scores = np.arange(8.0)
+    trust.update(np.full(8, np.nan), scores)
+    assert trust.value() == (0.0, NOT_PREDICTIVE)
+    for _ in range(20):
+        trust.update(scores, scores)
+    assert trust.value()[0] > 0.5
+
+
+def test_a_round_of_one_pair_counts():
+    trust = Trust()
+    for _ in range(50):
+        trust.update(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+    assert trust.value()[0] > 0.5

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..errors import ValueFunctionError
 from .model import ValueFunction
 
 LEARNING_RATE = 1e-2
@@ -52,10 +53,12 @@ def fit(
         steps: optimizer steps.
 
     Raises:
-        ValueError: fewer than two observations, or something not finite.
+        ValueFunctionError: fewer than two observations, or something not finite.
     """
     if len(scores) < 2 or not (np.isfinite(z).all() and np.isfinite(scores).all()):
-        raise ValueError(f"A fit needs at least two observations and finite numbers, got {len(scores)} observations.")
+        raise ValueFunctionError(
+            f"A fit needs at least two observations and finite numbers, got {len(scores)} observations."
+        )
     known = np.isfinite(variances)
     noise = np.where(known, variances, variances[known].mean() if known.any() else 0.0)
     score_std = max(float(scores.std()), 1e-8)
