@@ -1,5 +1,7 @@
 """A PEFT model's adapter as phi: tuned, and saved as the adapter that it is."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import Texts, tiny_bert, true_class_probability
@@ -19,7 +21,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_an_adapter_is_tuned_and_saved_as_one(tmp_path, kind, ratio):
+def test_an_adapter_is_tuned_saved_and_pushed_as_one(tmp_path, monkeypatch, kind, ratio):
     model = peft.get_peft_model(tiny_bert(), CONFIGS[kind]())
     base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     trainer = MetricOptTrainer(
@@ -49,6 +51,16 @@ def test_an_adapter_is_tuned_and_saved_as_one(tmp_path, kind, ratio):
     assert len(trainer.observations) == 24
     assert all(torch.equal(base[n], p) for n, p in model.named_parameters() if n in base)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trainer.phi.names)
+
+    pushed = {}
+
+    def upload_folder(self, folder_path, **kwargs):
+        pushed.update({path.name: path for path in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    trainer.hub_model_id = "someone/adapter"
+    trainer.push_to_hub()
+    assert "adapter_model.safetensors" in pushed and "model.safetensors" not in pushed
 
     trainer.save_model(str(tmp_path / "final"))
     assert (tmp_path / "final" / "adapter_model.safetensors").exists()
