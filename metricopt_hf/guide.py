@@ -64,9 +64,14 @@ class Guide(ABC):
             self.trust.update(predicted, latest.scores)
         self.fit(trajectory)
 
+    @property
+    def standing(self) -> tuple[float, str]:
+        """Trust in [0, 1], 0 when switched off, and its reason."""
+        return self.trust.value() if self.off is None else (0.0, self.off)
+
     def direction(self, phi: Tensor) -> Direction:
         """Where to go from phi: [d]."""
-        trust, reason = self.trust.value() if self.off is None else (0.0, self.off)
+        trust, reason = self.standing
         if trust == 0:
             return Direction(torch.zeros_like(phi), 0.0, reason)
         ascent = self.ascent(phi)

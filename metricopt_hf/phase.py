@@ -115,19 +115,7 @@ class MetricPhase:
         count = int(min(self.observations_per_step, self.ledger.remaining))
         if count > 0 and self.guide.off is None:
             self._observe(step, count)
-        trust, reason = self.guide.trust.value() if self.guide.off is None else (0.0, self.guide.off)
-        self.curve.append(
-            {
-                "step": step,
-                "selection": self.curve_score,
-                "trust": trust,
-                "reason": reason,
-                "rank_correlation": self.guide.trust.correlation,
-                "observation_mean": float(np.mean(self.trajectory.last_round.scores)) if len(self.trajectory) else None,
-                "predicted": self._predicted(),
-                "calls": self.ledger.calls["observe"],
-            }
-        )
+        self._record(step)
 
     def correct(self) -> None:
         """Add the value gradient to the task gradient at phi."""
@@ -160,7 +148,7 @@ class MetricPhase:
         """The last phi is a candidate too; then the best one is put in place."""
         self.last_phi = self.phi.read()
         self.select(step)
-        self.curve.append({"step": step, "selection": self.curve_score, "trust": None, "predicted": self._predicted()})
+        self._record(step)
         if self.selection.phi is not None:
             self.phi.write(self.selection.phi)
             logger.info(
@@ -213,6 +201,22 @@ class MetricPhase:
         if usable and self.guide.off is None:
             self.trajectory.extend(usable)
             self.guide.learn(self.trajectory)
+
+    def _record(self, step: int) -> None:
+        """One more entry of the curve."""
+        trust, reason = self.guide.standing
+        self.curve.append(
+            {
+                "step": step,
+                "selection": self.curve_score,
+                "trust": trust,
+                "reason": reason,
+                "rank_correlation": self.guide.trust.correlation,
+                "observation_mean": float(np.mean(self.trajectory.last_round.scores)) if len(self.trajectory) else None,
+                "predicted": self._predicted(),
+                "calls": self.ledger.calls["observe"],
+            }
+        )
 
     def _outlier(self, score: float) -> bool:
         """Whether `score` lies so far from all earlier ones, on either split, that it is taken for a fault."""

@@ -235,8 +235,7 @@ def plot_run(
     above.legend(fontsize="small", framealpha=0.6)
     above.set_title(title or "")
 
-    rows = [(row["step"], row["trust"]) for row in curve if row["trust"] is not None]
-    rows += [(curve[-1]["step"], trust) for _, trust in rows[-1:]]  # the last one holds until the end
+    rows = [(row["step"], row["trust"]) for row in curve]
     steps, trust = np.array(rows, dtype=float).reshape(-1, 2).T
     below.step(steps, trust, where="post", color="tab:green")
     below.fill_between(steps, trust, step="post", color="tab:green", alpha=0.15, linewidth=0)

@@ -138,7 +138,8 @@ class MetricOptTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if not all(name in dict(self.model.named_parameters()) for name in self.phi.names):
             self.phi = self._build_phi(self.model)  # folded at the end of an earlier run
-        self._phi_names = set(self.phi.names)
+        phi_names = set(self.phi.names)
+        self._outside_phi = [p for name, p in self.model.named_parameters() if name not in phi_names]
         self._requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self._metric_start = round(self.args.metric_start_ratio * max_steps)
         for parameter in self.phi.parameters:
@@ -182,9 +183,8 @@ class MetricOptTrainer(Trainer):
 
     def _guide_update(self, step: int) -> None:
         """Between backward and optimizer step: the whole of the method, on the reduced gradient."""
-        for name, parameter in self.model.named_parameters():
-            if name not in self._phi_names:
-                parameter.grad = None  # where it could not be frozen, it is not moved
+        for parameter in self._outside_phi:
+            parameter.grad = None  # where it could not be frozen, it is not moved
         if not self.phase.started:
             self.phase.start(step)
         self.phase.advance(step)
@@ -393,6 +393,5 @@ class MetricOptTrainer(Trainer):
             )
 
     def _freeze(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            if name not in self._phi_names:
-                parameter.requires_grad_(False)
+        for parameter in self._outside_phi:
+            parameter.requires_grad_(False)
