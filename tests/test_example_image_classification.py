@@ -107,7 +107,7 @@ def test_default_run_on_a_small_scale(script, tmp_path, capsys):
     assert ValueFunction.from_pretrained(out / "value_function").num_coordinates == 2
     model = AutoModelForImageClassification.from_pretrained(out).eval()
     assert not [name for name, _ in model.named_parameters() if "film" in name]
-    report = script.digits(5).report
+    report = script.digits(5)[0].report
     pixels = AutoImageProcessor.from_pretrained(out)([i.convert("RGB") for i in report["image"]], return_tensors="pt")
     with torch.no_grad():
         predicted = model(**pixels).logits.argmax(-1).numpy()
@@ -118,11 +118,11 @@ def test_default_run_on_a_small_scale(script, tmp_path, capsys):
 
 
 def test_digit_splits_are_disjoint_and_long_tailed(script):
-    splits = script.digits(0)
+    splits, pretraining = script.digits(0)
     counts = np.bincount(splits.train["label"], minlength=10)
     assert counts.min() >= 1 and counts.max() >= 8 * counts.min()
-    assert len(splits.observation) + len(splits.selection) + len(splits.report) + len(splits.pretraining) == 1797
-    again, other = script.digits(0), script.digits(1)
+    assert len(splits.observation) + len(splits.selection) + len(splits.report) + len(pretraining) == 1797
+    (again, _), (other, _) = script.digits(0), script.digits(1)
     assert again.report["label"][:] == splits.report["label"][:] != other.report["label"][:]
 
 
