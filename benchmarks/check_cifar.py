@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
-from metricopt_hf.comparison import METHODS, run_method, run_start, summary, with_class_bias
+from metricopt_hf.comparison import METHODS, run_method, run_start, summary
 from metricopt_hf.report import MethodRun, save_results
 
 from . import cifar
@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             make = partial(make_trainer, seed, splits, args.max_steps, folder)
             trainer = make()
             runs.append(run_start(trainer, splits.measured()))
-            for method in with_class_bias(METHODS).values():
-                trainer, rows = run_method(method, make, splits.measured())
+            for method in METHODS.values():
+                trainer, rows = run_method(method, make, splits.measured(), class_bias=True)
                 runs += rows
                 tqdm.write(f"seed {seed}, {rows[0].method}: {rows[0].scores['report']:.4f} on the report split")
                 bar.update()

@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison import METHODS, with_class_bias
+from metricopt_hf.comparison import METHODS
 from metricopt_hf.report import MethodRun
 from metricopt_hf.splits import DataArguments, Splits, class_names, find_column, load_splits
 from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_study, start
@@ -190,17 +190,17 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
         splits.map(partial(with_pixels, processor=processor)),
         first_steps,
         first_dataset,
+        class_bias=True,
         # timm's processor stands in the model's config
         processing_class=None if isinstance(processor, TimmWrapperImageProcessor) else processor,
     )
 
 
 def main(argv: list[str] | None = None) -> list[MethodRun]:
-    methods = with_class_bias(METHODS)
     data, named, images, study, args = parse(
         argv,
         (DataArguments, ModelArguments, ImageArguments),
-        methods,
+        METHODS,
         lambda given: DEFAULTS if "dataset_name" in given else DIGITS_DEFAULTS,
         __doc__.partition("\n")[0],
     )
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         torch.set_num_threads(1)  # so small a model is slower on several, and far slower beside other work
     return run_study(
         partial(prepare, data, named, images),
-        methods,
+        METHODS,
         study,
         args,
         [data, named, images],

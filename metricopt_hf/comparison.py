@@ -1,7 +1,7 @@
 """Methods against each other, from the same start: what an example script runs so that its table is a fair one.
 
 Every method gets the same model, data, seed, phi, steps and selection; they differ by `Method.changes` alone. A script
-takes `METHODS`, or `with_class_bias(METHODS)` where it classifies, and adds what else its field would do.
+takes `METHODS`, and adds what else its field would do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Method:
     Attributes:
         title: row of the table.
         changes: to the arguments that all methods share: of `MetricOptConfig`, or of the trainer.
-        class_bias: whether a second row shows it with a bias per class (of two: a threshold) tuned on top.
+        class_bias: whether, in a classification, a second row shows it with a bias per class tuned on top.
     """
 
     title: str
@@ -39,21 +39,17 @@ class Method:
     class_bias: bool = False
 
 
-LOSS_ONLY = Method("loss only", {"value_weight": 0.0, "metric_call_budget": 0})
+# It never looks at its coordinates, so they may be the cheapest.
+LOSS_ONLY = Method("loss only", {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"})
 METHODS = {
-    "loss_only": LOSS_ONLY,
+    "loss_only": replace(LOSS_ONLY, class_bias=True),
     "shuffled": Method("control: shuffled", {"guide": "shuffled"}),
     "random": Method("control: random", {"guide": "random"}),
-    "metricopt": Method("MetricOpt", {}),
+    "metricopt": Method("MetricOpt", {}, class_bias=True),
 }
 PRETRAINED, WITH_BIAS, REFERENCE = "pretrained", " + class bias", LOSS_ONLY.title
 
 VALUE_FUNCTION, RESULTS, PLOT = "value_function", "results.json", "metric.png"
-
-
-def with_class_bias(methods: Mapping[str, Method]) -> dict[str, Method]:
-    """The methods of a classification: those that could be used without a metric phase's controls, with a bias too."""
-    return {name: replace(m, class_bias=name in ("loss_only", "metricopt")) for name, m in methods.items()}
 
 
 def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[str, EvalPrediction]:
@@ -73,6 +69,7 @@ def run_method(
     method: Method,
     make_trainer: Callable[..., MetricOptTrainer],
     splits: Mapping[str, Any],
+    class_bias: bool = False,
     resume_from_checkpoint: str | None = None,
     **changes: Any,
 ) -> tuple[MetricOptTrainer, list[MethodRun]]:
@@ -81,6 +78,7 @@ def run_method(
     Args:
         make_trainer: makes a trainer on a fresh copy of the start model, with the changes to its arguments that it is
             called with.
+        class_bias: whether the task is a classification, so that there is a bias per class (of two: a threshold).
         changes: further ones, such as `output_dir`.
 
     Returns:
@@ -98,7 +96,7 @@ def run_method(
         f"Seed {seed}: {method.title} took {seconds:.1f} s; {', '.join(f'{n} {s:.3f}' for n, s in scores.items())}."
     )
     rows = [MethodRun(method.title, seed, scores, dict(trainer.ledger.calls), seconds, details_of(trainer))]
-    if method.class_bias:
+    if class_bias and method.class_bias:
         ledger, start = Ledger(), perf_counter()
         bias = tune_bias(metric, outputs["observation"], ledger)
         seconds += perf_counter() - start

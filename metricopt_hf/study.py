@@ -72,7 +72,7 @@ def parse(
     argv: Sequence[str] | None,
     types: Sequence[type],
     methods: Mapping[str, Method],
-    defaults: Mapping[str, Any] | Callable[[set[str]], Mapping[str, Any]],
+    defaults: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]],
     description: str,
     directions: Mapping[str, bool] | None = None,
 ) -> tuple:
@@ -82,7 +82,7 @@ def parse(
         argv: default: of this process.
         types: the script's own dataclasses.
         methods: what `--methods` may name.
-        defaults: other than the dataclasses'; where they depend on which options are given, a function of those.
+        defaults: other than the dataclasses'; where they depend on the options given, a function of these.
         directions: for metrics of the script's own, whether greater is better; of shipped ones it is known.
 
     Returns:
@@ -99,9 +99,11 @@ def parse(
     if len(argv) == 1 and argv[0].endswith(".json"):
         with open(argv[0], encoding="utf-8") as file:
             from_file = json.load(file)
-        given = set(from_file)
+        given = from_file
     else:
-        given = {option[2:].partition("=")[0].replace("-", "_") for option in argv if option.startswith("--")}
+        words = " ".join(argv).replace("=", " ").split() + [""]
+        pairs = zip(words, words[1:], strict=False)
+        given = {word[2:].replace("-", "_"): following for word, following in pairs if word.startswith("--")}
     defaults = {**DEFAULTS, **(defaults(given) if callable(defaults) else defaults)}
     if from_file is None:
         parser.set_defaults(**defaults)
@@ -134,6 +136,7 @@ class Start:
         args: of each trainer.
         splits: with the columns that the model takes.
         options: further arguments of each trainer (`data_collator`, `metric`, `phi`, `processing_class`, ...).
+        class_bias: whether the task is a classification, whose cheap rival is a bias per class.
         seconds: what training it took.
     """
 
@@ -141,6 +144,7 @@ class Start:
     args: MetricOptConfig
     splits: Splits
     options: Mapping[str, Any] = field(default_factory=dict)
+    class_bias: bool = False
     seconds: float = 0.0
 
     def trainer(self, **changes: Any) -> MetricOptTrainer:
@@ -164,6 +168,7 @@ def start(
     splits: Splits,
     first_steps: int | None = None,
     first_dataset: Any = None,
+    class_bias: bool = False,
     **options: Any,
 ) -> Start:
     """The start of one seed: the model as it is, or after a first phase by its loss, made once for all methods.
@@ -172,7 +177,7 @@ def start(
         args: `metric_start_ratio` is the first phase's share of the steps; what is left of them is each method's run.
         first_steps: steps of the first phase in addition to the methods' own, instead of that share.
         first_dataset: data of the first phase; default: train.
-        options: see `Start`.
+        class_bias, options: see `Start`.
 
     Raises:
         ConfigurationError, MetricError, PhiError: whatever the methods would refuse, before the first phase.
@@ -185,7 +190,7 @@ def start(
         first_steps = round(args.metric_start_ratio * steps)
         steps -= first_steps
     args = replace(args, max_steps=steps, metric_start_ratio=0.0, observe_steps=args.rounds_every(steps))
-    made = Start(model, args, splits, options)
+    made = Start(model, args, splits, options, class_bias)
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
     logger.info(f"Seed {args.seed}: {type(model).__name__}; examples: {sizes}.")
     if first_steps:
@@ -243,7 +248,12 @@ def run_study(
             folder = os.path.join(args.output_dir, "runs", f"{name}-seed{seed}") if apart else args.output_dir
             changes = {"output_dir": folder, "push_to_hub": args.push_to_hub and keep}
             trainer, rows = run_method(
-                methods[name], begin.trainer, begin.splits.measured, args.resume_from_checkpoint, **changes
+                methods[name],
+                begin.trainer,
+                begin.splits.measured,
+                begin.class_bias,
+                args.resume_from_checkpoint,
+                **changes,
             )
             runs += rows
             if keep:
