@@ -72,21 +72,17 @@ class Task:
     folder: str
     texts: list[str]
     metric: str
-    sizes: dict[str, int]
+    observation_size: int
 
     @property
     def defaults(self) -> dict:
-        both = "train+validation"
-        return {"train_split": both, "eval_split": both, "metric_for_best_model": self.metric, **self.sizes}
+        both = {"train_split": "train+validation", "eval_split": "train+validation"}
+        return {**both, "metric_for_best_model": self.metric, "observation_size": self.observation_size}
 
 
 TASKS = {
-    "cola": Task(
-        "glue_cola", ["sentence"], "matthews_correlation", {"observation_size": 500, "max_report_samples": 1500}
-    ),
-    "stsb": Task(
-        "glue_stsb", ["sentence1", "sentence2"], "spearman", {"observation_size": 300, "max_report_samples": 600}
-    ),
+    "cola": Task("glue_cola", ["sentence"], "matthews_correlation", 500),
+    "stsb": Task("glue_stsb", ["sentence1", "sentence2"], "spearman", 300),
 }
 
 

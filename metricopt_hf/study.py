@@ -193,7 +193,7 @@ def start(
     args = replace(args, max_steps=steps, metric_start_ratio=0.0, observe_steps=args.rounds_every(steps))
     made = Start(model, args, splits, options, class_bias)
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
-    logger.info(f"Seed {args.seed}: {type(model).__name__}; examples: {sizes}.")
+    logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
     if first_steps:
         run_start(made.trainer(), {"observation": splits.observation})  # what is refused, shall be refused now
         logger.info(f"Seed {args.seed}: training the start model by its loss, {first_steps} steps.")
