@@ -44,10 +44,12 @@ from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_stu
 DEFAULTS = {
     "output_dir": "out/image_retrieval",
     "metric_name_or_path": "map_at_r",
-    "max_steps": 400,
-    "metric_start_ratio": 0.75,
+    "max_steps": 300,
+    "metric_start_ratio": 0.7,
+    "metric_call_budget": 80,
+    "observation_size": 600,
     "learning_rate": 1e-3,  # of the first phase; phi has its own
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,  # times images_per_class
     "per_device_eval_batch_size": 100,
     "remove_unused_columns": False,  # the transform needs the image column
     "methods": ["loss_only", "specialist", "shuffled", "metricopt"],
