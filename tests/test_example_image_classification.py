@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -19,7 +20,9 @@ from transformers import (
 )
 
 from metricopt_hf import ConfigurationError, MetricOptTrainer, PhiError, ValueFunction
+from metricopt_hf import images as images_room
 from metricopt_hf.splits import data_root
+from metricopt_hf.study import ModelArguments
 
 CIFAR = data_root() / "cifar10"
 
@@ -126,6 +129,32 @@ def test_local_data_and_model(script, images, vit, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "metricopt" in card
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+def test_a_vit_of_timm_and_an_error_to_be_small(script, images, tmp_path):
+    torch.manual_seed(0)
+    small = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    script.new_model("vit_tiny_patch16_224", 8, small, num_labels=3)[0].save_pretrained(tmp_path / "vit")
+    options = f"{TINY} --dataset_name {images} --model_name_or_path {tmp_path / 'vit'} --seeds 1 --methods metricopt"
+    runs = script.main([*options.split(), "--metric", "misclassification", "--output_dir", str(tmp_path / "out")])
+    assert runs[1].method == "MetricOpt" and runs[1].details["observations"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["greater_is_better"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        ("google/vit-base-patch16-224", "google/vit-base-patch16-224"),
+    ],
+)
+def test_a_model_by_its_name(script, monkeypatch, name, repository):
+    asked = []
+    for loader in ("AutoModelForImageClassification", "AutoImageProcessor"):
+        fake = SimpleNamespace(from_pretrained=lambda name, **kwargs: asked.append((name, kwargs["revision"])))
+        monkeypatch.setattr(images_room, loader, fake)
+    script.load_model(ModelArguments(name, model_revision="v2"))
+    assert asked == [(repository, "v2")] * 2
 
 
 def test_options_as_json_and_a_first_phase(script, images, vit, tmp_path):
