@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         (DataArguments, ModelArguments, ImageArguments),
         METHODS,
         lambda given: DEFAULTS if "dataset_name" in given else DIGITS_DEFAULTS,
-        __doc__.partition("\n")[0],
+        __doc__,
     )
     on_digits = data.dataset_name is None
     if on_digits != (named.model_name_or_path is None):

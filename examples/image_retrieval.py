@@ -66,7 +66,7 @@ class RetrievalArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     split: str = field(
-        default="all", metadata={"help": 'What is cut into four parts, such as "train+test". Default: all splits.'}
+        default="all", metadata={"help": 'What is cut into four parts, such as "train+test".'}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many random images."})
     max_report_samples: int | None = field(default=None, metadata={"help": "Report on so many random images."})
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         (RetrievalArguments, ModelArguments),
         {**METHODS, "specialist": Method("specialist", {})},
         lambda given: DEFAULTS if "dataset_name" in given else OMNIGLOT_DEFAULTS,
-        __doc__.partition("\n")[0],
+        __doc__,
     )
     if retrieval.dataset_name is None:
         retrieval.dataset_name = default_dataset("omniglot_small")

@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         (DataArguments, ModelArguments, TextArguments),
         METHODS,
         defaults,
-        __doc__.partition("\n")[0],
+        __doc__,
         {**CLASS_METRICS, **NUMBER_METRICS},
     )
     if data.dataset_name is None:

@@ -5,6 +5,7 @@ A script says what is its own: how data and model are loaded (`prepare`), which 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import inspect
@@ -68,6 +69,10 @@ class ModelArguments:
         return {"revision": self.model_revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults told, and the script's own text as it is written."""
+
+
 def parse(
     argv: Sequence[str] | None,
     types: Sequence[type],
@@ -83,6 +88,7 @@ def parse(
         types: the script's own dataclasses.
         methods: what `--methods` may name.
         defaults: other than the dataclasses'; where they depend on the options given, a function of these.
+        description: what `--help` says first; the script's docstring.
         directions: for metrics of the script's own, whether greater is better; of shipped ones it is known.
 
     Returns:
@@ -92,9 +98,14 @@ def parse(
         ConfigurationError: an unknown method; several runs to be resumed at once.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser((*types, StudyArguments, MetricOptConfig), description=description)
+    parser = HfArgumentParser(
+        (*types, StudyArguments, MetricOptConfig),
+        usage="%(prog)s [--option value ...]\n       %(prog)s options.json",
+        description=description,
+        epilog="methods:\n" + "\n".join(f"  {name:22}{method.title}" for name, method in methods.items()),
+        formatter_class=Help,
+    )
     parser.add_argument("--metric", dest="metric_name_or_path", help="Short for --metric_name_or_path.")
-    parser.epilog = "methods: " + "; ".join(f"{name} ({method.title})" for name, method in methods.items())
     from_file = None
     if len(argv) == 1 and argv[0].endswith(".json"):
         with open(argv[0], encoding="utf-8") as file:
@@ -107,7 +118,7 @@ def parse(
     defaults = {**DEFAULTS, **(defaults(given) if callable(defaults) else defaults)}
     if from_file is None:
         parser.set_defaults(**defaults)
-        parsed = parser.parse_args_into_dataclasses(argv)[: len(types) + 2]  # behind them, --metric's namespace
+        parsed = parser.parse_args_into_dataclasses(argv)
     else:
         parsed = parser.parse_dict({**defaults, **from_file})
     *own, study, args = parsed

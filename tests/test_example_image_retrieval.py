@@ -1,6 +1,7 @@
 """The retrieval script: disjoint groups, batches with pairs, its rivals, and what it refuses."""
 
 import json
+import re
 
 import datasets
 import evaluate
@@ -59,6 +60,8 @@ def test_help_tells_the_options(script, capsys):
     text = capsys.readouterr().out
     for option in ("--group_column_name", "--loss", "--specialist", "--embedding_size", "--metric", "--seeds"):
         assert option in text
+    assert "\n    python examples/image_retrieval.py\n" in text
+    assert re.search(r"\n  specialist +specialist", text)
 
 
 def test_a_run_on_local_images(script, images, model, tmp_path):
