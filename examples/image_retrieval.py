@@ -65,9 +65,7 @@ class RetrievalArguments:
         default=None, metadata={"help": "Data set: a name on the Hub or a local folder. Default: Omniglot, small."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    split: str = field(
-        default="all", metadata={"help": 'What is cut into four parts, such as "train+test".'}
-    )
+    split: str = field(default="all", metadata={"help": 'What is cut into four parts, such as "train+test".'})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many random images."})
     max_report_samples: int | None = field(default=None, metadata={"help": "Report on so many random images."})
     image_column_name: str | None = field(
