@@ -33,9 +33,11 @@ EXTRAS = {
     "retrieval": ["pytorch-metric-learning"],
     "detection": ["torchmetrics", "pycocotools"],
 }
-# What `make test` needs: the tools, and the extras that tests exercise (not the two heavy task extras).
+# What `make test` needs: the tools, and the extras that tests exercise (not the heavy one).
 EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "ruff"] + [
-    requirement for name in ("peft", "plot", "report", "tensorboard", "optuna") for requirement in EXTRAS[name]
+    requirement
+    for name in ("peft", "plot", "report", "tensorboard", "optuna", "retrieval")
+    for requirement in EXTRAS[name]
 ]
 
 setup(

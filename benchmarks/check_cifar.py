@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             make = partial(make_trainer, seed, splits, args.max_steps, folder)
             trainer = make()
             runs.append(run_start(trainer, splits.measured()))
-            for name in METHODS:
-                trainer, rows = run_method(name, make, splits.measured())
+            for method in METHODS.values():
+                trainer, rows = run_method(method, make, splits.measured(), class_bias=True)
                 runs += rows
                 tqdm.write(f"seed {seed}, {rows[0].method}: {rows[0].scores['report']:.4f} on the report split")
                 bar.update()

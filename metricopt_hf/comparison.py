@@ -1,6 +1,7 @@
 """Methods against each other, from the same start: what an example script runs so that its table is a fair one.
 
-Every method gets the same model, data, seed, phi, steps and selection; they differ by the arguments in `METHODS` alone.
+Every method gets the same model, data, seed, phi, steps and selection; they differ by `Method.changes` alone. A script
+takes `METHODS`, and adds what else its field would do.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 from . import Ledger, MetricOptTrainer
 from .posthoc import add_bias, tune_bias
 from .report import MethodRun, compare, comparison_table, details_of, plot_run, save_results, table_note
+from .splits import MEASURED
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,8 @@ class Method:
 
     Attributes:
         title: row of the table.
-        changes: to the `MetricOptConfig` that all methods share.
-        class_bias: whether a second row shows it with a bias per class tuned on top.
+        changes: to the arguments that all methods share: of `MetricOptConfig`, or of the trainer.
+        class_bias: whether, in a classification, a second row shows it with a bias per class tuned on top.
     """
 
     title: str
@@ -37,15 +39,15 @@ class Method:
     class_bias: bool = False
 
 
+# It never looks at its coordinates, so they may be the cheapest.
+LOSS_ONLY = Method("loss only", {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"})
 METHODS = {
-    "loss_only": Method("loss only", {"value_weight": 0.0, "metric_call_budget": 0}, class_bias=True),
+    "loss_only": replace(LOSS_ONLY, class_bias=True),
     "shuffled": Method("control: shuffled", {"guide": "shuffled"}),
     "random": Method("control: random", {"guide": "random"}),
     "metricopt": Method("MetricOpt", {}, class_bias=True),
 }
-PRETRAINED, WITH_BIAS, REFERENCE = "pretrained", " + class bias", METHODS["loss_only"].title
-SPLITS = ("observation", "selection", "report")
-ROWS = [PRETRAINED] + [method.title + suffix for method in METHODS.values() for suffix in ("", WITH_BIAS)]
+PRETRAINED, WITH_BIAS, REFERENCE = "pretrained", " + class bias", LOSS_ONLY.title
 
 VALUE_FUNCTION, RESULTS, PLOT = "value_function", "results.json", "metric.png"
 
@@ -64,23 +66,24 @@ def run_start(trainer: MetricOptTrainer, splits: Mapping[str, Any], seconds: flo
 
 
 def run_method(
-    name: str,
+    method: Method,
     make_trainer: Callable[..., MetricOptTrainer],
     splits: Mapping[str, Any],
+    class_bias: bool = False,
     resume_from_checkpoint: str | None = None,
     **changes: Any,
 ) -> tuple[MetricOptTrainer, list[MethodRun]]:
-    """Tune by one of `METHODS`, and measure on `splits` (observation, selection, report).
+    """Tune by one method, and measure on `splits` (observation, selection, report).
 
     Args:
         make_trainer: makes a trainer on a fresh copy of the start model, with the changes to its arguments that it is
             called with.
+        class_bias: whether the task is a classification, so that there is a bias per class (of two: a threshold).
         changes: further ones, such as `output_dir`.
 
     Returns:
         The trainer after its run, and one or two rows of the table.
     """
-    method = METHODS[name]
     trainer = make_trainer(**method.changes, **changes)
     seed, metric = trainer.args.seed, trainer.metric
     logger.info(f"Seed {seed}: {method.title}.")
@@ -93,7 +96,7 @@ def run_method(
         f"Seed {seed}: {method.title} took {seconds:.1f} s; {', '.join(f'{n} {s:.3f}' for n, s in scores.items())}."
     )
     rows = [MethodRun(method.title, seed, scores, dict(trainer.ledger.calls), seconds, details_of(trainer))]
-    if method.class_bias:
+    if class_bias and method.class_bias:
         ledger, start = Ledger(), perf_counter()
         bias = tune_bias(metric, outputs["observation"], ledger)
         seconds += perf_counter() - start
@@ -104,8 +107,9 @@ def run_method(
 
 
 def in_order(runs: Sequence[MethodRun]) -> list[MethodRun]:
-    """The runs in the order in which the methods stand in the table."""
-    return sorted(runs, key=lambda run: ROWS.index(run.method))
+    """The runs method by method, these in the order in which they were first run."""
+    rows = list(dict.fromkeys(run.method for run in runs))
+    return sorted(runs, key=lambda run: rows.index(run.method))
 
 
 def summary(runs: Sequence[MethodRun], trainer: MetricOptTrainer) -> str:
@@ -113,7 +117,7 @@ def summary(runs: Sequence[MethodRun], trainer: MetricOptTrainer) -> str:
     metric = trainer.metric
     return (
         f"\n{metric.name} ({'greater' if metric.greater_is_better else 'smaller'} is better)\n\n"
-        f"{comparison_table(in_order(runs), REFERENCE, SPLITS, metric.greater_is_better)}\n\n"
+        f"{comparison_table(in_order(runs), REFERENCE, MEASURED, metric.greater_is_better)}\n\n"
         f"{table_note(len({run.seed for run in runs}))}"
     )
 
@@ -131,7 +135,7 @@ def write(
     metric, seed = trainer.metric, trainer.args.seed
     if trainer.value_function is not None:
         trainer.value_function.save_pretrained(os.path.join(folder, VALUE_FUNCTION))
-    differences = compare(runs, REFERENCE, SPLITS[-1], metric.greater_is_better)
+    differences = compare(runs, REFERENCE, MEASURED[-1], metric.greater_is_better)
     save_results(
         os.path.join(folder, RESULTS),
         in_order(runs),

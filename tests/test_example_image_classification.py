@@ -1,15 +1,15 @@
 """The image classification script: its default at a small scale, a local data set, and what it refuses."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, example, save_dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from metricopt_hf import ConfigurationError, MetricOptTrainer, PhiError, ValueFunction
+from metricopt_hf import images as images_room
+from metricopt_hf.splits import data_root
+from metricopt_hf.study import ModelArguments
 
-ROOT = Path(__file__).resolve().parents[1]
-CIFAR = ROOT.parent / "shared" / "data" / "cifar10"
-TINY = "--max_steps 4 --metric_call_budget 8 --observations_per_step 4 --phi_dim 2 --use_cpu --disable_tqdm True"
+CIFAR = data_root() / "cifar10"
 
 for needed in ("tabulate", "matplotlib"):
     pytest.importorskip(needed)
@@ -31,11 +32,7 @@ for needed in ("tabulate", "matplotlib"):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("image_classification", ROOT / "examples" / "image_classification.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return example("image_classification")
 
 
 def save_vit(folder: Path, num_labels: int = 3) -> str:
@@ -49,14 +46,12 @@ def save_vit(folder: Path, num_labels: int = 3) -> str:
 
 def save_images(folder: Path, sizes: dict[str, int], labels=None, names=("image", "label"), feature=None) -> str:
     """A local data set of grey squares, the brighter the higher the label."""
-    folder.mkdir()
+    types = {names[0]: datasets.Image(), names[1]: feature or datasets.Value("int64")}
+    tables = {}
     for split, size in sizes.items():
-        mine = np.arange(size) % 3 if labels is None else np.resize(labels, size)
-        images = [np.full((8, 8), 40 + 60 * max(int(i), 0), np.uint8) for i in mine]
-        types = datasets.Features({names[0]: datasets.Image(), names[1]: feature or datasets.Value("int64")})
-        table = datasets.Dataset.from_dict({names[0]: images, names[1]: [int(i) for i in mine]}, features=types)
-        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return str(folder)
+        mine = [int(i) for i in (np.arange(size) % 3 if labels is None else np.resize(labels, size))]
+        tables[split] = {names[0]: [np.full((8, 8), 40 + 60 * max(i, 0), np.uint8) for i in mine], names[1]: mine}
+    return save_dataset(folder, tables, types)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +102,7 @@ def test_default_run_on_a_small_scale(script, tmp_path, capsys):
     assert ValueFunction.from_pretrained(out / "value_function").num_coordinates == 2
     model = AutoModelForImageClassification.from_pretrained(out).eval()
     assert not [name for name, _ in model.named_parameters() if "film" in name]
-    report = script.digits(5).report
+    report = script.digits(5)[0].report
     pixels = AutoImageProcessor.from_pretrained(out)([i.convert("RGB") for i in report["image"]], return_tensors="pt")
     with torch.no_grad():
         predicted = model(**pixels).logits.argmax(-1).numpy()
@@ -118,11 +113,11 @@ def test_default_run_on_a_small_scale(script, tmp_path, capsys):
 
 
 def test_digit_splits_are_disjoint_and_long_tailed(script):
-    splits = script.digits(0)
+    splits, pretraining = script.digits(0)
     counts = np.bincount(splits.train["label"], minlength=10)
     assert counts.min() >= 1 and counts.max() >= 8 * counts.min()
-    assert len(splits.observation) + len(splits.selection) + len(splits.report) + len(splits.pretraining) == 1797
-    again, other = script.digits(0), script.digits(1)
+    assert len(splits.observation) + len(splits.selection) + len(splits.report) + len(pretraining) == 1797
+    (again, _), (other, _) = script.digits(0), script.digits(1)
     assert again.report["label"][:] == splits.report["label"][:] != other.report["label"][:]
 
 
@@ -134,6 +129,32 @@ def test_local_data_and_model(script, images, vit, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "metricopt" in card
     assert (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+def test_a_vit_of_timm_and_an_error_to_be_small(script, images, tmp_path):
+    torch.manual_seed(0)
+    small = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    script.new_model("vit_tiny_patch16_224", 8, small, num_labels=3)[0].save_pretrained(tmp_path / "vit")
+    options = f"{TINY} --dataset_name {images} --model_name_or_path {tmp_path / 'vit'} --seeds 1 --methods metricopt"
+    runs = script.main([*options.split(), "--metric", "misclassification", "--output_dir", str(tmp_path / "out")])
+    assert runs[1].method == "MetricOpt" and runs[1].details["observations"]
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["greater_is_better"] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
+        ("google/vit-base-patch16-224", "google/vit-base-patch16-224"),
+    ],
+)
+def test_a_model_by_its_name(script, monkeypatch, name, repository):
+    asked = []
+    for loader in ("AutoModelForImageClassification", "AutoImageProcessor"):
+        fake = SimpleNamespace(from_pretrained=lambda name, **kwargs: asked.append((name, kwargs["revision"])))
+        monkeypatch.setattr(images_room, loader, fake)
+    script.load_model(ModelArguments(name, model_revision="v2"))
+    assert asked == [(repository, "v2")] * 2
 
 
 def test_options_as_json_and_a_first_phase(script, images, vit, tmp_path):
