@@ -372,11 +372,13 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
     )
     for module in ("torchmetrics", "faster_coco_eval"):
         require(module, "detection")
-    if args.metric_name_or_path is not None or args.metric_for_best_model not in COCO_METRICS:
+    metric = args.metric_name_or_path or args.metric_for_best_model
+    if args.metric_name_or_path is not None or metric not in COCO_METRICS:
         raise ConfigurationError(
-            f"The metric {args.metric_name_or_path or args.metric_for_best_model!r} is none of COCO's: name one with "
-            f"--metric_for_best_model, {', '.join(COCO_METRICS)}."
+            f"The metric {metric!r} is none of COCO's: name one with --metric_for_best_model, {', '.join(COCO_METRICS)}."
         )
+    if args.eval_do_concat_batches:
+        raise ConfigurationError("Boxes per image cannot be joined over batches: leave eval_do_concat_batches=False.")
     note = None
     if data.dataset_name is None:
         data.dataset_name, note = default_dataset("bccd"), NOTE
