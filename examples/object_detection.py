@@ -375,7 +375,8 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
     metric = args.metric_name_or_path or args.metric_for_best_model
     if args.metric_name_or_path is not None or metric not in COCO_METRICS:
         raise ConfigurationError(
-            f"The metric {metric!r} is none of COCO's: name one with --metric_for_best_model, {', '.join(COCO_METRICS)}."
+            f"The metric {metric!r} is none of COCO's: name one with --metric_for_best_model, "
+            f"{', '.join(COCO_METRICS)}."
         )
     if args.eval_do_concat_batches:
         raise ConfigurationError("Boxes per image cannot be joined over batches: leave eval_do_concat_batches=False.")
