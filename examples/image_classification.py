@@ -21,26 +21,19 @@ metricopt_hf), its value function in `value_function/`, `results.json` and `metr
 JSON file of options may be given instead of them.
 """
 
-import os
 from dataclasses import dataclass, field
 from functools import partial
 
 import datasets
 import numpy as np
-import timm
 import torch
 from scipy.ndimage import uniform_filter
 from sklearn.datasets import load_digits
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    TimmWrapperConfig,
-    TimmWrapperImageProcessor,
-    set_seed,
-)
+from transformers import set_seed
 
 from metricopt_hf import ConfigurationError, MetricOptConfig
 from metricopt_hf.comparison import METHODS
+from metricopt_hf.images import image_column, load_model, new_model, processing_class, with_pixels
 from metricopt_hf.report import MethodRun
 from metricopt_hf.splits import DataArguments, Splits, class_names, find_column, load_splits
 from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_study, start
@@ -113,59 +106,15 @@ def digits(seed: int) -> tuple[Splits, datasets.Dataset]:
     return Splits(*(dataset(seen, part) for part in parts)), dataset(clean, rows[0])
 
 
-def small_vit(names: list[str]):
-    """A new ViT for 8x8 images, made by timm."""
-    config = TimmWrapperConfig(
-        architecture="vit_tiny_patch16_224",
-        model_args={"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4},
-        pretrained_cfg={"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0},
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-    )
-    return AutoModelForImageClassification.from_config(config), TimmWrapperImageProcessor(config.pretrained_cfg)
-
-
 # Any data set, any model
 
 
 def read(dataset: datasets.Dataset, columns: ImageArguments) -> datasets.Dataset:
     """The two columns that are needed, as `image` and `label`."""
-    image = find_column(dataset, columns.image_column_name, ("image", "img"), "image_column_name", datasets.Image)
-    label = find_column(
-        dataset, columns.label_column_name, ("label", "labels"), "label_column_name", datasets.ClassLabel
-    )
+    image, usual = image_column(dataset, columns.image_column_name), ("label", "labels")
+    label = find_column(dataset, columns.label_column_name, usual, "label_column_name", datasets.ClassLabel)
     dataset = dataset.select_columns([image, label])
-    if not isinstance(dataset.features[image], datasets.Image):
-        raise ConfigurationError(
-            f"The column {image!r} holds {dataset.features[image]}, not images: name another with --image_column_name."
-        )
     return dataset.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
-
-
-def with_pixels(dataset: datasets.Dataset, processor) -> datasets.Dataset:
-    def transform(batch):
-        images = [image.convert("RGB") for image in batch["image"]]
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
-
-    return dataset.with_transform(transform)
-
-
-def load_model(named: ModelArguments, names: list[str], trained_here: bool):
-    """A model for these classes and its image processor, by a Hub name, a folder, or a name of timm."""
-    name, new_head = named.model_name_or_path, {}
-    if not os.path.isdir(name) and timm.is_model(name):
-        cfg = timm.get_pretrained_cfg(name)
-        name = f"timm/{cfg.architecture}" + (f".{cfg.tag}" if cfg.tag else "")
-    if trained_here:
-        new_head = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-        new_head["ignore_mismatched_sizes"] = True
-    model = AutoModelForImageClassification.from_pretrained(name, **named.loading, **new_head)
-    if model.config.num_labels != len(names):
-        raise ConfigurationError(
-            f"{name} tells {model.config.num_labels} classes apart, the data set has {len(names)}. To train a new head "
-            "first, give the share of the steps for that: --metric_start_ratio 0.75."
-        )
-    return model, AutoImageProcessor.from_pretrained(name, **named.loading)
 
 
 def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, args: MetricOptConfig) -> Start:
@@ -179,11 +128,18 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
         splits = load_splits(data, partial(read, columns=images), args.seed, args.observation_size, named.token)
     names = class_names(splits.train)
     splits.check_classes(len(names))
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if data.dataset_name is None:
-        model, processor = small_vit(names)
+        small = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
+        model, processor = new_model("vit_tiny_patch16_224", 8, small, **labels)
         first_dataset = with_pixels(first_dataset, processor)
     else:
-        model, processor = load_model(named, names, trained_here=args.metric_start_ratio > 0)
+        model, processor = load_model(named, **(labels if args.metric_start_ratio > 0 else {}))
+    if model.config.num_labels != len(names):
+        raise ConfigurationError(
+            f"{named.model_name_or_path} tells {model.config.num_labels} classes apart, the data set has {len(names)}. "
+            "To train a new head first, give the share of the steps for that: --metric_start_ratio 0.75."
+        )
     return start(
         model,
         args,
@@ -191,8 +147,7 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
         first_steps,
         first_dataset,
         class_bias=True,
-        # timm's processor stands in the model's config
-        processing_class=None if isinstance(processor, TimmWrapperImageProcessor) else processor,
+        processing_class=processing_class(processor),
     )
 
 

@@ -39,6 +39,7 @@ from functools import partial
 
 import datasets
 import numpy as np
+import torch
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, set_seed
@@ -72,21 +73,17 @@ class Task:
     folder: str
     texts: list[str]
     metric: str
-    sizes: dict[str, int]
+    observation_size: int
 
     @property
     def defaults(self) -> dict:
-        both = "train+validation"
-        return {"train_split": both, "eval_split": both, "metric_for_best_model": self.metric, **self.sizes}
+        both = {"train_split": "train+validation", "eval_split": "train+validation"}
+        return {**both, "metric_for_best_model": self.metric, "observation_size": self.observation_size}
 
 
 TASKS = {
-    "cola": Task(
-        "glue_cola", ["sentence"], "matthews_correlation", {"observation_size": 500, "max_report_samples": 1500}
-    ),
-    "stsb": Task(
-        "glue_stsb", ["sentence1", "sentence2"], "spearman", {"observation_size": 300, "max_report_samples": 600}
-    ),
+    "cola": Task("glue_cola", ["sentence"], "matthews_correlation", 500),
+    "stsb": Task("glue_stsb", ["sentence1", "sentence2"], "spearman", 300),
 }
 
 
@@ -116,6 +113,10 @@ class TextArguments:
 
 def read(dataset: datasets.Dataset, columns: TextArguments) -> datasets.Dataset:
     """The columns `text`, perhaps `text_pair`, and `label`, each example once."""
+    if len(columns.text_column_names or []) > 2:
+        raise ConfigurationError(
+            f"--text_column_names names {len(columns.text_column_names)} columns of texts: 1 or 2."
+        )
     texts = [
         find_column(dataset, name, ("text", "sentence"), "text_column_names")
         for name in columns.text_column_names or [None]
@@ -157,15 +158,13 @@ def default_model() -> str:
 
 
 def with_lora(model, rank: int):
-    """LoRA on the attention of the last block, and the head: what lies in front is then computed once per sentence."""
+    """LoRA on the linear layers of the last block, and the head: what lies in front is computed once per sentence."""
     peft = require("peft", "peft")
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS",
-        r=rank,
-        lora_alpha=2 * rank,
-        layers_to_transform=[model.config.num_hidden_layers - 1],
-        target_modules="all-linear",
-    )
+    block = f".{model.config.num_hidden_layers - 1}."
+    layers = [name for name, module in model.named_modules() if block in name and isinstance(module, torch.nn.Linear)]
+    if not layers:
+        raise ConfigurationError(f"{type(model).__name__} has no linear layer in a block {block}: take --phi film.")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules=layers)
     return peft.get_peft_model(model, config)
 
 
@@ -216,7 +215,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         data.dataset_name, texts.text_column_names = default_dataset(task.folder), texts.text_column_names or task.texts
     if args.metric_name_or_path is None and args.metric_for_best_model is None:
         raise ConfigurationError(
-            f"Name one: --metric_for_best_model with {', '.join([*CLASS_METRICS, *NUMBER_METRICS])}; or --metric."
+            f"Name the metric: --metric_for_best_model {' or '.join([*CLASS_METRICS, *NUMBER_METRICS])}; or --metric."
         )
     named.model_name_or_path = named.model_name_or_path or default_model()
     return run_study(

@@ -34,8 +34,8 @@ class MetricOptConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "An `evaluate` module to optimise: a name on the Hub, a local path, or one that comes along "
-            "(worst_class_recall, g_mean, macro_auprc, recall_at_k). Default: `compute_metrics` and "
-            "`metric_for_best_model`."
+            "(misclassification, worst_class_recall, g_mean, macro_auprc, recall_at_k, map_at_r). Default: "
+            "`compute_metrics` and `metric_for_best_model`."
         },
     )
     metric_inputs: str = field(

@@ -193,7 +193,9 @@ def load_splits(
         )
     order = np.random.default_rng([seed, 2]).permutation(len(evaluation))
     left = len(evaluation) - 2 * size
-    reported = 0 if report is not None else left if train is not None else min(2 * size, left // 2)
+    reported = (
+        0 if report is not None else left if train is not None else min(data.max_report_samples or 2 * size, left // 2)
+    )
     cuts = np.split(order, [size, 2 * size, 2 * size + reported])
     observation, selection, cut, rest = (evaluation.select(rows) for rows in cuts)
     report = cut if report is None else report

@@ -120,7 +120,8 @@ def parse(
             "--resume_from_checkpoint continues one run: name it with --methods and --seeds, one of each."
         )
     metric = args.metric_name_or_path or args.metric_for_best_model
-    directions = {**dict.fromkeys(shipped_metrics.names(), True), **(directions or {})}
+    shipped = {name: shipped_metrics.greater_is_better(name) for name in shipped_metrics.names()}
+    directions = {**shipped, **(directions or {})}
     if "greater_is_better" not in given and metric in directions:
         args = replace(args, greater_is_better=directions[metric])
     args = replace(args, greater_is_better=args.resolved_greater_is_better)  # a guess is said aloud once
@@ -192,7 +193,7 @@ def start(
     args = replace(args, max_steps=steps, metric_start_ratio=0.0, observe_steps=args.rounds_every(steps))
     made = Start(model, args, splits, options, class_bias)
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
-    logger.info(f"Seed {args.seed}: {type(model).__name__}; examples: {sizes}.")
+    logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
     if first_steps:
         run_start(made.trainer(), {"observation": splits.observation})  # what is refused, shall be refused now
         logger.info(f"Seed {args.seed}: training the start model by its loss, {first_steps} steps.")

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import datasets
 import numpy as np
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 NUM_LABELS = 3
+ROOT = Path(__file__).resolve().parents[1]
+# Options of an example script that make a run of seconds.
+TINY = "--max_steps 4 --metric_call_budget 8 --observations_per_step 4 --phi_dim 2 --use_cpu --disable_tqdm True"
+
+
+def example(name: str) -> ModuleType:
+    """A script of `examples/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_dataset(folder: Path, splits: dict[str, dict[str, list]], features: dict | None = None) -> str:
+    """A local data set: columns by split."""
+    folder.mkdir()
+    for split, columns in splits.items():
+        table = datasets.Dataset.from_dict(columns, features=features and datasets.Features(features))
+        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
 
 
 class Texts(torch.utils.data.Dataset):

@@ -1,15 +1,14 @@
 """The image classification script: its default at a small scale, a local data set, and what it refuses."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, example, save_dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -20,10 +19,9 @@ from transformers import (
 )
 
 from metricopt_hf import ConfigurationError, MetricOptTrainer, PhiError, ValueFunction
+from metricopt_hf.splits import data_root
 
-ROOT = Path(__file__).resolve().parents[1]
-CIFAR = ROOT.parent / "shared" / "data" / "cifar10"
-TINY = "--max_steps 4 --metric_call_budget 8 --observations_per_step 4 --phi_dim 2 --use_cpu --disable_tqdm True"
+CIFAR = data_root() / "cifar10"
 
 for needed in ("tabulate", "matplotlib"):
     pytest.importorskip(needed)
@@ -31,11 +29,7 @@ for needed in ("tabulate", "matplotlib"):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("image_classification", ROOT / "examples" / "image_classification.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return example("image_classification")
 
 
 def save_vit(folder: Path, num_labels: int = 3) -> str:
@@ -49,14 +43,12 @@ def save_vit(folder: Path, num_labels: int = 3) -> str:
 
 def save_images(folder: Path, sizes: dict[str, int], labels=None, names=("image", "label"), feature=None) -> str:
     """A local data set of grey squares, the brighter the higher the label."""
-    folder.mkdir()
+    types = {names[0]: datasets.Image(), names[1]: feature or datasets.Value("int64")}
+    tables = {}
     for split, size in sizes.items():
-        mine = np.arange(size) % 3 if labels is None else np.resize(labels, size)
-        images = [np.full((8, 8), 40 + 60 * max(int(i), 0), np.uint8) for i in mine]
-        types = datasets.Features({names[0]: datasets.Image(), names[1]: feature or datasets.Value("int64")})
-        table = datasets.Dataset.from_dict({names[0]: images, names[1]: [int(i) for i in mine]}, features=types)
-        table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    return str(folder)
+        mine = [int(i) for i in (np.arange(size) % 3 if labels is None else np.resize(labels, size))]
+        tables[split] = {names[0]: [np.full((8, 8), 40 + 60 * max(i, 0), np.uint8) for i in mine], names[1]: mine}
+    return save_dataset(folder, tables, types)
 
 
 @pytest.fixture(scope="module")

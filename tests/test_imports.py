@@ -14,7 +14,7 @@ FLOORS = {
     | {"blend"},
     2: {"basis", "guide", "observer", "phase"},
     3: {"config", "optimization", "preflight", "trainer", "seq2seq"},
-    4: {"posthoc", "report", "splits", "comparison", "study"},  # and the benchmarks and examples
+    4: {"posthoc", "report", "splits", "comparison", "study", "images"},  # and the benchmarks and examples
 }
 # On one floor rooms are strangers, but for these.
 NEIGHBOURS = {
@@ -26,6 +26,7 @@ NEIGHBOURS = {
     "seq2seq": {"config", "trainer"},
     "comparison": {"posthoc", "report", "splits"},
     "study": {"comparison", "report", "splits"},
+    "images": {"splits", "study"},
 }
 # What times the inside by itself has to reach it.
 INSPECTED = {"benchmarks/overhead.py": {"blend", "phi"}}

@@ -8,13 +8,14 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, recall_score
+import torch
+from sklearn.metrics import average_precision_score, recall_score, zero_one_loss
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import label_binarize
 
-from metricopt_hf.metrics import path
+from metricopt_hf.metrics import greater_is_better, path
 
-NAMES = ["g_mean", "macro_auprc", "recall_at_k", "worst_class_recall"]
+NAMES = ["g_mean", "macro_auprc", "map_at_r", "misclassification", "recall_at_k", "worst_class_recall"]
 PER_CLASS = ["g_mean", "worst_class_recall"]
 
 
@@ -92,8 +93,9 @@ def test_no_examples_is_an_error(metrics, tmp_path, name, in_memory):
 def test_importable_as_a_class(metrics, tmp_path, name):
     module = __import__(f"metricopt_hf.metrics.{name}.{name}", fromlist=["*"])
     metric = getattr(module, type(metrics[name]).__name__)(cache_dir=str(tmp_path))
-    if name in PER_CLASS:
-        assert metric.compute(predictions=[0, 1], references=[0, 1]) == {name: 1.0}
+    if name in (*PER_CLASS, "misclassification"):
+        best = 1.0 if greater_is_better(name) else 0.0
+        assert metric.compute(predictions=[0, 1], references=[0, 1]) == {name: best}
     else:
         first = "prediction_scores" if name == "macro_auprc" else "predictions"
         rows = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]
@@ -283,3 +285,71 @@ def test_recall_at_k_of_a_collapsed_embedding_is_0(metrics):
 def test_recall_at_k_refuses(metrics, embeddings, labels, k, message):
     with pytest.raises(ValueError, match=message):
         metrics["recall_at_k"].compute(predictions=embeddings, references=labels, k=k)
+
+
+# ---- map_at_r
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 2**22])
+def test_map_at_r_matches_pytorch_metric_learning(metrics, rng, monkeypatch, chunk):
+    accuracy_calculator = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
+    inference = pytest.importorskip("pytorch_metric_learning.utils.inference")
+    distances = pytest.importorskip("pytorch_metric_learning.distances")
+    labels = np.r_[rng.integers(0, 12, 119), 99]  # the last label is alone
+    embeddings = (rng.normal(size=(120, 8)) + rng.normal(size=(100, 8))[labels]).astype(np.float32)
+    calculator = accuracy_calculator.AccuracyCalculator(
+        include=("mean_average_precision_at_r",),
+        knn_func=inference.CustomKNN(distances.CosineSimilarity()),
+        k="max_bin_count",
+    )
+    expected = calculator.get_accuracy(torch.as_tensor(embeddings), torch.as_tensor(labels))
+    monkeypatch.setattr(sys.modules[type(metrics["map_at_r"]).__module__], "_SIMILARITIES", chunk)
+    result = metrics["map_at_r"].compute(predictions=embeddings, references=labels)
+    assert result == {"map_at_r": pytest.approx(expected["mean_average_precision_at_r"])}
+
+
+def test_map_at_r_by_hand(metrics):
+    # On a circle, by angle: 0, 10, 30, 60, 100 degrees; of label 0 are the first, third and fourth.
+    angles = np.radians([0, 10, 30, 60, 100])
+    points = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    labels = [0, 1, 0, 0, 2]
+    # 0 sees 1, 0: (1/2)/2. 30 sees 1, then 0 and 60 as near as can be told apart. 60 sees 30 (30), 100 (40): 1/2.
+    queries = [(1 / 2) / 2, (1 / 2) / 2, 1 / 2]
+    result = metrics["map_at_r"].compute(predictions=points, references=labels)
+    assert result == {"map_at_r": pytest.approx(np.mean(queries))}
+
+
+def test_map_at_r_of_a_collapsed_embedding_is_0(metrics):
+    ones = np.ones((6, 4))
+    assert metrics["map_at_r"].compute(predictions=ones, references=[0, 0, 1, 1, 2, 2]) == {"map_at_r": 0}
+    assert metrics["map_at_r"].compute(predictions=ones, references=[0] * 6) == {"map_at_r": 1.0}
+
+
+@pytest.mark.parametrize(
+    "embeddings, labels, message",
+    [
+        ([[1.0, 0.0], [0.0, 1.0]], [0, 1], "no two of the 2 items"),
+        ([[1.0, 0.0], [0.0, 0.0]], [0, 0], "item 1 has length 0.0"),
+        ([[1.0, 0.0], [0.0, float("nan")]], [0, 0], "item 1 has length nan"),
+        ([[1.0, 0.0], [1.0]], [0, 0], r"widths \[1, 2\]"),
+        ([[1.0, 0.0], [0.0, 1.0]], [0, None], "references hold missing"),
+    ],
+)
+def test_map_at_r_refuses(metrics, embeddings, labels, message):
+    with pytest.raises(ValueError, match=message):
+        metrics["map_at_r"].compute(predictions=embeddings, references=labels)
+
+
+# ---- misclassification
+
+
+def test_misclassification(metrics, rng):
+    references, predictions = rng.integers(0, 5, 200), rng.integers(0, 5, 200)
+    result = metrics["misclassification"].compute(predictions=predictions, references=references)
+    assert result == {"misclassification": pytest.approx(zero_one_loss(references, predictions))}
+    with pytest.raises(ValueError, match="references hold missing"):
+        metrics["misclassification"].compute(predictions=[0, 1], references=[None, 1])
+
+
+def test_direction_of_the_shipped_metrics():
+    assert [name for name in NAMES if not greater_is_better(name)] == ["misclassification"]

@@ -12,7 +12,7 @@ def path(name: str) -> str:
     """The folder of a shipped `evaluate` module.
 
     Args:
-        name: "g_mean", "macro_auprc", "recall_at_k" or "worst_class_recall".
+        name: one of `names()`.
 
     Returns:
         An absolute path, to be given to `evaluate.load`.
@@ -34,3 +34,8 @@ def path(name: str) -> str:
 def names() -> list[str]:
     """The shipped modules, in alphabetical order."""
     return sorted(script.stem for script in Path(__file__).resolve().parent.glob("*/*.py"))
+
+
+def greater_is_better(name: str) -> bool:
+    """Which way is better, of a shipped module."""
+    return name != "misclassification"
