@@ -56,6 +56,7 @@ from transformers import (
 
 from metricopt_hf import ConfigurationError, MetricOptConfig
 from metricopt_hf.comparison import METHODS
+from metricopt_hf.images import image_column
 from metricopt_hf.report import MethodRun, require
 from metricopt_hf.splits import DataArguments, Splits, default_dataset, find_column, load_splits
 from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_study, start
@@ -109,13 +110,9 @@ class DetectionArguments:
 
 def read(dataset: datasets.Dataset, columns: DetectionArguments) -> datasets.Dataset:
     """The two columns that are needed, as `image` and `objects`."""
-    image = find_column(dataset, columns.image_column_name, ("image", "img"), "image_column_name", datasets.Image)
+    image = image_column(dataset, columns.image_column_name)
     objects = find_column(dataset, columns.objects_column_name, (), "objects_column_name")
     dataset = dataset.select_columns([image, objects])
-    if not isinstance(dataset.features[image], datasets.Image):
-        raise ConfigurationError(
-            f"The column {image!r} holds {dataset.features[image]}, not images: name another with --image_column_name."
-        )
     fields = dataset.features[objects]
     if not isinstance(fields, dict) or not {"bbox", "category"} <= set(fields):
         raise ConfigurationError(
