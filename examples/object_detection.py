@@ -78,11 +78,13 @@ DEFAULTS = {
     "remove_unused_columns": False,  # the transform needs the image column
     "eval_do_concat_batches": False,  # labels are a dict per image, and images differ in size
 }
+# Observation, selection and report are cut from both, for each seed anew, so that intervals tell of the images too.
+BCCD_DEFAULTS = {**DEFAULTS, "eval_split": "validation+test"}
 SMALL_SIZE = {"height": 256, "width": 320}
 
 NOTE = (
-    "Some 44 images to observe and as many to select on tell little: read the intervals. All seeds start from the one "
-    "pretrained model; they differ in which images are observed and selected on, and in the order of training."
+    "Some fifty images each to observe, to select and to report on tell little: read the intervals. All seeds start "
+    "from one pretrained model; they differ in which images these are, and in the order of training."
 )
 
 
@@ -363,7 +365,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         argv,
         (DataArguments, ModelArguments, DetectionArguments),
         METHODS,
-        DEFAULTS,
+        lambda given: DEFAULTS if "dataset_name" in given else BCCD_DEFAULTS,
         __doc__.partition("\n")[0],
         dict.fromkeys(COCO_METRICS, True),
     )
