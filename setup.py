@@ -31,7 +31,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "optuna": ["optuna"],
     "retrieval": ["pytorch-metric-learning"],
-    "detection": ["torchmetrics", "pycocotools"],
+    "detection": ["torchmetrics", "faster-coco-eval"],
 }
 # What `make test` needs: the tools, and the extras that tests exercise (not the heavy one).
 EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "ruff"] + [

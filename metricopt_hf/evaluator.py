@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -100,6 +100,7 @@ class Evaluator:
                 output = self.predict(batch)
             else:
                 output = self._prefix.forward(index, lambda i: self.predict(batches[i]), len(batches))
+            self._check_joinable(output.labels)
             for name, value in output._asdict().items():
                 if value is not None:
                     columns[name].add(value)
@@ -109,6 +110,14 @@ class Evaluator:
                 "The set on which the metric is observed is empty, or the model returns no logits."
             )
         return EvalPrediction(arrays["logits"], arrays["labels"], inputs=arrays["inputs"], losses=arrays["loss"])
+
+    def _check_joinable(self, labels: Any) -> None:
+        """Batches of lists of dicts would be joined row by row, the first image with the first, and say nothing."""
+        if self.concat and isinstance(labels, (list, tuple)) and any(isinstance(row, Mapping) for row in labels):
+            raise ConfigurationError(
+                "The labels are a dict per example, as of object detection, which cannot be joined over batches: set "
+                "eval_do_concat_batches=False. The metric then gets lists of batches."
+            )
 
     def _kept_batches(self) -> list[Any] | None:
         """The collated batches if they fit into memory, else None."""

@@ -66,7 +66,9 @@ class PrefixCache:
     ):
         self.model, self._moved = model, moved
         self._room = max_bytes
-        self._owners = {name.rpartition(".")[0] for name in phi_names}
+        phi = {id(model.get_parameter(name)) for name in phi_names}
+        everywhere = model.named_parameters(remove_duplicate=False)  # layers may share a parameter
+        self._owners = {name.rpartition(".")[0] for name, parameter in everywhere if id(parameter) in phi}
         holders = {""} | {o[:i] for o in self._owners for i in range(len(o) + 1) if o[i : i + 1] in ("", ".")}
         self._frozen = {name: module for name, module in model.named_modules() if name not in holders}
         self._calls: tuple[Call, ...] | None = None  # the prefix, in order; None: not tried yet, (): not cached

@@ -7,6 +7,7 @@ import peft
 import pytest
 import timm
 import torch
+from detectors import d_fine, detr, rt_detr, yolos
 from helpers import tiny_bert
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -71,6 +72,10 @@ def images():
     return torch.randn(2, 3, 32, 32)
 
 
+def detector_images():
+    return torch.rand(2, 3, 64, 64)
+
+
 def tokens():
     return torch.randint(1, 8, (2, 7))
 
@@ -131,6 +136,31 @@ ZOO = {
         tokens,
         ["model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm", "model.norm"],
         None,
+    ),
+    "rt-detr": (
+        rt_detr,
+        detector_images,
+        [f"model.decoder.layers.1.{name}_layer_norm" for name in ("self_attn", "encoder_attn", "final")],
+        "model.decoder.class_embed.1.bias",
+    ),
+    "d-fine": (  # the output layer has two names
+        d_fine,
+        detector_images,
+        [f"model.decoder.layers.1.{name}" for name in ("self_attn_layer_norm", "final_layer_norm", "gateway.norm")],
+        "model.decoder.class_embed.1.bias",
+    ),
+    "detr": (  # the box head has as many outputs as the class head
+        detr,
+        detector_images,
+        [f"model.decoder.layers.1.{name}_layer_norm" for name in ("self_attn", "encoder_attn", "final")]
+        + ["model.decoder.layernorm"],
+        "class_labels_classifier.bias",
+    ),
+    "yolos": (
+        yolos,
+        detector_images,
+        ["vit.encoder.layer.1.layernorm_before", "vit.encoder.layer.1.layernorm_after", "vit.layernorm"],
+        "class_labels_classifier.layers.2.bias",
     ),
     # without gradients it takes a fused path that could pass a hook by
     "torch encoder": (torch_encoder, lambda: torch.randn(2, 5, 16), ["0.layers.1.norm1", "0.layers.1.norm2"], "1.bias"),

@@ -294,6 +294,24 @@ def test_a_batch_that_goes_another_way_than_the_first_is_computed(model):
     assert setting.cache.active
 
 
+class SharedBias(nn.Module):
+    """The bias goes by the name of the layer that does not run."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.idle, self.head = Counted(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.head.bias = self.idle.bias
+
+    def forward(self, x):
+        return self.head(torch.relu(self.stem(x)))
+
+
+def test_a_parameter_that_two_layers_share_is_phi_in_both():
+    setting = Setting(SharedBias(), rows(), lambda model: Subset(model, "idle.bias"))
+    setting.assert_equal_at_several_phi()
+    assert computed_again(setting) == 0
+
+
 def test_decisions_that_are_all_alike_do_not_hide_what_is_needed():
     setting = Setting(Residual(), rows(), predict=lambda model, x: model(x).argmax(-1))
     bias = setting.model.head.bias

@@ -141,14 +141,21 @@ def _last_block(names: list[str]) -> list[str]:
 def _output_layer(model: nn.Module) -> str | None:
     """Name of the layer that makes the logits, if the model ends in one.
 
-    The last linear layer with `config.num_labels` outputs, else timm's classifier, else the last layer that has
-    parameters if it is linear or a convolution (a model that ends in a norm is an encoder without logits).
+    The last linear layer with `config.num_labels` outputs, or, as of DETR and YOLOS, with one more for "no object",
+    heads of boxes left out; else timm's classifier, else the last layer that has parameters if it is linear or a
+    convolution (a model that ends in a norm is an encoder without logits).
     """
     owners = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    layers = {n: m for n, m in owners.items() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
+    layers = {
+        n: m
+        for n, m in owners.items()
+        if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and "box" not in n  # four outputs, as of four classes
+    }
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    if matching := [n for n, m in layers.items() if isinstance(m, nn.Linear) and m.out_features == num_labels]:
-        return matching[-1]
+    for outputs in () if num_labels is None else (num_labels, num_labels + 1):
+        matching = [n for n, m in layers.items() if isinstance(m, nn.Linear) and m.out_features == outputs]
+        if matching:
+            return matching[-1]
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
         return next((n for n, m in layers.items() if m is classifier), None)
@@ -282,8 +289,10 @@ class FiLM(PhiSpace):
         if not output_bias:
             return None
         layer = _output_layer(self.model)
-        if layer is not None and self.model.get_submodule(layer).bias is not None:
-            return _join(layer, "bias")
+        bias = None if layer is None else self.model.get_submodule(layer).bias
+        if bias is not None:
+            # of a bias that two layers share (D-FINE's, RT-DETR v2's heads), the name that the model goes by
+            return next(name for name, parameter in self.model.named_parameters() if parameter is bias)
         if output_bias == "auto":
             return None
         raise PhiError(

@@ -1,0 +1,123 @@
+"""Detectors in the trainer: labels that are a dict per image, images of different size, heads that share parameters."""
+
+import numpy as np
+import pytest
+import torch
+from detectors import d_fine, detr, rt_detr, yolos
+
+from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer
+
+SIZE, BATCH = 5, 2
+
+
+class Scenes(torch.utils.data.Dataset):
+    """Random images, each with as many boxes as its index, plus one."""
+
+    def __init__(self, shapes=((64, 64),)):
+        generator = torch.Generator().manual_seed(0)
+        self.images = [torch.rand(3, *shapes[i % len(shapes)], generator=generator) for i in range(SIZE)]
+        self.labels = [
+            {
+                "class_labels": torch.randint(3, (i + 1,), generator=generator),
+                "boxes": 0.3 + 0.2 * torch.rand(i + 1, 4, generator=generator),
+                "orig_size": torch.tensor(image.shape[1:]),
+            }
+            for i, image in enumerate(self.images)
+        ]
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.images[i], "labels": self.labels[i]}
+
+
+def collate(rows):
+    """Batches as wide as their widest image."""
+    height, width = (max(row["pixel_values"].shape[axis] for row in rows) for axis in (1, 2))
+    pixels = torch.zeros(len(rows), 3, height, width)
+    for i, row in enumerate(rows):
+        pixels[i, :, : row["pixel_values"].shape[1], : row["pixel_values"].shape[2]] = row["pixel_values"]
+    return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
+
+
+def confidence(prediction):
+    """Moves with every change of phi: the mean logit, and something of every label."""
+    assert [len(batch) for batch in prediction.label_ids] == [2, 2, 1]
+    labels = [label for batch in prediction.label_ids for label in batch]
+    assert [len(label["boxes"]) for label in labels] == [1, 2, 3, 4, 5]
+    assert all(isinstance(label["boxes"], np.ndarray) for label in labels)
+    logits = np.concatenate([logits for logits, _ in prediction.predictions])
+    assert logits.shape[:2] == (SIZE, 10)
+    return float(logits[..., 0].mean())
+
+
+def trainer(model, tmp_path, scenes=None, **changes):
+    scenes = scenes or Scenes()
+    options = {
+        "max_steps": 2,
+        "metric_start_ratio": 0.0,
+        "metric_call_budget": 4,
+        "observations_per_step": 4,
+        "phi_dim": 1,
+        "guide": "random",
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH,
+        "eval_do_concat_batches": False,
+        "greater_is_better": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return MetricOptTrainer(
+        model,
+        MetricOptConfig(str(tmp_path), **options),
+        train_dataset=scenes,
+        observation_dataset=scenes,
+        selection_dataset=scenes,
+        data_collator=collate,
+        metric=confidence,
+        preprocess_logits_for_metrics=lambda outputs, labels: outputs[1:3],
+    )
+
+
+@pytest.mark.parametrize("make", [rt_detr, d_fine, detr, yolos], ids=lambda make: make.__name__)
+def test_detectors_are_tuned_and_saved_as_ordinary_models(make, tmp_path):
+    shapes = ((64, 64), (64, 48), (48, 64)) if make is yolos else ((64, 64),)
+    mine = trainer(make(), tmp_path, Scenes(shapes), value_weight=0.0)
+    bias = mine.phi.parameters[-1].detach().clone()
+    mine.train()
+    assert len(mine.observations) == 4 and np.std([o.score for o in mine.observations]) > 0
+    # the loss alone moves the bias of the class logits: nobody else holds it, under another name
+    assert not torch.equal(mine.phase.last_phi[-len(bias) :], bias)
+
+    mine.save_model()
+    fresh = type(mine.model).from_pretrained(tmp_path).eval()
+    pixels = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        saved, here = fresh(pixels), mine.model.eval()(pixels)
+    assert torch.equal(saved.logits, here.logits) and torch.equal(saved.pred_boxes, here.pred_boxes)
+
+
+def test_observed_with_the_backbone_replayed_or_not_is_the_same(tmp_path):
+    scores = []
+    for memory in (2.0, 0.0):
+        torch.manual_seed(0)
+        mine = trainer(rt_detr(), tmp_path, observation_cache_gb=memory)
+        mine.train()
+        prefix = mine.phase.observer.evaluator._prefix
+        assert prefix.active if memory else prefix is None
+        scores.append([o.score for o in mine.observations])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_dicts_as_labels_are_not_joined_in_silence(tmp_path):
+    with pytest.raises(ConfigurationError, match="eval_do_concat_batches=False"):
+        trainer(rt_detr(), tmp_path, eval_do_concat_batches=True).train()
+
+
+def test_gradients_per_class_are_refused_where_an_image_has_many(tmp_path):
+    with pytest.raises(ConfigurationError, match='group_gradients.*Use "gradient_pca"'):
+        trainer(rt_detr(), tmp_path, phi_coordinates="group_gradients").train()
