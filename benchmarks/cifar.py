@@ -70,6 +70,21 @@ def pretrained(depth: int = 20) -> CifarResNet:
     return model.eval()
 
 
+class Tail(nn.Module):
+    """The last block of a `CifarResNet` and what follows it: the same outputs, from activations computed once.
+
+    forward: pixel_values [b, 64, 8, 8] (the activations in front of the block), labels [b] -> dict of loss and logits.
+    """
+
+    def __init__(self, net: CifarResNet):
+        super().__init__()
+        self.block, self.linear = net.layer3[-1], net.linear
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.linear(self.block(pixel_values).mean((2, 3)))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
 class Images(torch.utils.data.Dataset):
     """Decoded images: pixel_values [n, 3, 32, 32] float32 normalised, labels [n]."""
 
@@ -93,6 +108,13 @@ def load(split: str) -> Images:
     pixels = pixels.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     return Images((pixels - mean) / std, torch.tensor(table["label"][:]))
+
+
+@torch.no_grad()
+def in_front_of_the_tail(net: CifarResNet, images: Images, batch_size: int = 250) -> Images:
+    """The activations that `Tail` starts from, in place of the pixels."""
+    trunk = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), net.layer1, net.layer2, net.layer3[:-1])
+    return Images(torch.cat([trunk(batch) for batch in images.pixel_values.split(batch_size)]), images.labels)
 
 
 @dataclass
