@@ -114,10 +114,10 @@ class Trajectory(Sequence[Observation]):
                 raise ValueFunctionError(f"observations have {lengths} coordinates instead of {num_coordinates}.")
             state = {many: table[one].to_numpy() for one, many in COLUMNS.items()}
             state["z"] = np.array(table["z"].to_pylist(), np.float32).reshape(len(table), num_coordinates)
+            if not (np.isfinite(state["z"]).all() and np.isfinite(state["scores"]).all()):
+                raise ValueFunctionError("there are observations that are not finite.")
+            return cls.from_state_dict(state)
+        except ValueFunctionError:
+            raise
         except (pyarrow.ArrowException, TypeError, ValueError, KeyError) as error:
-            if isinstance(error, ValueFunctionError):
-                raise
             raise ValueFunctionError(f"the observations cannot be read ({type(error).__name__}: {error}).") from error
-        if not (np.isfinite(state["z"]).all() and np.isfinite(state["scores"]).all()):
-            raise ValueFunctionError("there are observations that are not finite.")
-        return cls.from_state_dict(state)
