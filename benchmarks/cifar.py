@@ -40,7 +40,10 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-(6n+2) for 32x32 images. forward: pixel_values [b, 3, 32, 32], labels [b] -> dict of loss and logits."""
+    """ResNet-(6n+2) for 32x32 images. forward: pixel_values [b, 3, 32, 32], labels [b] -> dict of loss and logits.
+
+    Where all but the last block stands still, its `activations` can be passed instead of pixels: [b, 64, 8, 8].
+    """
 
     def __init__(self, depth: int = 20, num_labels: int = 10):
         super().__init__()
@@ -57,10 +60,16 @@ class CifarResNet(nn.Module):
         first = Block(inputs, outputs, stride=1 if inputs == outputs else 2)
         return nn.Sequential(first, *[Block(outputs, outputs, 1) for _ in range(n - 1)])
 
+    def trunk(self, pixel_values: Tensor) -> Tensor:
+        """[b, 3, 32, 32] -> [b, 64, 8, 8], what the last block is given."""
+        x = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(pixel_values)))))
+        for block in self.layer3[:-1]:
+            x = block(x)
+        return x
+
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        x = F.relu(self.bn1(self.conv1(pixel_values)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        logits = self.linear(x.mean((2, 3)))
+        x = self.trunk(pixel_values) if pixel_values.shape[1] == 3 else pixel_values
+        logits = self.linear(self.layer3[-1](x).mean((2, 3)))
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -68,21 +77,6 @@ def pretrained(depth: int = 20) -> CifarResNet:
     model = CifarResNet(depth)
     model.load_state_dict(load_file(data_root() / "resnet_cifar10" / f"resnet{depth}.safetensors"), strict=False)
     return model.eval()
-
-
-class Tail(nn.Module):
-    """The last block of a `CifarResNet` and what follows it: the same outputs, from activations computed once.
-
-    forward: pixel_values [b, 64, 8, 8] (the activations in front of the block), labels [b] -> dict of loss and logits.
-    """
-
-    def __init__(self, net: CifarResNet):
-        super().__init__()
-        self.block, self.linear = net.layer3[-1], net.linear
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.linear(self.block(pixel_values).mean((2, 3)))
-        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 class Images(torch.utils.data.Dataset):
@@ -111,10 +105,9 @@ def load(split: str) -> Images:
 
 
 @torch.no_grad()
-def in_front_of_the_tail(net: CifarResNet, images: Images, batch_size: int = 250) -> Images:
-    """The activations that `Tail` starts from, in place of the pixels."""
-    trunk = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), net.layer1, net.layer2, net.layer3[:-1])
-    return Images(torch.cat([trunk(batch) for batch in images.pixel_values.split(batch_size)]), images.labels)
+def activations(net: CifarResNet, images: Images, batch_size: int = 250) -> Images:
+    """What `net` computes in front of its last block, in place of the pixels."""
+    return Images(torch.cat([net.trunk(batch) for batch in images.pixel_values.split(batch_size)]), images.labels)
 
 
 @dataclass

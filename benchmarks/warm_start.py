@@ -21,18 +21,19 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from metricopt_hf import MetricOptConfig, MetricOptTrainer
+from metricopt_hf import MetricOptTrainer
 from metricopt_hf.comparison import predictions
 from metricopt_hf.report import MethodRun, details_of, paired_difference, save_results
 
 from . import cifar
+from .check_cifar import METRIC, make_trainer
 
-METRIC, COLD, WARM = "worst_class_recall", "cold", "warm"
+COLD, WARM = "cold", "warm"
 # rows of the table that is printed: one per so many rounds
 ROUNDS_PER_ROW = 2
 # the first run has seeds of its own
 FIRST_RUN_SEEDS = 1000
-TRAIN_SIZE, OBSERVATION_SIZE, FIRST_SELECTION_SIZE = 3000, 2000, 500
+TRAIN, OBSERVED, FIRST_SELECTED = 3000, 2000, 500  # images
 
 
 @dataclass
@@ -47,48 +48,11 @@ class WarmStartArguments:
 def two_users(train: cifar.Images, test: cifar.Images, seed: int) -> tuple[cifar.Splits, cifar.Splits]:
     """Splits for the first run and for the second one, all disjoint."""
     generator = np.random.default_rng(seed)
-    mine, yours = np.split(generator.permutation(len(train)), [TRAIN_SIZE])
-    sizes = [OBSERVATION_SIZE, FIRST_SELECTION_SIZE, OBSERVATION_SIZE, OBSERVATION_SIZE]
-    observed, selected, observation, selection, report = np.split(generator.permutation(len(test)), np.cumsum(sizes))
-    first = cifar.Splits(
-        *(images.take(rows) for images, rows in ((train, mine), *((test, r) for r in (observed, selected, selected))))
-    )
-    second = cifar.Splits(
-        train.take(yours[:TRAIN_SIZE]), *(test.take(rows) for rows in (observation, selection, report))
-    )
-    return first, second
-
-
-def make_trainer(splits: cifar.Splits, seed: int, max_steps: int, folder: str, **changes) -> MetricOptTrainer:
-    args = MetricOptConfig(
-        folder,
-        max_steps=max_steps,
-        learning_rate=3e-3,
-        lr_scheduler_type="constant",
-        per_device_train_batch_size=64,
-        per_device_eval_batch_size=250,
-        metric_name_or_path=METRIC,
-        greater_is_better=True,
-        metric_start_ratio=0,
-        observe_steps=10,
-        metric_call_budget=None,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        seed=seed,
-        **changes,
-    )
-    trainer = MetricOptTrainer(
-        cifar.Tail(cifar.pretrained(20)),
-        args,
-        train_dataset=splits.train,
-        observation_dataset=splits.observation,
-        selection_dataset=splits.selection,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
+    mine, yours = np.split(generator.permutation(len(train)), 2)
+    parts = np.split(generator.permutation(len(test)), np.cumsum([OBSERVED, FIRST_SELECTED, OBSERVED, OBSERVED]))
+    observed, selected, observation, selection, report = (test.take(rows) for rows in parts)
+    first = cifar.Splits(train.take(mine), observed, selected, selected)
+    return first, cifar.Splits(train.take(yours), observation, selection, report)
 
 
 def run(name: str, trainer: MetricOptTrainer, splits: cifar.Splits) -> MethodRun:
@@ -104,10 +68,8 @@ def run(name: str, trainer: MetricOptTrainer, splits: cifar.Splits) -> MethodRun
 
 
 def curves(runs: list[MethodRun], name: str, key: str) -> np.ndarray:
-    """[seeds, rounds] of what `name` had in each round."""
-    return np.array(
-        [[row[key] for row in run.details["curve"][:-1]] for run in runs if run.method == name], dtype=float
-    )
+    """[seeds, rounds and the end] of what `name` had at each round's start; nan where there was nothing."""
+    return np.array([[row[key] for row in run.details["curve"]] for run in runs if run.method == name], dtype=float)
 
 
 def row(label: str, cold: np.ndarray, warm: np.ndarray) -> str:
@@ -128,31 +90,29 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("metricopt_hf").setLevel(logging.ERROR)
     print("computing activations ...", flush=True)
     net = cifar.pretrained(20)
-    train, test = (
-        cifar.in_front_of_the_tail(net, cifar.load(split)) for split in (f"train[:{2 * TRAIN_SIZE}]", "test")
-    )
+    train, test = (cifar.activations(net, cifar.load(split)) for split in (f"train[:{2 * TRAIN}]", "test"))
     runs = []
     for seed in tqdm(args.seeds, desc="seeds"):
         first, second = two_users(train, test, seed)
         with tempfile.TemporaryDirectory() as folder:
-            shared = make_trainer(first, FIRST_RUN_SEEDS + seed, args.max_steps, folder)
+            shared = make_trainer(FIRST_RUN_SEEDS + seed, first, args.max_steps, folder)
             shared.train()
             shared.value_function.save_pretrained(folder)
             for name, changes in ((COLD, {}), (WARM, {"value_function_name_or_path": folder})):
-                runs.append(run(name, make_trainer(second, seed, args.max_steps, folder, **changes), second))
+                runs.append(run(name, make_trainer(seed, second, args.max_steps, folder, **changes), second))
 
-    calls = [row["calls"] for row in runs[0].details["curve"][:-1]]
     selection, trust = ([curves(runs, name, key) for name in (COLD, WARM)] for key in ("selection", "trust"))
     reports = [np.array([run.scores["report"] for run in runs if run.method == name]) for name in (COLD, WARM)]
+    calls = [0, *(row["calls"] for row in runs[0].details["curve"][:-1])]  # before each look at the selection split
     print(
-        f"\n{METRIC} on the selection split against metric calls, {len(args.seeds)} seeds, paired, ± standard error\n"
+        f"\n{METRIC} on the selection split against metric calls; {len(args.seeds)} seeds, paired, ± standard error\n"
     )
     print(f"{'metric calls so far':>22}  {COLD}   {WARM}   {WARM} - {COLD}")
     for i in range(0, len(calls), ROUNDS_PER_ROW):
-        print(row(str(calls[i] - 8), *(s[:, i] for s in selection)))
+        print(row(str(calls[i]), *(s[:, i] for s in selection)))
     print(row("mean over the run", *(s.mean(1) for s in selection)))
     print(row("report split, at end", *reports))
-    print(row("mean trust", *(t.mean(1) for t in trust)))
+    print(row("mean trust", *(t[:, :-1].mean(1) for t in trust)))
     if args.results is not None:
         save_results(args.results, runs, metric=METRIC, arguments=vars(args))
     return 0

@@ -3,6 +3,7 @@
 python tests/hub_client.py publish|use FOLDER     writes what happened into FOLDER/publish.json or FOLDER/use.json
 """
 
+import functools
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from metricopt_hf import HubError, MetricOptConfig, MetricOptTrainer, Observation, Trajectory, ValueFunction
@@ -189,6 +190,17 @@ def failed_push_along_the_way(folder):
     return {"trained": run.state.global_step}
 
 
+def published_cards(folder):
+    """By the Hub's own check of what is pushed."""
+    cards = sorted((README.parent / "model_cards").glob("*.md"))
+    for path in cards:
+        ModelCard.load(path).validate()
+    broken = cards[0].read_text().replace("- task:", "- no_task:").encode()
+    HfApi().create_repo("tester/card")
+    upload = functools.partial(HfApi().upload_file, repo_id="tester/card", path_in_repo="README.md")
+    return {"cards": len(cards), "broken": refusal(lambda: upload(path_or_fileobj=broken), ValueError)}
+
+
 def strategy(name):
     def push(folder):
         run = trainer(folder / name, push_to_hub=True, hub_strategy=name)
@@ -218,8 +230,8 @@ def strategy(name):
 
 def publish(folder):
     steps = {f.__name__: f for f in (by_name_and_revision, what_cannot_be_had, failing_uploads, push_that_dies)}
-    steps |= {"failed_push_along_the_way": failed_push_along_the_way, **{name: strategy(name) for name in STRATEGIES}}
-    return steps
+    steps |= {f.__name__: f for f in (failed_push_along_the_way, published_cards)}
+    return steps | {name: strategy(name) for name in STRATEGIES}
 
 
 # the second user

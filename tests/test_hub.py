@@ -121,3 +121,8 @@ def test_a_second_run_starts_from_what_was_pushed(used):
 def test_the_readme_shares_and_loads(used):
     result = of(used, "readme")
     assert result["snippets"] == 2 and result["same"]
+
+
+def test_published_cards_pass_the_hub_s_validation(published):
+    result = of(published[0], "published_cards")
+    assert result["cards"] == 2 and "task" in result["broken"]
