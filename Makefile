@@ -11,7 +11,7 @@ USE := $(abspath $(VENV))/.installed-use
 DEV := $(abspath $(VENV))/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-cifar bench-overhead clean
+.PHONY: help demo test check-cifar bench-overhead bench-warm-start cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -28,6 +28,12 @@ check-cifar: $(USE) ## run the CIFAR check
 
 bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
 	$(IN_ROOT) $(PY) -m benchmarks.overhead $(ARGS)
+
+bench-warm-start: $(USE) ## measure what a shared value function saves
+	$(IN_ROOT) $(PY) -m benchmarks.warm_start $(ARGS)
+
+cards: $(USE) ## fill the cards in model_cards/ with measured figures
+	$(IN_ROOT) $(PY) -m benchmarks.cards $(ARGS)
 
 clean: ## remove .venv, builds and caches (results stay)
 	rm -rf $(ROOT)/.venv $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info $(ROOT)/.pytest_cache $(ROOT)/.ruff_cache

@@ -20,8 +20,10 @@ INSTALL_REQUIRES = [
     "scikit-learn>=1.5",
     "scipy>=1.11",
     "safetensors",
-    "huggingface_hub>=1.0",
+    "huggingface_hub>=1.3",  # listing a repository's files with their sizes before they are fetched
     "numpy",
+    "pyarrow",
+    "jinja2",  # model cards
 ]
 
 EXTRAS = {
@@ -50,7 +52,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["metricopt_hf", "metricopt_hf.*"]),
     # The `evaluate` scripts lie in folders that are no packages: `evaluate.load` reads them as files.
-    package_data={"metricopt_hf": ["metrics/*/*.py"]},
+    package_data={"metricopt_hf": ["metrics/*/*.py", "templates/*.md"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

@@ -40,7 +40,10 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet-(6n+2) for 32x32 images. forward: pixel_values [b, 3, 32, 32], labels [b] -> dict of loss and logits."""
+    """ResNet-(6n+2) for 32x32 images. forward: pixel_values [b, 3, 32, 32], labels [b] -> dict of loss and logits.
+
+    Where all but the last block stands still, its `activations` can be passed instead of pixels: [b, 64, 8, 8].
+    """
 
     def __init__(self, depth: int = 20, num_labels: int = 10):
         super().__init__()
@@ -57,10 +60,16 @@ class CifarResNet(nn.Module):
         first = Block(inputs, outputs, stride=1 if inputs == outputs else 2)
         return nn.Sequential(first, *[Block(outputs, outputs, 1) for _ in range(n - 1)])
 
+    def trunk(self, pixel_values: Tensor) -> Tensor:
+        """[b, 3, 32, 32] -> [b, 64, 8, 8], what the last block is given."""
+        x = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(pixel_values)))))
+        for block in self.layer3[:-1]:
+            x = block(x)
+        return x
+
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        x = F.relu(self.bn1(self.conv1(pixel_values)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        logits = self.linear(x.mean((2, 3)))
+        x = self.trunk(pixel_values) if pixel_values.shape[1] == 3 else pixel_values
+        logits = self.linear(self.layer3[-1](x).mean((2, 3)))
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -93,6 +102,12 @@ def load(split: str) -> Images:
     pixels = pixels.permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
     return Images((pixels - mean) / std, torch.tensor(table["label"][:]))
+
+
+@torch.no_grad()
+def activations(net: CifarResNet, images: Images, batch_size: int = 250) -> Images:
+    """What `net` computes in front of its last block, in place of the pixels."""
+    return Images(torch.cat([net.trunk(batch) for batch in images.pixel_values.split(batch_size)]), images.labels)
 
 
 @dataclass

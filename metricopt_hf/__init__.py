@@ -4,6 +4,7 @@ from .config import MetricOptConfig
 from .errors import (
     CheckpointError,
     ConfigurationError,
+    HubError,
     MetricError,
     MetricOptError,
     PhiError,
@@ -27,6 +28,7 @@ __all__ = [
     "Direction",
     "FiLM",
     "Guide",
+    "HubError",
     "Ledger",
     "Metric",
     "MetricError",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from .phi import Coordinates, PhiSpace, gradient_pca, group_gradients, random_basis
 from .phi.space import whole
+from .value import ValueFunction
+
+logger = logging.getLogger(__name__)
 
 # mini-batch gradients per coordinate: about the 128 for ten coordinates of the measurements behind the default
 GRADIENTS_PER_COORDINATE = 12
@@ -38,7 +43,7 @@ def make_coordinates(
     """
     origin = phi.read()
     if kind == "identity":
-        return Coordinates(origin, None)
+        return Coordinates(origin, None, kind)
     if kind == "random":
         basis = random_basis(phi.dim, dim, generator)
     elif kind == "group_gradients":
@@ -46,7 +51,24 @@ def make_coordinates(
     else:
         batches = mini_batches(GRADIENTS_PER_COORDINATE * dim)
         basis = gradient_pca(loss_gradients(phi, batches, loss, rank, world_size), dim)
-    return Coordinates(origin, basis.to(origin.device))
+    return Coordinates(origin, basis.to(origin.device), kind)
+
+
+def shared_coordinates(value_function: ValueFunction, phi: PhiSpace) -> Coordinates:
+    """The coordinates that a value function was learned in. phi may start elsewhere: z is relative to its origin."""
+    domain, here = value_function.domain, phi.read()
+    basis = None if domain.basis is None else domain.basis.to(here.device)
+    coordinates = Coordinates(domain.origin.to(here.device), basis, domain.coordinates)
+    if len(value_function.observations):
+        z, known = coordinates.encode(here).cpu().numpy(), value_function.observations.z
+        low, high = known.min(0), known.max(0)
+        away = float((np.maximum(low - z, z - high) / np.maximum(high - low, 1e-8)).max())
+        if away > 1:
+            logger.warning(
+                f"This run starts {away:.1f} times the observed range away from all that the value function given has "
+                "seen, so it has to learn anew: is this the model, and the start, that it was learned on?"
+            )
+    return coordinates
 
 
 def loss_gradients(

@@ -125,16 +125,14 @@ def summary(runs: Sequence[MethodRun], trainer: MetricOptTrainer) -> str:
 def write(
     folder: str, runs: Sequence[MethodRun], trainer: MetricOptTrainer, title: str, arguments: Mapping[str, Any]
 ) -> None:
-    """Write value function, results and plot into `folder`.
+    """Write results and plot into `folder`.
 
     Args:
-        trainer: whose run is plotted, and whose value function saved.
+        trainer: whose run is plotted.
         title: of its method, as in the table.
         arguments: of the script, for the record.
     """
     metric, seed = trainer.metric, trainer.args.seed
-    if trainer.value_function is not None:
-        trainer.value_function.save_pretrained(os.path.join(folder, VALUE_FUNCTION))
     differences = compare(runs, REFERENCE, MEASURED[-1], metric.greater_is_better)
     save_results(
         os.path.join(folder, RESULTS),

@@ -23,3 +23,7 @@ class CheckpointError(MetricOptError, RuntimeError):
 
 class ValueFunctionError(MetricOptError, ValueError):
     """A stored value function is malformed, or belongs to another model, phi space or metric."""
+
+
+class HubError(MetricOptError, OSError):
+    """A push to the Hub failed. What was to be pushed is still where the message says."""

@@ -128,9 +128,7 @@ class ValueFunctionGuide(Guide):
                 f"The value function given has {self._given.num_coordinates} coordinates, this phi {coordinates.dim}."
             )
         self.fitted = self._given is not None
-        self.value_function = copy.deepcopy(self._given) or ValueFunction(
-            coordinates.dim
-        )  # the given one stays as it is
+        self.value_function = copy.deepcopy(self._given) or ValueFunction(coordinates.dim)  # the given one stays
         if not self.fitted:
             self.value_function.reset_parameters(self.generator)
 
@@ -144,7 +142,9 @@ class ValueFunctionGuide(Guide):
         if self.shuffled:
             scores = scores[torch.randperm(len(scores), generator=self.generator).numpy()]
         steps = self.WARM_FIT_STEPS if self.fitted else self.FIRST_FIT_STEPS
-        fit(self.value_function, trajectory.z, scores, trajectory.variances, self.generator, steps)
+        # measured: one given predicts best in the standardisation that its weights were learned in
+        standardise = self._given is None
+        fit(self.value_function, trajectory.z, scores, trajectory.variances, self.generator, steps, standardise)
         self.fitted = True
 
     def ascent(self, phi: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from .metric import Metric
 from .observer import Observer, on_main
 from .phi import Coordinates, PhiSpace
 from .trajectory import Trajectory
+from .value import Domain, ValueFunction
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +99,29 @@ class MetricPhase:
     def started(self) -> bool:
         return self.coordinates is not None
 
+    @property
+    def value_function(self) -> ValueFunction | None:
+        """The guide's value function, if it has one, with all that others need to use it."""
+        value_function = getattr(self.guide, "value_function", None)
+        if value_function is not None and self.started:
+            coordinates = self.coordinates
+            value_function.domain = Domain(
+                type(self.phi.model).__name__,
+                self.phi_description,
+                coordinates.kind,
+                self.metric.name,
+                self.metric.greater_is_better,
+                coordinates.origin.cpu(),
+                None if coordinates.basis is None else coordinates.basis.cpu(),
+            )
+            value_function.observations = self.trajectory
+        return value_function
+
     def start(self, step: int, coordinates: Coordinates | None = None) -> None:
         """Begin: everything outside phi stands still from here on."""
         self.start_step = step
         self.coordinates = coordinates or self.make_coordinates()
+        self.phi_description = self.phi.description  # of what folding takes out nothing could be said later
         self.guide.start(self.coordinates, self.metric.greater_is_better, self.seed)
         for evaluator in (self.observer.evaluator, self.selector):
             if evaluator is not None:
@@ -172,6 +192,7 @@ class MetricPhase:
             "start_step": self.start_step,
             "origin": self.coordinates.origin,
             "basis": self.coordinates.basis,
+            "coordinates": self.coordinates.kind,
             "trajectory": {name: torch.as_tensor(array) for name, array in self.trajectory.state_dict().items()},
             "guide": self.guide.state_dict(),
             "generator": self.observer.generator.get_state(),
@@ -183,7 +204,8 @@ class MetricPhase:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.phi.read().device
         basis = state["basis"]
-        coordinates = Coordinates(state["origin"].to(device), None if basis is None else basis.to(device))
+        basis = None if basis is None else basis.to(device)
+        coordinates = Coordinates(state["origin"].to(device), basis, state["coordinates"])
         self.start(state["start_step"], coordinates)
         self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})
         self.guide.load_state_dict(state["guide"])

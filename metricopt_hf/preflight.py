@@ -16,6 +16,7 @@ from .config import MetricOptConfig
 from .errors import ConfigurationError
 from .metric import Metric
 from .phi import PhiSpace
+from .value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
@@ -126,4 +127,38 @@ def check_holds_phi(optimizer: Optimizer | None, phi: PhiSpace) -> None:
             f"The optimizer given does not hold {', '.join(missing[:4])} of phi: build phi first "
             "(`phi = FiLM(model)`), then the optimizer over model.parameters(), and pass both; or let the trainer "
             "make the optimizer."
+        )
+
+
+def load_value_function(given: ValueFunction | None, args: MetricOptConfig) -> ValueFunction | None:
+    """The value function to start from: the one given, the one that `args` names, or None.
+
+    Raises:
+        ValueFunctionError: it cannot be had or believed.
+    """
+    if given is None and args.value_function_name_or_path is not None:
+        return ValueFunction.from_pretrained(args.value_function_name_or_path)
+    return given
+
+
+def check_value_function(
+    given: ValueFunction | None, phi: PhiSpace, metric: Metric | None, args: MetricOptConfig
+) -> None:
+    """A value function to start from must be at home in this phi and this metric.
+
+    Raises:
+        ValueFunctionError: it is at home elsewhere.
+        ConfigurationError: it was never part of a run, and its size does not fit the coordinates that `args` asks for.
+    """
+    if given is None:
+        return
+    if given.domain is not None:
+        given.domain.check(phi.description, metric.name, metric.greater_is_better)
+        return
+    expected = {"identity": phi.dim, "group_gradients": given.num_coordinates}  # as many as there are groups
+    expected = expected.get(args.phi_coordinates, min(args.phi_dim, phi.dim))
+    if given.num_coordinates != expected:
+        raise ConfigurationError(
+            f"The value function given has {given.num_coordinates} coordinates, this run {expected}: set phi_dim to "
+            f"{given.num_coordinates}, or give one that was saved after a run, which brings its own coordinates."
         )

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import checkpoint, data, preflight
 from . import guide as guides
 from . import phi as spaces
-from .basis import make_coordinates
+from .basis import make_coordinates, shared_coordinates
 from .errors import ConfigurationError, MetricError
 from .evaluator import BatchOutput, Evaluator, undisturbed
 from .guide import Guide
@@ -26,12 +25,13 @@ from .observer import Observer, on_main
 from .optimization import give_own_learning_rate, restart_schedule
 from .phase import MetricPhase
 from .phi import Coordinates, PhiSpace
+from .sharing import SharingTrainer
 from .value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
 
-class MetricOptTrainer(Trainer):
+class MetricOptTrainer(SharingTrainer):
     """`Trainer` that also follows a black-box metric (after MetricOpt; Huang, Zhai, Guo and Susskind, CVPR 2021).
 
     A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
@@ -50,11 +50,11 @@ class MetricOptTrainer(Trainer):
         selection_dataset: where the best phi is chosen; default: likewise, disjoint.
         phi: a `PhiSpace` on the model, a function that builds one on a model (needed with `model_init`), or what
             `args.phi` could be; default: `args.phi`.
-        value_function: one to start from, fitted in the coordinates of this phi.
+        value_function: one to start from; default: `args.value_function_name_or_path`. Its coordinates are taken over.
         guide: a `Guide`; default: from `args.guide`.
 
     Raises:
-        ConfigurationError, PhiError: something in the arguments cannot work; before any training.
+        ConfigurationError, PhiError, ValueFunctionError: something in the arguments cannot work; before any training.
         MetricError: from `train`, if the metric's very first call fails; later failures only drop observations.
 
     Example:
@@ -81,7 +81,7 @@ class MetricOptTrainer(Trainer):
         self._training_phi = False
         super().__init__(*args, **kwargs)
         self._given_phi, self._given_guide = phi, guide
-        self._given_value_function = value_function
+        self._given_value_function: ValueFunction | None = None
         self.observation_dataset, self.selection_dataset = observation_dataset, selection_dataset
         self._ignore_keys: list[str] | None = None
         self.metric = preflight.resolve_metric(metric, self.args, self.compute_metrics, self.eval_dataset)
@@ -90,6 +90,7 @@ class MetricOptTrainer(Trainer):
             self.observation_dataset, self.selection_dataset = preflight.split(
                 observation_dataset, selection_dataset, self.eval_dataset, self.args
             )
+            self._given_value_function = preflight.load_value_function(value_function, self.args)
             self.phi = self._build_phi(self.model)
             preflight.check_holds_phi(self.optimizer, self.phi)
 
@@ -109,11 +110,6 @@ class MetricOptTrainer(Trainer):
     def ledger(self) -> Ledger:
         """Metric calls and seconds of the last run, by purpose."""
         return Ledger() if self.phase is None else self.phase.ledger
-
-    @property
-    def value_function(self) -> ValueFunction | None:
-        """The value function of the last run; None before the metric phase, or with a guide that has none."""
-        return None if self.phase is None else getattr(self.phase.guide, "value_function", None)
 
     # The run
 
@@ -297,6 +293,7 @@ class MetricOptTrainer(Trainer):
                 "phi was built on another model than the trainer's. With model_init, or to train again, pass a "
                 "function that builds it: phi=lambda model: FiLM(model, layers=...)."
             )
+        preflight.check_value_function(self._given_value_function, phi, self.metric, self.args)
         return phi
 
     def _build_phase(self, max_steps: int) -> MetricPhase:
@@ -306,9 +303,6 @@ class MetricOptTrainer(Trainer):
             None if dataset is None else self._evaluator(dataset, ledger)
             for dataset in (self.observation_dataset, self.selection_dataset)
         ]
-        value_function = self._given_value_function
-        if value_function is None and args.value_function_name_or_path is not None:
-            value_function = ValueFunction.from_pretrained(args.value_function_name_or_path)
         return MetricPhase(
             phi=self.phi,
             metric=self.metric,
@@ -322,7 +316,7 @@ class MetricOptTrainer(Trainer):
                 progress=not args.disable_tqdm and self.is_local_process_zero(),
             ),
             selector=evaluators[1],
-            guide=self._given_guide or guides.from_spec(args.guide, value_function),
+            guide=self._given_guide or guides.from_spec(args.guide, self._given_value_function),
             make_coordinates=self._make_coordinates,
             value_weight=args.value_weight,
             observe_steps=args.rounds_every(max_steps - self._metric_start),
@@ -374,8 +368,10 @@ class MetricOptTrainer(Trainer):
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
 
     def _make_coordinates(self) -> Coordinates:
-        """Q for the metric phase, from the present phi."""
-        args = self.args
+        """Q for the metric phase: the given value function's, else from the present phi."""
+        args, given = self.args, self._given_value_function
+        if given is not None and given.domain is not None:
+            return shared_coordinates(given, self.phi)
         generator = torch.Generator().manual_seed(args.seed)
         dataset, batch_size, collate = self._columns(self.train_dataset, args.train_batch_size)
         label_name = self.label_names[0] if self.label_names else "labels"

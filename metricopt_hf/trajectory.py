@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 
+from .errors import ValueFunctionError
 from .observation import Observation
+
+# column of a parquet file -> attribute, beside z
+COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs"}
 
 
 class Trajectory(Sequence[Observation]):
@@ -74,3 +82,42 @@ class Trajectory(Sequence[Observation]):
                 for z, score, variance, step, cost in zip(*columns, strict=True)
             ]
         )
+
+    def to_parquet(self) -> bytes:
+        """A parquet file with one row per observation: z (list of float32), score, variance, step and cost."""
+        state = self.state_dict()
+        columns = {
+            "z": pyarrow.array(list(state["z"]), pyarrow.list_(pyarrow.float32())),
+            **{one: pyarrow.array(state[many]) for one, many in COLUMNS.items()},
+        }
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_parquet(cls, path: str | os.PathLike, num_coordinates: int, max_bytes: int) -> Trajectory:
+        """What `to_parquet` wrote, from a source that is not trusted.
+
+        Raises:
+            ValueFunctionError: it unpacks to more than `max_bytes`, or is no table of observations in so many
+                coordinates.
+        """
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            declared = sum(group.total_byte_size for group in groups)
+            if max(declared, 8 * file.metadata.num_rows) > max_bytes:
+                raise ValueFunctionError(f"the observations unpack to {declared} bytes; at most {max_bytes} are read.")
+            table = file.read(columns=["z", *COLUMNS])
+            lengths = {len(z) for z in table["z"]}
+            if lengths - {num_coordinates}:
+                raise ValueFunctionError(f"observations have {lengths} coordinates instead of {num_coordinates}.")
+            state = {many: table[one].to_numpy() for one, many in COLUMNS.items()}
+            state["z"] = np.array(table["z"].to_pylist(), np.float32).reshape(len(table), num_coordinates)
+            if not (np.isfinite(state["z"]).all() and np.isfinite(state["scores"]).all()):
+                raise ValueFunctionError("there are observations that are not finite.")
+            return cls.from_state_dict(state)
+        except ValueFunctionError:
+            raise
+        except (pyarrow.ArrowException, TypeError, ValueError, KeyError) as error:
+            raise ValueFunctionError(f"the observations cannot be read ({type(error).__name__}: {error}).") from error

@@ -13,16 +13,17 @@ FLOORS = {
     1: {"phi", "metric", "metrics", "prefix_cache", "evaluator", "data", "checkpoint", "trajectory", "value", "trust"}
     | {"blend"},
     2: {"basis", "guide", "observer", "phase"},
-    3: {"config", "optimization", "preflight", "trainer", "seq2seq"},
+    3: {"config", "optimization", "preflight", "sharing", "trainer", "seq2seq"},
     4: {"posthoc", "report", "splits", "comparison", "study", "images"},  # and the benchmarks and examples
 }
 # On one floor rooms are strangers, but for these.
 NEIGHBOURS = {
     "metric": {"metrics"},
     "evaluator": {"metric", "prefix_cache"},
+    "value": {"trajectory"},
     "phase": {"guide", "observer"},
     "preflight": {"config"},
-    "trainer": {"config", "optimization", "preflight"},
+    "trainer": {"config", "optimization", "preflight", "sharing"},
     "seq2seq": {"config", "trainer"},
     "comparison": {"posthoc", "report", "splits"},
     "study": {"comparison", "report", "splits"},

@@ -21,10 +21,12 @@ class Coordinates:
     Attributes:
         origin: [d] float32, phi_0.
         basis: [d, k] float32 with orthonormal columns, or None for the identity (k = d).
+        kind: how the basis was found, for the record.
     """
 
     origin: Tensor
     basis: Tensor | None
+    kind: str = "given"
 
     @property
     def dim(self) -> int:

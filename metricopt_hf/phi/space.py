@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,12 @@ class PhiSpace(ABC):
     @property
     def dim(self) -> int:
         return sum(p.numel() for p in self.parameters)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What makes two phi comparable, as JSON values: the kind, and [name, shape] of every parameter in order."""
+        parameters = [[n, list(p.shape)] for n, p in zip(self.names, self.parameters, strict=True)]
+        return {"kind": type(self).__name__, "parameters": parameters}
 
     def read(self) -> Tensor:
         """phi: [dim] float32, a copy."""

@@ -1,6 +1,7 @@
 """The value function: from compact coordinates to the metric."""
 
+from .domain import Domain
 from .fit import FitReport, fit
 from .model import ValueFunction
 
-__all__ = ["FitReport", "ValueFunction", "fit"]
+__all__ = ["Domain", "FitReport", "ValueFunction", "fit"]

@@ -38,6 +38,7 @@ def fit(
     variances: np.ndarray,
     generator: torch.Generator,
     steps: int = 100,
+    standardise: bool = True,
 ) -> FitReport:
     """Fit in place, starting from the present weights (warm).
 
@@ -51,6 +52,8 @@ def fit(
         z: [n, k]. scores: [n]. variances: [n], nan where unknown (then the mean of the known ones is taken).
         generator: the only source of randomness.
         steps: optimizer steps.
+        standardise: take the standardisation from these observations. False: keep the present one, and with it the
+            function that the weights stand for.
 
     Raises:
         ValueFunctionError: fewer than two observations, or something not finite.
@@ -61,16 +64,19 @@ def fit(
         )
     known = np.isfinite(variances)
     noise = np.where(known, variances, variances[known].mean() if known.any() else 0.0)
-    score_std = max(float(scores.std()), 1e-8)
-    with torch.no_grad():
-        value_function.z_mean.copy_(torch.as_tensor(z.mean(0)))
-        # one scale for all coordinates: they are one orthonormal system, and a scale each would bend its gradient
-        value_function.z_std.fill_(max(float(z.std(0).mean()), 1e-8))
-        value_function.score_mean.fill_(float(scores.mean()))
-        value_function.score_std.fill_(score_std)
+    if standardise:
+        with torch.no_grad():
+            value_function.z_mean.copy_(torch.as_tensor(z.mean(0)))
+            # one scale for all coordinates: they are one orthonormal system, and a scale each would bend its gradient
+            value_function.z_std.fill_(max(float(z.std(0).mean()), 1e-8))
+            value_function.score_mean.fill_(float(scores.mean()))
+            value_function.score_std.fill_(max(float(scores.std()), 1e-8))
+        score_mean, score_std = scores.mean(), max(float(scores.std()), 1e-8)
+    else:
+        score_mean, score_std = float(value_function.score_mean), float(value_function.score_std)
 
     inputs = torch.as_tensor(z, dtype=torch.float32)
-    targets = torch.as_tensor((scores - scores.mean()) / score_std, dtype=torch.float32)
+    targets = torch.as_tensor((scores - score_mean) / score_std, dtype=torch.float32)
     noise = torch.as_tensor(noise / score_std**2, dtype=torch.float32)
     weights = 1 / (noise + VARIANCE_FLOOR)
     n, members = len(targets), value_function.num_members

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from ..errors import ValueFunctionError
+from ..trajectory import Trajectory
+from . import artefact, card, hub
+from .domain import Domain
 
 
-class ValueFunction(nn.Module, PyTorchModelHubMixin, library_name="metricopt_hf", tags=["metricopt"]):
+class ValueFunction(nn.Module):
     """An ensemble of MLPs over z: R^k -> the metric, standardised in and out.
 
     The paper (MetricOpt, CVPR 2021) learns one network; its layer sizes are not published. Size, ensemble and
     standardisation are this library's design.
 
+    Of `PyTorchModelHubMixin` only the names are here: it loads what fits, falls back to pickle and never renews a card,
+    while a stranger's file must be whole and as it says (`value/artefact.py`).
+
     Args:
         num_coordinates: k.
         hidden_size: width of the two hidden layers.
         num_members: networks in the ensemble.
+
+    Attributes:
+        domain: what z and the metric are; None for one that was never part of a run.
+        observations: what it was fitted to.
 
     Example:
         >>> import torch
@@ -36,13 +50,15 @@ class ValueFunction(nn.Module, PyTorchModelHubMixin, library_name="metricopt_hf"
                 "num_coordinates, hidden_size and num_members must be at least 1, "
                 f"got {num_coordinates}, {hidden_size} and {num_members}."
             )
-        self.num_coordinates, self.num_members = num_coordinates, num_members
+        self.num_coordinates, self.hidden_size, self.num_members = num_coordinates, hidden_size, num_members
+        self.domain: Domain | None = None
+        self.observations = Trajectory()
         sizes = [num_coordinates, hidden_size, hidden_size, 1]
         shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_members, i, o)) for i, o in shapes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_members, 1, o)) for _, o in shapes)
-        for name, size in (("z_mean", num_coordinates), ("z_std", num_coordinates)):
-            self.register_buffer(name, torch.zeros(size) if name == "z_mean" else torch.ones(size))
+        self.register_buffer("z_mean", torch.zeros(num_coordinates))
+        self.register_buffer("z_std", torch.ones(num_coordinates))
         self.register_buffer("score_mean", torch.zeros(()))
         self.register_buffer("score_std", torch.ones(()))
         # what the ensemble's disagreement cannot show: noise of the metric itself, standardised
@@ -81,6 +97,71 @@ class ValueFunction(nn.Module, PyTorchModelHubMixin, library_name="metricopt_hf"
             total = self(z.reshape(-1, self.num_coordinates)).mean(0).sum()
             (gradient,) = torch.autograd.grad(total, z)
         return gradient * self.score_std
+
+    # Sharing
+
+    def save_pretrained(self, folder: str | os.PathLike, model_card_kwargs: dict[str, Any] | None = None) -> None:
+        """Write weights, domain, observations and a card into `folder`.
+
+        Args:
+            model_card_kwargs: figures for the card, see `card.render`. A card that somebody has written stays.
+        """
+        sizes = {name: getattr(self, name) for name in artefact.MAX_SIZES}
+        artefact.write(folder, sizes, self.state_dict(), self.domain, self.observations)
+        card.write(os.path.join(folder, artefact.CARD_FILE), self, **(model_card_kwargs or {}))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+    ) -> ValueFunction:
+        """Read a value function from a folder or from the Hub. No code is run, and nothing is read that is not whole.
+
+        Args:
+            name_or_path: its folder or repository, or that of a model which was pushed together with it.
+            revision: branch, tag or commit.
+            token: for private repositories; default: the one that `hf auth login` stored, or HF_TOKEN.
+            cache_dir, local_files_only: as for all downloads from the Hub.
+
+        Raises:
+            ValueFunctionError: what is wrong with it, or why it cannot be had, and what to do.
+        """
+        folder = hub.fetch(name_or_path, revision, token, cache_dir, local_files_only)
+        sizes, state, domain, observations = artefact.read(folder, str(name_or_path))
+        value_function = cls(**sizes)
+        value_function.load_state_dict(state)
+        value_function.domain, value_function.observations = domain, observations
+        return value_function.eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Value function",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """Push to a repository of its own, which is made where there is none. Returns the URL of the commit.
+
+        Raises:
+            HubError: why it failed, and what to do.
+        """
+
+        def upload():
+            api = HfApi(token=token)
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            message = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
+            return api.upload_folder(repo_id=name, folder_path=folder, **message)
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, model_card_kwargs)
+            return hub.push(upload, repo_id, "the value function is as it was; save_pretrained(folder) keeps it")
 
     def _checked(self, z: Tensor) -> Tensor:
         if z.dim() not in (1, 2) or z.shape[-1] != self.num_coordinates:

@@ -1,0 +1,122 @@
+"""Does a value function that somebody shared save metric calls? Prints what came out, win or not.
+
+    python -m benchmarks.warm_start            (make bench-warm-start)
+
+The task of `check_cifar` (CIFAR-10 as JPEG, a pretrained ResNet-20, worst-class recall). Per seed, a first run leaves a
+value function in a folder; a second run, with another seed, other training images and another observation split, is
+done twice: cold, and started from that folder (`value_function_name_or_path`). Nothing that the first run saw is in the
+second run's splits. As everything in front of the last block stands still in all runs, its activations are computed
+once, and the last block is all that is run: the outputs are those of the whole net.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from dataclasses import dataclass, field
+
+import numpy as np
+import transformers
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from metricopt_hf import MetricOptTrainer
+from metricopt_hf.comparison import predictions
+from metricopt_hf.report import MethodRun, details_of, paired_difference, save_results
+
+from . import cifar
+from .check_cifar import METRIC, make_trainer
+
+COLD, WARM = "cold", "warm"
+# rows of the table that is printed: one per so many rounds
+ROUNDS_PER_ROW = 2
+# the first run has seeds of its own
+FIRST_RUN_SEEDS = 1000
+TRAIN, OBSERVED, FIRST_SELECTED = 3000, 2000, 500  # images
+
+
+@dataclass
+class WarmStartArguments:
+    """What to run."""
+
+    seeds: list[int] = field(default_factory=lambda: list(range(10)), metadata={"help": "Seeds to run, two or more."})
+    max_steps: int = field(default=100, metadata={"help": "Optimizer steps of every run; 8 metric calls per 10 steps."})
+    results: str | None = field(default=None, metadata={"help": "File to write all figures to, as JSON."})
+
+
+def two_users(train: cifar.Images, test: cifar.Images, seed: int) -> tuple[cifar.Splits, cifar.Splits]:
+    """Splits for the first run and for the second one, all disjoint."""
+    generator = np.random.default_rng(seed)
+    mine, yours = np.split(generator.permutation(len(train)), 2)
+    parts = np.split(generator.permutation(len(test)), np.cumsum([OBSERVED, FIRST_SELECTED, OBSERVED, OBSERVED]))
+    observed, selected, observation, selection, report = (test.take(rows) for rows in parts)
+    first = cifar.Splits(train.take(mine), observed, selected, selected)
+    return first, cifar.Splits(train.take(yours), observation, selection, report)
+
+
+def run(name: str, trainer: MetricOptTrainer, splits: cifar.Splits) -> MethodRun:
+    trainer.train()
+    (prediction,) = predictions(trainer, {"report": splits.report}).values()
+    return MethodRun(
+        name,
+        trainer.args.seed,
+        {"report": trainer.metric(prediction)},
+        dict(trainer.ledger.calls),
+        details=details_of(trainer),
+    )
+
+
+def curves(runs: list[MethodRun], name: str, key: str) -> np.ndarray:
+    """[seeds, rounds and the end] of what `name` had at each round's start; nan where there was nothing."""
+    return np.array([[row[key] for row in run.details["curve"]] for run in runs if run.method == name], dtype=float)
+
+
+def row(label: str, cold: np.ndarray, warm: np.ndarray) -> str:
+    """A line of the table from one number per seed for each of the two."""
+    difference = paired_difference(warm, cold)
+    return (
+        f"{label:>22}  {cold.mean():.3f}  {warm.mean():.3f}  {difference.mean:+.3f} ± {difference.error:.3f}  "
+        f"{difference.verdict}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    (args,) = HfArgumentParser(WarmStartArguments).parse_args_into_dataclasses(argv)
+    if not cifar.data_root().exists():
+        print(f"The data are not here: {cifar.data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+        return 2
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("metricopt_hf").setLevel(logging.ERROR)
+    print("computing activations ...", flush=True)
+    net = cifar.pretrained(20)
+    train, test = (cifar.activations(net, cifar.load(split)) for split in (f"train[:{2 * TRAIN}]", "test"))
+    runs = []
+    for seed in tqdm(args.seeds, desc="seeds"):
+        first, second = two_users(train, test, seed)
+        with tempfile.TemporaryDirectory() as folder:
+            shared = make_trainer(FIRST_RUN_SEEDS + seed, first, args.max_steps, folder)
+            shared.train()
+            shared.value_function.save_pretrained(folder)
+            for name, changes in ((COLD, {}), (WARM, {"value_function_name_or_path": folder})):
+                runs.append(run(name, make_trainer(seed, second, args.max_steps, folder, **changes), second))
+
+    selection, trust = ([curves(runs, name, key) for name in (COLD, WARM)] for key in ("selection", "trust"))
+    reports = [np.array([run.scores["report"] for run in runs if run.method == name]) for name in (COLD, WARM)]
+    calls = [0, *(row["calls"] for row in runs[0].details["curve"][:-1])]  # before each look at the selection split
+    print(
+        f"\n{METRIC} on the selection split against metric calls; {len(args.seeds)} seeds, paired, ± standard error\n"
+    )
+    print(f"{'metric calls so far':>22}  {COLD}   {WARM}   {WARM} - {COLD}")
+    for i in range(0, len(calls), ROUNDS_PER_ROW):
+        print(row(str(calls[i]), *(s[:, i] for s in selection)))
+    print(row("mean over the run", *(s.mean(1) for s in selection)))
+    print(row("report split, at end", *reports))
+    print(row("mean trust", *(t[:, :-1].mean(1) for t in trust)))
+    if args.results is not None:
+        save_results(args.results, runs, metric=METRIC, arguments=vars(args))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

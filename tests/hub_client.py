@@ -1,0 +1,289 @@
+"""What users do with the Hub, in a process of its own, because the client reads HF_ENDPOINT when it is imported.
+
+python tests/hub_client.py publish|use FOLDER     writes what happened into FOLDER/publish.json or FOLDER/use.json
+"""
+
+import functools
+import json
+import re
+import sys
+import time
+import traceback
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi, ModelCard, constants
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from metricopt_hf import HubError, MetricOptConfig, MetricOptTrainer, Observation, Trajectory, ValueFunction
+from metricopt_hf import ValueFunctionError as Refused
+from metricopt_hf.value import fit
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+
+torch.set_num_threads(1)
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the client's waits between attempts
+
+
+def faults(**times):
+    request = urllib.request.Request(f"{constants.ENDPOINT}/_faults", json.dumps(times).encode(), method="POST")
+    urllib.request.urlopen(request).read()
+
+
+def files(repo, revision=None):
+    return sorted(f.rfilename for f in HfApi().model_info(repo, revision=revision).siblings)
+
+
+def refusal(action, kind):
+    """The message with which it was refused, in the library's own kind of error."""
+    try:
+        action()
+    except kind as error:
+        return str(error)
+    return "not refused"
+
+
+def value_function(seed=0):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(32, 3)).astype(np.float32)
+    scores = z @ [1.0, -2.0, 0.5]
+    made = ValueFunction(3, hidden_size=8)
+    fit(made, z, scores, np.full(32, np.nan), torch.Generator().manual_seed(seed), steps=20)
+    made.observations = Trajectory(
+        [Observation(p, float(s), float("nan"), 0, 0.1) for p, s in zip(z, scores, strict=True)]
+    )
+    return made
+
+
+def same(first, second):
+    z = torch.randn(5, first.num_coordinates, generator=torch.Generator().manual_seed(0))
+    answers = [(*v.predict(z), v.gradient(z)) for v in (first, second)]
+    return all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+
+
+# the model that is shared: images whose label is where they are brightest
+
+
+class Squares(torch.utils.data.Dataset):
+    def __init__(self, size, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.randint(3, (size,), generator=generator)
+        self.pixels = torch.randn(size, 3, 8, 8, generator=generator) + self.labels.view(-1, 1, 1, 1)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return {"pixel_values": self.pixels[i], "labels": self.labels[i]}
+
+
+def probability(prediction):
+    chances = torch.softmax(torch.as_tensor(prediction.predictions), -1).numpy()
+    return float(chances[np.arange(len(chances)), prediction.label_ids].mean())
+
+
+def trainer(folder, **changes):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return MetricOptTrainer(
+        ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes)),
+        MetricOptConfig(
+            str(folder),
+            max_steps=6,
+            per_device_train_batch_size=8,
+            metric_start_ratio=0,
+            metric_call_budget=16,
+            phi_dim=3,
+            save_steps=3,
+            greater_is_better=True,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+            **changes,
+        ),
+        train_dataset=Squares(48, 0),
+        observation_dataset=Squares(48, 1),
+        selection_dataset=Squares(48, 2),
+        metric=probability,
+    )
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(Squares(8, 3).pixels).logits
+
+
+# the first user
+
+
+def by_name_and_revision(folder):
+    first, second = value_function(0), value_function(1)
+    commit = first.push_to_hub("tester/vf").oid
+    again = second.push_to_hub("tester/vf").oid
+    return {
+        "files": files("tester/vf"),
+        "commits": commit != again,
+        "main": same(second, ValueFunction.from_pretrained("tester/vf")),
+        "revision": same(first, ValueFunction.from_pretrained("tester/vf", revision=commit)),
+        "observations": len(ValueFunction.from_pretrained("tester/vf").observations),
+        "offline": same(second, ValueFunction.from_pretrained("tester/vf", local_files_only=True)),
+    }
+
+
+def what_cannot_be_had(folder):
+    private = value_function()
+    private.push_to_hub("tester/private", private=True)
+    load = ValueFunction.from_pretrained
+    HfApi().create_repo("tester/empty")
+    return {
+        "with token": same(private, load("tester/private")),
+        "without": refusal(lambda: load("tester/private", token=False, cache_dir=folder / "other"), Refused),
+        "no repo": refusal(lambda: load("tester/nothing"), Refused),
+        "no revision": refusal(lambda: load("tester/vf", revision="v9"), Refused),
+        "no value function": refusal(lambda: load("tester/empty"), Refused),
+        "no name": refusal(lambda: load("no/such/folder"), Refused),
+        "may not push": refusal(lambda: private.push_to_hub("tester/vf", token="hf_wrong"), HubError),
+    }
+
+
+def failing_uploads(folder):
+    made = value_function(2)
+    faults(lfs_500=2)
+    made.push_to_hub("tester/busy")
+    after_500 = same(made, ValueFunction.from_pretrained("tester/busy"))
+    faults(commit_500=1, commit_drop=1)
+    again = value_function(3)
+    again.push_to_hub("tester/busy")
+    after_drop = same(again, ValueFunction.from_pretrained("tester/busy"))
+    faults()
+    return {"500 twice, then accepted": after_500, "connection lost": after_drop}
+
+
+def push_that_dies(folder):
+    run = trainer(folder / "dies")
+    run.train()
+    faults(lfs_drop=1000)
+    message = refusal(run.push_to_hub, HubError)
+    faults()
+    there = files("tester/dies")
+    kept = same(run.value_function, ValueFunction.from_pretrained(folder / "dies"))
+    model = AutoModelForImageClassification.from_pretrained(folder / "dies")
+    run.push_to_hub()
+    return {
+        "message": message,
+        "half": [name for name in there if name.endswith((".safetensors", ".json"))],
+        "local": kept and torch.equal(logits(model), logits(run.model)),
+        "afterwards": same(run.value_function, ValueFunction.from_pretrained("tester/dies")),
+    }
+
+
+def failed_push_along_the_way(folder):
+    faults(commit_500=1000)
+    run = trainer(folder / "unlucky", push_to_hub=True, hub_strategy="every_save")
+    run.train()
+    faults()
+    return {"trained": run.state.global_step}
+
+
+def published_cards(folder):
+    """By the Hub's own check of what is pushed."""
+    cards = sorted((README.parent / "model_cards").glob("*.md"))
+    for path in cards:
+        ModelCard.load(path).validate()
+    broken = cards[0].read_text().replace("- task:", "- no_task:").encode()
+    HfApi().create_repo("tester/card")
+    upload = functools.partial(HfApi().upload_file, repo_id="tester/card", path_in_repo="README.md")
+    return {"cards": len(cards), "broken": refusal(lambda: upload(path_or_fileobj=broken), ValueError)}
+
+
+def strategy(name):
+    def push(folder):
+        run = trainer(folder / name, push_to_hub=True, hub_strategy=name)
+        run.train()
+        along = files(f"tester/{name}")
+        run.push_to_hub(
+            language="en",
+            license="apache-2.0",
+            tags="squares",
+            finetuned_from="someone/vit",
+            tasks="image-classification",
+            dataset="Squares",
+            dataset_tags="tester/squares",
+            scores={"report": 0.5},
+            comparison="| method | score |\n|---|---|\n| loss only | 0.4 |",
+        )
+        z = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+        torch.save(
+            {"logits": logits(run.model), "z": z, "predicted": torch.stack(run.value_function.predict(z))},
+            folder / f"{name}.pt",
+        )
+        card = (folder / name / "README.md").read_text()
+        return {"along": along, "end": files(f"tester/{name}"), "card": card}
+
+    return push
+
+
+def publish(folder):
+    steps = {f.__name__: f for f in (by_name_and_revision, what_cannot_be_had, failing_uploads, push_that_dies)}
+    steps |= {f.__name__: f for f in (failed_push_along_the_way, published_cards)}
+    return steps | {name: strategy(name) for name in STRATEGIES}
+
+
+# the second user
+
+
+def loads(name):
+    def load(folder):
+        expected = torch.load(folder / f"{name}.pt", weights_only=True)
+        model = AutoModelForImageClassification.from_pretrained(f"tester/{name}")
+        learned = ValueFunction.from_pretrained(f"tester/{name}")
+        predicted = torch.stack(learned.predict(expected["z"]))
+        return {
+            "logits": torch.equal(logits(model), expected["logits"]),
+            "value function": torch.equal(predicted, expected["predicted"]),
+        }
+
+    return load
+
+
+def readme(folder):
+    """The README's own words, with the repository that the first user pushed."""
+    section = README.read_text().partition("\n## Share what was learned\n")[2].partition("\n## ")[0]
+    snippets = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {"trainer": trainer(folder / "readme", hub_model_id="user/name")}
+    names["trainer"].train()
+    names |= {k: getattr(names["trainer"], k) for k in ("model", "train_dataset")}
+    names |= {"metric": probability, "observation": Squares(48, 1), "selection": Squares(48, 2)}
+    names["train"] = names.pop("train_dataset")
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    return {"snippets": len(snippets), "same": same(names["value_function"], names["trainer"].value_function)}
+
+
+def starts_from_it(folder):
+    given = ValueFunction.from_pretrained("tester/end")
+    run = trainer(folder / "warm", value_function_name_or_path="tester/end", seed=5)
+    run.train()
+    basis = torch.equal(run.phase.coordinates.basis, given.domain.basis)
+    return {"basis": basis, "learned on": not same(run.value_function, given)}
+
+
+def use(folder):
+    return {"starts_from_it": starts_from_it, "readme": readme, **{name: loads(name) for name in STRATEGIES}}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    who, folder = sys.argv[1], Path(sys.argv[2])
+    results = {}
+    for name, step in {"publish": publish, "use": use}[who](folder).items():
+        try:
+            results[name] = step(folder)
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    (folder / f"{who}.json").write_text(json.dumps(results))

@@ -1,0 +1,128 @@
+"""Sharing, against a Hub in a process of its own: what the first user pushes, and what a second one gets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PARTS = ["README.md", "config.json", "model.safetensors", "observations.parquet"]
+IN_MODEL = {f"value_function/{part}" for part in PARTS}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """Address of a fresh Hub."""
+    server = subprocess.Popen([sys.executable, HERE / "loopback_hub.py"], stdout=subprocess.PIPE, text=True)
+    yield server.stdout.readline().strip()
+    server.terminate()
+    server.wait()
+    server.stdout.close()
+
+
+def client(who, folder, hub):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(folder / f"home of {who}"),
+        "HF_TOKEN": "hf_loopback",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, HERE / "hub_client.py", who, folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / f"{who}.json").read_text()), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hub")
+
+
+@pytest.fixture(scope="module")
+def published(hub, folder):
+    return client("publish", folder, hub)
+
+
+@pytest.fixture(scope="module")
+def used(hub, folder, published):
+    return client("use", folder, hub)[0]
+
+
+def of(results, name):
+    assert "error" not in results[name], results[name]["error"]
+    return results[name]
+
+
+def test_a_value_function_is_pushed_and_loaded_by_name_and_by_revision(published):
+    result = of(published[0], "by_name_and_revision")
+    assert [file for file in result.pop("files") if file != ".gitattributes"] == PARTS
+    assert result.pop("observations") == 32
+    assert all(result.values()), result
+
+
+def test_what_cannot_be_had_is_refused_with_a_way_out(published):
+    result = of(published[0], "what_cannot_be_had")
+    assert result["with token"]
+    assert "hf auth login" in result["without"] and "tester/private" in result["without"]
+    assert "check the name" in result["no repo"]
+    assert "no revision 'v9'" in result["no revision"]
+    assert "config.json is missing" in result["no value function"]
+    assert "neither a folder nor" in result["no name"]
+    assert "write access" in result["may not push"] and "Nothing is lost" in result["may not push"]
+
+
+def test_a_hub_that_is_busy_is_asked_again(published):
+    result = of(published[0], "failing_uploads")
+    assert all(result.values()), result
+
+
+def test_a_push_that_dies_half_way_loses_nothing(published):
+    result = of(published[0], "push_that_dies")
+    assert "Nothing is lost" in result["message"] and "try again" in result["message"]
+    assert result["half"] == []  # a commit is there as a whole or not at all
+    assert result["local"] and result["afterwards"]
+
+
+def test_a_push_that_fails_along_the_way_is_told_and_does_not_end_training(published):
+    assert of(published[0], "failed_push_along_the_way")["trained"] == 6
+    assert "The push to tester/unlucky failed" in published[1]
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_model_card_and_value_function_are_pushed_together(published, strategy):
+    result = of(published[0], strategy)
+    whole = {"README.md", "config.json", "model.safetensors", *IN_MODEL}
+    assert whole <= set(result["end"])
+    assert (whole <= set(result["along"])) == (strategy != "end")
+    # Trainer leaves the second checkpoint out if the first is still on its way
+    if checkpoint := {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-3"}.get(strategy):
+        assert {f"{checkpoint}/{file}" for file in IN_MODEL} <= set(result["along"])
+    for told in ("license: apache-2.0", "- squares", "base_model: someone/vit", "loss only", "model-index", "0.5"):
+        assert told in result["card"]
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_a_new_process_gets_the_same_numbers(used, strategy):
+    assert of(used, strategy) == {"logits": True, "value function": True}
+
+
+def test_a_second_run_starts_from_what_was_pushed(used):
+    assert of(used, "starts_from_it") == {"basis": True, "learned on": True}
+
+
+def test_the_readme_shares_and_loads(used):
+    result = of(used, "readme")
+    assert result["snippets"] == 2 and result["same"]
+
+
+def test_published_cards_pass_the_hub_s_validation(published):
+    result = of(published[0], "published_cards")
+    assert result["cards"] == 2 and "task" in result["broken"]
