@@ -192,7 +192,8 @@ def _is_peft(model: nn.Module) -> bool:
 
 
 def _listed(value: Any) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+    """`TrainingSummary` has one or several of a thing, or a None for a data set that was made in memory."""
+    return [item for item in ([value] if isinstance(value, str) else value or []) if item is not None]
 
 
 def _first(value: Any) -> str | None:
