@@ -1,8 +1,10 @@
 """Files of strangers: what is not whole, or not what it says, is refused with the reason; nothing is believed."""
 
 import json
+import pickle
 import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -83,6 +85,18 @@ def test_what_is_written_is_read_again(folder):
     assert sorted(path.name for path in folder.iterdir()) == sorted([*artefact.MAX_BYTES, "README.md"])
 
 
+def test_the_config_tells_people_what_it_is_of(folder):
+    told, normalised = json.loads((folder / "config.json").read_text()), shared()
+    assert told["format_version"] == 1 and told["domain"]["phi"] == PHI
+    assert told["domain"]["coordinates"] == {"kind": "random", "identity": False}
+    assert told["domain"]["metric"] == {"name": "f1", "greater_is_better": True}
+    assert told["normalisation"]["z_mean"] == normalised.z_mean.tolist()
+    assert told["normalisation"]["score_std"] == float(normalised.score_std)
+    assert set(load_file(folder / "model.safetensors")) == {"origin", "basis"} | {
+        name for name, _ in normalised.named_parameters()
+    }
+
+
 def test_others_can_refit_it_to_its_observations(folder):
     loaded = load(folder)
     seen = loaded.observations
@@ -131,13 +145,24 @@ STRANGE = {
     "half a domain": (lambda f: config(f, domain={"model": "Linear"}), "KeyError: 'phi'"),
     "a direction that is text": (lambda f: config(f, domain__metric__greater_is_better="yes"), "malformed"),
     "more coordinates than phi": (lambda f: config(f, domain__phi__parameters=[["a", [3]]]), "do not fit a phi of 3"),
-    "a missing tensor": (lambda f: tensors(f, z_mean=None), "z_mean is missing"),
+    "a missing tensor": (lambda f: tensors(f, biases__0=None), "biases.0 is missing"),
+    "a missing basis": (lambda f: tensors(f, basis=None), "basis is missing"),
     "a surplus tensor": (lambda f: tensors(f, extra=torch.zeros(2)), "extra is surplus"),
-    "another shape": (lambda f: tensors(f, z_mean=torch.zeros(K + 1)), r"z_mean is F32 \[5\] instead of F32 \[4\]"),
-    "another type": (lambda f: tensors(f, z_mean=torch.zeros(K).double()), r"z_mean is F64 \[4\] instead of F32"),
+    "another shape": (lambda f: tensors(f, origin=torch.zeros(D + 1)), r"origin is F32 \[13\] instead of F32 \[12\]"),
+    "another type": (lambda f: tensors(f, origin=torch.zeros(D).double()), r"origin is F64 \[12\] instead of F32"),
     "nan weights": (lambda f: tensors(f, weights__1=torch.full((3, 8, 8), NAN)), "weights.1 .* not finite"),
     "an infinite origin": (lambda f: tensors(f, origin=torch.full((D,), torch.inf)), "origin .* not finite"),
-    "no scale": (lambda f: tensors(f, score_std=torch.tensor(0.0)), "score_std .* must be positive"),
+    "weights that overflow": (lambda f: tensors(f, weights__1=torch.full((3, 8, 8), 1e38)), "predicts .* not finite"),
+    "no normalisation": (lambda f: config(f, normalisation=None), "TypeError"),
+    "half a normalisation": (lambda f: config(f, normalisation={"z_mean": [0.0] * K}), "has not the entries z_mean, "),
+    "a mean of another size": (lambda f: config(f, normalisation__z_mean=[0.0]), r"z_mean .* has the shape \[1\]"),
+    "a ragged mean": (lambda f: config(f, normalisation__z_mean=[0.0, [0.0]]), "TypeError|ValueError"),
+    "a mean of text": (lambda f: config(f, normalisation__score_mean="0.9"), "TypeError"),
+    "no mean": (lambda f: config(f, normalisation__score_mean=None), "TypeError|RuntimeError"),
+    "an astronomical mean": (lambda f: config(f, normalisation__score_mean=10**400), "OverflowError|RuntimeError"),
+    "a nan mean": (lambda f: config(f, normalisation__score_mean=NAN), "score_mean .* not finite"),
+    "no scale": (lambda f: config(f, normalisation__score_std=0.0), "score_std .* must be positive"),
+    "a negative scale": (lambda f: config(f, normalisation__z_std=[1.0, 1.0, 1.0, -1.0]), "z_std .* must be positive"),
     "a basis that stretches": (lambda f: tensors(f, basis=1e3 * torch.eye(D)[:, :K]), "not orthonormal"),
     "cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
@@ -159,6 +184,33 @@ def test_what_is_strange_is_refused_with_the_reason_and_a_remedy(folder, what):
     with pytest.raises(ValueFunctionError, match=f"(?s){message}.*start without it") as refused:
         load(folder)
     assert re.search(re.escape(folder.name), str(refused.value))
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def test_no_code_that_lies_in_the_folder_is_run(folder, monkeypatch):
+    """Neither beside the whole files nor in place of a missing one."""
+    monkeypatch.chdir(folder)
+    pickle.loads(pickle.dumps(Bomb()))
+    assert Path("exploded").exists()
+    Path("exploded").unlink()
+    for name in ("pytorch_model.bin", "model.pt", "observations.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    config(folder, auto_map={"AutoModel": "modeling.ValueFunction"}, architectures=["ValueFunction"])
+    (folder / "modeling.py").write_text('import pathlib; pathlib.Path("exploded").touch()')
+    assert load(folder).num_coordinates == K
+    for part in ("model.safetensors", "observations.parquet"):
+        (folder / part).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(ValueFunctionError):
+            load(folder)
+        (folder / part).unlink()
+        with pytest.raises(ValueFunctionError, match="is missing"):
+            load(folder)
+        shared().save_pretrained(folder)
+    assert not Path("exploded").exists()
 
 
 @pytest.mark.parametrize("file", artefact.MAX_BYTES)

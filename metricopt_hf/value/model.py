@@ -134,6 +134,12 @@ class ValueFunction(nn.Module):
         sizes, state, domain, observations = artefact.read(folder, str(name_or_path))
         value_function = cls(**sizes)
         value_function.load_state_dict(state)
+        points = torch.as_tensor(observations.z) if len(observations) else value_function.z_mean
+        answers = (*value_function.predict(points), value_function.gradient(points))
+        if not all(answer.isfinite().all() for answer in answers):  # finite weights can overflow
+            raise ValueFunctionError(
+                f"{name_or_path} predicts numbers that are not finite where it was learned. {artefact.REMEDY}"
+            )
         value_function.domain, value_function.observations = domain, observations
         return value_function.eval()
 
