@@ -134,10 +134,11 @@ def logits(model):
 def by_name_and_revision(folder):
     first, second = value_function(0), value_function(1)
     commit = first.push_to_hub("tester/vf").oid
-    again = second.push_to_hub("tester/vf").oid
+    again = second.push_to_hub("vf").oid  # the same: by the token's owner
     return {
         "files": files("tester/vf"),
         "commits": commit != again,
+        "card": 'from_pretrained("tester/vf")' in ModelCard.load("tester/vf").text,
         "main": same(second, ValueFunction.from_pretrained("tester/vf")),
         "revision": same(first, ValueFunction.from_pretrained("tester/vf", revision=commit)),
         "observations": len(ValueFunction.from_pretrained("tester/vf").observations),

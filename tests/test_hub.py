@@ -119,6 +119,7 @@ def test_model_card_and_value_function_are_pushed_together(published, strategy):
         assert {f"{checkpoint}/{file}" for file in IN_MODEL | state} <= set(result["along"])
     for told in ("license: apache-2.0", "- squares", "base_model: someone/vit", "loss only", "model-index", "0.5"):
         assert told in result["card"]
+    assert f'ValueFunction.from_pretrained("tester/{strategy}")' in result["card"]
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])

@@ -162,11 +162,11 @@ class ValueFunction(nn.Module):
         def upload():
             api = HfApi(token=token)
             name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            self.save_pretrained(folder, {"repo": name, **(model_card_kwargs or {})})
             message = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
             return api.upload_folder(repo_id=name, folder_path=folder, **message)
 
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, model_card_kwargs)
             return hub.push(upload, repo_id, "the value function is as it was; save_pretrained(folder) keeps it")
 
     def _checked(self, z: Tensor) -> Tensor:
