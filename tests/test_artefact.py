@@ -1,5 +1,6 @@
 """Files of strangers: what is not whole, or not what it says, is refused with the reason; nothing is believed."""
 
+import hashlib
 import json
 import pickle
 import re
@@ -48,6 +49,10 @@ def load(folder):
     return ValueFunction.from_pretrained(folder)
 
 
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def config(folder, **changes):
     path = folder / "config.json"
     document = json.loads(path.read_text())
@@ -63,6 +68,7 @@ def tensors(folder, **changes):
     path = folder / "model.safetensors"
     held = {**load_file(path), **{name.replace("__", "."): value for name, value in changes.items()}}
     save_file({name: tensor for name, tensor in held.items() if tensor is not None}, path)
+    config(folder, sha256={**json.loads((folder / "config.json").read_text())["sha256"], path.name: digest(path)})
 
 
 def observations(folder, **changes):
@@ -95,6 +101,15 @@ def test_the_config_tells_people_what_it_is_of(folder):
     assert set(load_file(folder / "model.safetensors")) == {"origin", "basis"} | {
         name for name, _ in normalised.named_parameters()
     }
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "observations.parquet"])
+def test_files_of_two_moments_are_not_taken_for_one(folder, tmp_path, part):
+    """A process that is killed while it writes, or a push while a run goes on."""
+    shared(seed=1).save_pretrained(tmp_path / "later")
+    (folder / part).write_bytes((tmp_path / "later" / part).read_bytes())
+    with pytest.raises(ValueFunctionError, match=f"{part} is damaged, or of another moment than config.json"):
+        load(folder)
 
 
 def test_others_can_refit_it_to_its_observations(folder):
@@ -153,6 +168,7 @@ STRANGE = {
     "nan weights": (lambda f: tensors(f, weights__1=torch.full((3, 8, 8), NAN)), "weights.1 .* not finite"),
     "an infinite origin": (lambda f: tensors(f, origin=torch.full((D,), torch.inf)), "origin .* not finite"),
     "weights that overflow": (lambda f: tensors(f, weights__1=torch.full((3, 8, 8), 1e38)), "predicts .* not finite"),
+    "no hashes": (lambda f: config(f, sha256={}), "KeyError"),
     "no normalisation": (lambda f: config(f, normalisation=None), "TypeError"),
     "half a normalisation": (lambda f: config(f, normalisation={"z_mean": [0.0] * K}), "has not the entries z_mean, "),
     "a mean of another size": (lambda f: config(f, normalisation__z_mean=[0.0]), r"z_mean .* has the shape \[1\]"),

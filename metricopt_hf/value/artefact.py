@@ -2,7 +2,8 @@
 
 A folder holds
 
-    config.json            format version, sizes, normalisation, domain: phi space, coordinates, metric and direction
+    config.json            format version, sizes, normalisation, domain: phi space, coordinates, metric and direction;
+                           and the hashes of the next two, so that files of two moments are not taken for one
     model.safetensors      weights, origin phi_0 and basis Q, all float32
     observations.parquet   what it was fitted to, so that others can refit: z, score, variance, step, cost
     README.md              the card, for people; not read
@@ -13,6 +14,7 @@ tensor file, before anything is allocated.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -75,12 +77,17 @@ def write(
             "coordinates": {"kind": domain.coordinates, "identity": domain.basis is None},
             "metric": {"name": domain.metric, "greater_is_better": domain.greater_is_better},
         }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contents = {
+        TENSORS_FILE: save_tensors(tensors, metadata={"format": "pt"}),
+        OBSERVATIONS_FILE: observations.to_parquet(),
+    }
+    config["sha256"] = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    contents[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(folder / TENSORS_FILE, save_tensors(tensors, metadata={"format": "pt"}))
-    replace_file(folder / OBSERVATIONS_FILE, observations.to_parquet())
-    replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    for file, content in contents.items():
+        replace_file(folder / file, content)
 
 
 def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, int], dict[str, Tensor], Domain | None, Trajectory]:
@@ -103,6 +110,9 @@ def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, int], dict[str
         observations = Trajectory.from_parquet(
             folder / OBSERVATIONS_FILE, sizes["num_coordinates"], MAX_BYTES[OBSERVATIONS_FILE]
         )
+        for file in (TENSORS_FILE, OBSERVATIONS_FILE):
+            if hashlib.sha256((folder / file).read_bytes()).hexdigest() != config["sha256"][file]:
+                raise ValueFunctionError(f"{file} is damaged, or of another moment than {CONFIG_FILE}.")
     except ValueFunctionError as error:
         raise ValueFunctionError(f"{name}: {error} {REMEDY}") from error
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
