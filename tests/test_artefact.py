@@ -293,7 +293,9 @@ def test_a_second_run_trusts_it_from_the_first_round(tmp_path, learned):
     second = warm(tmp_path, learned, seed=7)
     second.train()
     assert second.phase.curve[0]["trust"] > 0.3
-    assert second.value_function is not None and len(second.observations) == 48
+    assert len(second.observations) == 48
+    assert torch.equal(second.value_function.z_mean, load(learned).z_mean)  # what its weights were learned in
+    assert not torch.equal(second.value_function.weights[0], load(learned).weights[0])
 
 
 def test_learning_on_does_not_spoil_it(learned):

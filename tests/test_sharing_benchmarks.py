@@ -1,4 +1,4 @@
-"""The scripts that measure what sharing gives, on a few images made up here: they run to their end and tell all of it."""
+"""The scripts that measure what sharing gives, on a few images made up here: they run, and tell all of it."""
 
 import functools
 import json
@@ -18,8 +18,12 @@ def images(split):
 
 
 def net(depth):
+    """Untrained, but it does not say the same of all images."""
     torch.manual_seed(0)
-    return cifar.CifarResNet(depth).eval()
+    made = cifar.CifarResNet(depth).eval()
+    with torch.no_grad():
+        made.linear.bias -= made(images("test").pixel_values)["logits"].mean(0)
+    return made
 
 
 @pytest.fixture(autouse=True)
