@@ -184,6 +184,7 @@ def what_cannot_be_had(folder):
         "no revision": refusal(lambda: load("tester/vf", revision="v9"), Refused),
         "no value function": refusal(lambda: load("tester/empty"), Refused),
         "no name": refusal(lambda: load("no/such/folder"), Refused),
+        "no branch": refusal(lambda: private.push_to_hub("tester/vf", revision="draft"), HubError),
         "may not push": refusal(lambda: private.push_to_hub("tester/vf", token="hf_wrong"), HubError),
     }
 

@@ -237,21 +237,26 @@ def test_a_huge_file_is_not_opened(folder, file):
         load(folder)
 
 
-def test_a_bomb_in_the_observations_is_not_unpacked(folder):
+@pytest.mark.parametrize(("rows", "k"), [(100_000, 1), (1000, 4000)])
+def test_a_bomb_in_the_observations_is_not_unpacked(folder, rows, k):
+    """Equal numbers are stored once: a small file may hold ever so many."""
+    values = pyarrow.array(np.zeros(rows * k, np.float32))
     table = pyarrow.table(
         {
-            "z": pyarrow.array([[0.0] * K] * 40, pyarrow.list_(pyarrow.float32())),
-            "score": pyarrow.array(np.zeros(40)),
-            "variance": pyarrow.array(np.zeros(40)),
-            "step": pyarrow.array(np.zeros(40, np.int64)),
-            "cost": pyarrow.array(np.zeros(40)),
+            "z": pyarrow.ListArray.from_arrays(np.arange(0, rows * k + 1, k, dtype=np.int32), values),
+            "score": pyarrow.array(np.zeros(rows)),
+            "variance": pyarrow.array(np.zeros(rows)),
+            "step": pyarrow.array(np.zeros(rows, np.int64)),
+            "cost": pyarrow.array(np.zeros(rows)),
         }
     )
-    with pyarrow.parquet.ParquetWriter(folder / "observations.parquet", table.schema, compression="zstd") as writer:
-        for _ in range(10):
-            writer.write_table(table)
-    with pytest.raises(ValueFunctionError, match="unpack to .* bytes; at most 1000"):
-        Trajectory.from_parquet(folder / "observations.parquet", K, max_bytes=1000)
+    path = folder / "observations.parquet"
+    pyarrow.parquet.write_table(table, path)
+    stored = pyarrow.parquet.read_metadata(path).row_group(0).total_byte_size
+    assert stored < 2**17 and path.stat().st_size < 2**17
+    with pytest.raises(ValueFunctionError, match="unpack to .* bytes; at most 16777216"):
+        Trajectory.from_parquet(path, k, max_bytes=2**24)
+    assert len(Trajectory.from_parquet(path, k, max_bytes=2**27)) == rows
 
 
 def test_sizes_are_refused_before_anything_is_allocated(folder):

@@ -133,7 +133,8 @@ def test_figures_are_those_of_the_run(run):
     ):
         assert figure in made.text
     theirs = text(run, "value_function")
-    assert f"| rank correlation | {learned.correlation:.3f} |" in theirs and "| observations, a metric call each | 16 |" in theirs
+    assert f"| rank correlation | {learned.correlation:.3f} |" in theirs
+    assert "| observations, a metric call each | 16 |" in theirs
     assert ModelCard(theirs).data.eval_results[0].metric_value == pytest.approx(learned.correlation)
     assert json.loads(Path(run.args.output_dir, "value_function", "config.json").read_text())["domain"]
 

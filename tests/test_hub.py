@@ -77,6 +77,7 @@ def test_what_cannot_be_had_is_refused_with_a_way_out(published):
     assert "config.json is missing" in result["no value function"]
     assert "HF_HUB_OFFLINE" in result["offline"]
     assert "neither a folder nor" in result["no name"]
+    assert "create_branch" in result["no branch"]
     assert "write access" in result["may not push"] and "Nothing is lost" in result["may not push"]
 
 

@@ -119,7 +119,9 @@ def push(upload: Callable[[], T], repo: str, kept: str) -> T:
 def why_not_pushed(error: BaseException, repo: str, kept: str) -> str:
     """Why a push failed, what to do, and that nothing local is lost."""
     kinds = list(chain(error))
-    if any(isinstance(e, LocalTokenNotFoundError) or status(e) in (401, 403, 404) for e in kinds):
+    if any(isinstance(e, RevisionNotFoundError) for e in kinds):
+        remedy = "Make that branch first: HfApi().create_branch(repo_id, branch=...)."
+    elif any(isinstance(e, LocalTokenNotFoundError) or status(e) in (401, 403, 404) for e in kinds):
         remedy = f"To write to it, {LOG_IN}; the token needs write access."
     elif any(isinstance(e, OfflineModeIsEnabled) for e in kinds):
         remedy = "Unset HF_HUB_OFFLINE."
