@@ -107,11 +107,8 @@ class Trajectory(Sequence[Observation]):
         """
         try:
             file = pyarrow.parquet.ParquetFile(path)
-            z = file.schema_arrow.field("z").type
-            types = [
-                z.value_type if pyarrow.types.is_list(z) else z,
-                *(file.schema_arrow.field(c).type for c in COLUMNS),
-            ]
+            types = [file.schema_arrow.field(name).type for name in ("z", *COLUMNS)]
+            types = [t.value_type if pyarrow.types.is_list(t) else t for t in types]
             if not all(pyarrow.types.is_floating(t) or pyarrow.types.is_integer(t) for t in types):
                 raise TypeError("not all columns are numbers")
             unpacked = _unpacked_bytes(file.metadata)
