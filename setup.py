@@ -22,7 +22,7 @@ INSTALL_REQUIRES = [
     "safetensors",
     "huggingface_hub>=1.3",  # listing a repository's files with their sizes before they are fetched
     "numpy",
-    "pyarrow",
+    "pyarrow>=14.0.1",  # an older one can be made to run code that a parquet file holds
     "jinja2",  # model cards
 ]
 

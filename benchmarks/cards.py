@@ -76,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
         folder, runs, kept = Path(temporary) / NAME, [], None
         for seed in args.seeds:
             splits = cifar.splits(train, test, seed, train_size=TRAIN // 2)
-            make = partial(make_trainer, seed, splits, args.max_steps, str(folder))
+            make = partial(make_trainer, seed, splits, args.max_steps, str(folder), hub_model_id=f"user/{NAME}")
             runs.append(run_start(make(), splits.measured()))
-            for name in METHODS:
-                trainer, rows = run_method(name, make, splits.measured())
+            for name, method in METHODS.items():
+                trainer, rows = run_method(method, make, splits.measured(), class_bias=True)
                 runs += rows
                 bar.update()
                 if name == "metricopt" and kept is None:

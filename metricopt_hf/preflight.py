@@ -137,7 +137,7 @@ def load_value_function(given: ValueFunction | None, args: MetricOptConfig) -> V
         ValueFunctionError: it cannot be had or believed.
     """
     if given is None and args.value_function_name_or_path is not None:
-        return ValueFunction.from_pretrained(args.value_function_name_or_path)
+        return ValueFunction.from_pretrained(args.value_function_name_or_path, token=args.hub_token)
     return given
 
 

@@ -114,6 +114,7 @@ class SharingTrainer(Trainer):
             name=summary.model_name,
             repo=self._repo,
             finetuned_from=summary.finetuned_from,
+            task=task,
             dataset=", ".join(_listed(summary.dataset)),
             metric=phase.metric.name,
             greater_is_better=phase.metric.greater_is_better,

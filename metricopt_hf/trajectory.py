@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 
 from .errors import ValueFunctionError
 from .observation import Observation
 
+# what an `Observation` takes in memory, beside its numbers
+ROW_BYTES = 512
 # column of a parquet file -> attribute, beside z
 COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs"}
 
@@ -104,16 +107,18 @@ class Trajectory(Sequence[Observation]):
         """
         try:
             file = pyarrow.parquet.ParquetFile(path)
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            declared = sum(group.total_byte_size for group in groups)
-            if max(declared, 8 * file.metadata.num_rows) > max_bytes:
-                raise ValueFunctionError(f"the observations unpack to {declared} bytes; at most {max_bytes} are read.")
+            types = [file.schema_arrow.field(name).type for name in ("z", *COLUMNS)]
+            types = [t.value_type if pyarrow.types.is_list(t) else t for t in types]
+            if not all(pyarrow.types.is_floating(t) or pyarrow.types.is_integer(t) for t in types):
+                raise TypeError("not all columns are numbers")
+            unpacked = _unpacked_bytes(file.metadata)
+            if unpacked > max_bytes:
+                raise ValueFunctionError(f"the observations unpack to {unpacked} bytes; at most {max_bytes} are read.")
             table = file.read(columns=["z", *COLUMNS])
-            lengths = {len(z) for z in table["z"]}
-            if lengths - {num_coordinates}:
+            if lengths := set(pyarrow.compute.list_value_length(table["z"]).to_pylist()) - {num_coordinates}:
                 raise ValueFunctionError(f"observations have {lengths} coordinates instead of {num_coordinates}.")
             state = {many: table[one].to_numpy() for one, many in COLUMNS.items()}
-            state["z"] = np.array(table["z"].to_pylist(), np.float32).reshape(len(table), num_coordinates)
+            state["z"] = pyarrow.compute.list_flatten(table["z"]).to_numpy().reshape(len(table), num_coordinates)
             if not (np.isfinite(state["z"]).all() and np.isfinite(state["scores"]).all()):
                 raise ValueFunctionError("there are observations that are not finite.")
             return cls.from_state_dict(state)
@@ -121,3 +126,11 @@ class Trajectory(Sequence[Observation]):
             raise
         except (pyarrow.ArrowException, TypeError, ValueError, KeyError) as error:
             raise ValueFunctionError(f"the observations cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def _unpacked_bytes(metadata: pyarrow.parquet.FileMetaData) -> int:
+    """What a table of numbers takes in memory; the file itself may be tiny, as equal numbers are stored once."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+    stored = sum(group.total_byte_size for group in groups)
+    return max(stored, 8 * values + ROW_BYTES * metadata.num_rows)

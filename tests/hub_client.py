@@ -5,6 +5,7 @@ python tests/hub_client.py publish|use FOLDER     writes what happened into FOLD
 
 import functools
 import json
+import os
 import re
 import sys
 import time
@@ -46,6 +47,15 @@ def refusal(action, kind):
     except kind as error:
         return str(error)
     return "not refused"
+
+
+def offline(action):
+    """Its answer where the Hub may not be asked."""
+    constants.HF_HUB_OFFLINE = True
+    try:
+        return action()
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 def value_function(seed=0):
@@ -124,29 +134,57 @@ def logits(model):
 def by_name_and_revision(folder):
     first, second = value_function(0), value_function(1)
     commit = first.push_to_hub("tester/vf").oid
-    again = second.push_to_hub("tester/vf").oid
+    again = second.push_to_hub("vf").oid  # the same: by the token's owner
     return {
         "files": files("tester/vf"),
         "commits": commit != again,
+        "card": 'from_pretrained("tester/vf")' in ModelCard.load("tester/vf").text,
         "main": same(second, ValueFunction.from_pretrained("tester/vf")),
         "revision": same(first, ValueFunction.from_pretrained("tester/vf", revision=commit)),
         "observations": len(ValueFunction.from_pretrained("tester/vf").observations),
-        "offline": same(second, ValueFunction.from_pretrained("tester/vf", local_files_only=True)),
+        "held here": same(second, ValueFunction.from_pretrained("tester/vf", local_files_only=True)),
+        "offline": offline(lambda: same(second, ValueFunction.from_pretrained("tester/vf"))),
+    }
+
+
+def only_what_is_read_is_fetched(folder):
+    """Of a repository that holds more, of one that holds no value function, and of one whose file is huge."""
+    api, load = HfApi(), ValueFunction.from_pretrained
+    made = value_function()
+    made.push_to_hub("tester/more")
+    for repo, path, content in (
+        ("tester/more", "modeling.py", b"raise SystemExit"),
+        ("tester/model", "config.json", b'{"model_type": "vit"}'),
+        ("tester/model", "model.safetensors", bytes(2**20)),
+        ("tester/huge", "config.json", b" " * (2**24 + 1)),
+        ("tester/huge", "model.safetensors", bytes(2**20)),
+        ("tester/huge", "observations.parquet", b"PAR1"),
+    ):
+        api.create_repo(repo, exist_ok=True)
+        api.upload_file(repo_id=repo, path_in_repo=path, path_or_fileobj=content)
+    cache = folder / "cache of few"
+    return {
+        "loads": same(made, load("tester/more", cache_dir=cache)),
+        "no value function": refusal(lambda: load("tester/model", cache_dir=cache), Refused),
+        "huge": refusal(lambda: load("tester/huge", cache_dir=cache), Refused),
+        "fetched": sorted({path.name for path in cache.rglob("snapshots/*/*")}),
     }
 
 
 def what_cannot_be_had(folder):
+    load, held = ValueFunction.from_pretrained, folder / "other"
     private = value_function()
     private.push_to_hub("tester/private", private=True)
-    load = ValueFunction.from_pretrained
     HfApi().create_repo("tester/empty")
     return {
         "with token": same(private, load("tester/private")),
-        "without": refusal(lambda: load("tester/private", token=False, cache_dir=folder / "other"), Refused),
+        "without": refusal(lambda: load("tester/private", token=False, cache_dir=held), Refused),
+        "offline": offline(lambda: refusal(lambda: load("tester/vf", cache_dir=held), Refused)),
         "no repo": refusal(lambda: load("tester/nothing"), Refused),
         "no revision": refusal(lambda: load("tester/vf", revision="v9"), Refused),
         "no value function": refusal(lambda: load("tester/empty"), Refused),
         "no name": refusal(lambda: load("no/such/folder"), Refused),
+        "no branch": refusal(lambda: private.push_to_hub("tester/vf", revision="draft"), HubError),
         "may not push": refusal(lambda: private.push_to_hub("tester/vf", token="hf_wrong"), HubError),
     }
 
@@ -156,26 +194,32 @@ def failing_uploads(folder):
     faults(lfs_500=2)
     made.push_to_hub("tester/busy")
     after_500 = same(made, ValueFunction.from_pretrained("tester/busy"))
+    faults(commit_500=2)
+    another = value_function(3)
+    another.push_to_hub("tester/busy")
+    after_commits = same(another, ValueFunction.from_pretrained("tester/busy"))
     faults(commit_500=1, commit_drop=1)
-    again = value_function(3)
+    again = value_function(4)
     again.push_to_hub("tester/busy")
     after_drop = same(again, ValueFunction.from_pretrained("tester/busy"))
     faults()
-    return {"500 twice, then accepted": after_500, "connection lost": after_drop}
+    return {"upload": after_500, "commit": after_commits, "connection lost": after_drop}
 
 
 def push_that_dies(folder):
     run = trainer(folder / "dies")
     run.train()
-    faults(lfs_drop=1000)
-    message = refusal(run.push_to_hub, HubError)
+    messages = []
+    for what in ("lfs_drop", "commit_drop"):  # before anything is there; when all is there but the commit
+        faults(**{what: 1000})
+        messages.append(refusal(run.push_to_hub, HubError))
     faults()
     there = files("tester/dies")
     kept = same(run.value_function, ValueFunction.from_pretrained(folder / "dies"))
     model = AutoModelForImageClassification.from_pretrained(folder / "dies")
     run.push_to_hub()
     return {
-        "message": message,
+        "messages": messages,
         "half": [name for name in there if name.endswith((".safetensors", ".json"))],
         "local": kept and torch.equal(logits(model), logits(run.model)),
         "afterwards": same(run.value_function, ValueFunction.from_pretrained("tester/dies")),
@@ -229,8 +273,8 @@ def strategy(name):
 
 
 def publish(folder):
-    steps = {f.__name__: f for f in (by_name_and_revision, what_cannot_be_had, failing_uploads, push_that_dies)}
-    steps |= {f.__name__: f for f in (failed_push_along_the_way, published_cards)}
+    steps = (by_name_and_revision, only_what_is_read_is_fetched, what_cannot_be_had, failing_uploads, push_that_dies)
+    steps = {f.__name__: f for f in (*steps, failed_push_along_the_way, published_cards)}
     return steps | {name: strategy(name) for name in STRATEGIES}
 
 
@@ -273,8 +317,19 @@ def starts_from_it(folder):
     return {"basis": basis, "learned on": not same(run.value_function, given)}
 
 
+def starts_from_a_private_one(folder):
+    """With the token that the run's own arguments hold, as somebody who is not logged in."""
+    token = os.environ.pop("HF_TOKEN")
+    try:
+        start = functools.partial(trainer, folder / "private", value_function_name_or_path="tester/private")
+        return {"without": refusal(start, Refused), "with": start(hub_token=token).guided}
+    finally:
+        os.environ["HF_TOKEN"] = token
+
+
 def use(folder):
-    return {"starts_from_it": starts_from_it, "readme": readme, **{name: loads(name) for name in STRATEGIES}}
+    steps = {f.__name__: f for f in (starts_from_it, starts_from_a_private_one, readme)}
+    return steps | {name: loads(name) for name in STRATEGIES}
 
 
 if __name__ == "__main__":

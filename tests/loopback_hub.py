@@ -174,8 +174,8 @@ class Hub(BaseHTTPRequestHandler):
             ]
             return self.answer(value={"transfer": "basic", "objects": actions})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path):
-            name, kind, _ = match.groups()
-            if (repo := self.repo(name)) is None:
+            name, kind, revision = match.groups()
+            if (repo := self.repo(name)) is None or self.commit(repo, revision) is None:
                 return None
             if kind == "preupload":
                 held = repo["commits"][-1][1]

@@ -1,8 +1,11 @@
 """Files of strangers: what is not whole, or not what it says, is refused with the reason; nothing is believed."""
 
+import hashlib
 import json
+import pickle
 import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -46,6 +49,10 @@ def load(folder):
     return ValueFunction.from_pretrained(folder)
 
 
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def config(folder, **changes):
     path = folder / "config.json"
     document = json.loads(path.read_text())
@@ -61,6 +68,7 @@ def tensors(folder, **changes):
     path = folder / "model.safetensors"
     held = {**load_file(path), **{name.replace("__", "."): value for name, value in changes.items()}}
     save_file({name: tensor for name, tensor in held.items() if tensor is not None}, path)
+    config(folder, sha256={**json.loads((folder / "config.json").read_text())["sha256"], path.name: digest(path)})
 
 
 def observations(folder, **changes):
@@ -81,6 +89,27 @@ def test_what_is_written_is_read_again(folder):
     for a, b in zip(first.observations.state_dict().values(), second.observations.state_dict().values(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*artefact.MAX_BYTES, "README.md"])
+
+
+def test_the_config_tells_people_what_it_is_of(folder):
+    told, normalised = json.loads((folder / "config.json").read_text()), shared()
+    assert told["format_version"] == 1 and told["domain"]["phi"] == PHI
+    assert told["domain"]["coordinates"] == {"kind": "random", "identity": False}
+    assert told["domain"]["metric"] == {"name": "f1", "greater_is_better": True}
+    assert told["normalisation"]["z_mean"] == normalised.z_mean.tolist()
+    assert told["normalisation"]["score_std"] == float(normalised.score_std)
+    assert set(load_file(folder / "model.safetensors")) == {"origin", "basis"} | {
+        name for name, _ in normalised.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "observations.parquet"])
+def test_files_of_two_moments_are_not_taken_for_one(folder, tmp_path, part):
+    """A process that is killed while it writes, or a push while a run goes on."""
+    shared(seed=1).save_pretrained(tmp_path / "later")
+    (folder / part).write_bytes((tmp_path / "later" / part).read_bytes())
+    with pytest.raises(ValueFunctionError, match=f"{part} is damaged, or of another moment than config.json"):
+        load(folder)
 
 
 def test_others_can_refit_it_to_its_observations(folder):
@@ -131,13 +160,25 @@ STRANGE = {
     "half a domain": (lambda f: config(f, domain={"model": "Linear"}), "KeyError: 'phi'"),
     "a direction that is text": (lambda f: config(f, domain__metric__greater_is_better="yes"), "malformed"),
     "more coordinates than phi": (lambda f: config(f, domain__phi__parameters=[["a", [3]]]), "do not fit a phi of 3"),
-    "a missing tensor": (lambda f: tensors(f, z_mean=None), "z_mean is missing"),
+    "a missing tensor": (lambda f: tensors(f, biases__0=None), "biases.0 is missing"),
+    "a missing basis": (lambda f: tensors(f, basis=None), "basis is missing"),
     "a surplus tensor": (lambda f: tensors(f, extra=torch.zeros(2)), "extra is surplus"),
-    "another shape": (lambda f: tensors(f, z_mean=torch.zeros(K + 1)), r"z_mean is F32 \[5\] instead of F32 \[4\]"),
-    "another type": (lambda f: tensors(f, z_mean=torch.zeros(K).double()), r"z_mean is F64 \[4\] instead of F32"),
+    "another shape": (lambda f: tensors(f, origin=torch.zeros(D + 1)), r"origin is F32 \[13\] instead of F32 \[12\]"),
+    "another type": (lambda f: tensors(f, origin=torch.zeros(D).double()), r"origin is F64 \[12\] instead of F32"),
     "nan weights": (lambda f: tensors(f, weights__1=torch.full((3, 8, 8), NAN)), "weights.1 .* not finite"),
     "an infinite origin": (lambda f: tensors(f, origin=torch.full((D,), torch.inf)), "origin .* not finite"),
-    "no scale": (lambda f: tensors(f, score_std=torch.tensor(0.0)), "score_std .* must be positive"),
+    "weights that overflow": (lambda f: tensors(f, weights__1=torch.full((3, 8, 8), 1e38)), "predicts .* not finite"),
+    "no hashes": (lambda f: config(f, sha256={}), "KeyError"),
+    "no normalisation": (lambda f: config(f, normalisation=None), "TypeError"),
+    "half a normalisation": (lambda f: config(f, normalisation={"z_mean": [0.0] * K}), "has not the entries z_mean, "),
+    "a mean of another size": (lambda f: config(f, normalisation__z_mean=[0.0]), r"z_mean .* has the shape \[1\]"),
+    "a ragged mean": (lambda f: config(f, normalisation__z_mean=[0.0, [0.0]]), "TypeError|ValueError"),
+    "a mean of text": (lambda f: config(f, normalisation__score_mean="0.9"), "TypeError"),
+    "no mean": (lambda f: config(f, normalisation__score_mean=None), "TypeError|RuntimeError"),
+    "an astronomical mean": (lambda f: config(f, normalisation__score_mean=10**400), "OverflowError|RuntimeError"),
+    "a nan mean": (lambda f: config(f, normalisation__score_mean=NAN), "score_mean .* not finite"),
+    "no scale": (lambda f: config(f, normalisation__score_std=0.0), "score_std .* must be positive"),
+    "a negative scale": (lambda f: config(f, normalisation__z_std=[1.0, 1.0, 1.0, -1.0]), "z_std .* must be positive"),
     "a basis that stretches": (lambda f: tensors(f, basis=1e3 * torch.eye(D)[:, :K]), "not orthonormal"),
     "cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
@@ -161,6 +202,33 @@ def test_what_is_strange_is_refused_with_the_reason_and_a_remedy(folder, what):
     assert re.search(re.escape(folder.name), str(refused.value))
 
 
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def test_no_code_that_lies_in_the_folder_is_run(folder, monkeypatch):
+    """Neither beside the whole files nor in place of a missing one."""
+    monkeypatch.chdir(folder)
+    pickle.loads(pickle.dumps(Bomb()))
+    assert Path("exploded").exists()
+    Path("exploded").unlink()
+    for name in ("pytorch_model.bin", "model.pt", "observations.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    config(folder, auto_map={"AutoModel": "modeling.ValueFunction"}, architectures=["ValueFunction"])
+    (folder / "modeling.py").write_text('import pathlib; pathlib.Path("exploded").touch()')
+    assert load(folder).num_coordinates == K
+    for part in ("model.safetensors", "observations.parquet"):
+        (folder / part).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(ValueFunctionError):
+            load(folder)
+        (folder / part).unlink()
+        with pytest.raises(ValueFunctionError, match="is missing"):
+            load(folder)
+        shared().save_pretrained(folder)
+    assert not Path("exploded").exists()
+
+
 @pytest.mark.parametrize("file", artefact.MAX_BYTES)
 def test_a_huge_file_is_not_opened(folder, file):
     with open(folder / file, "r+b") as opened:
@@ -169,21 +237,26 @@ def test_a_huge_file_is_not_opened(folder, file):
         load(folder)
 
 
-def test_a_bomb_in_the_observations_is_not_unpacked(folder):
+@pytest.mark.parametrize(("rows", "k"), [(100_000, 1), (1000, 4000)])
+def test_a_bomb_in_the_observations_is_not_unpacked(folder, rows, k):
+    """Equal numbers are stored once: a small file may hold ever so many."""
+    values = pyarrow.array(np.zeros(rows * k, np.float32))
     table = pyarrow.table(
         {
-            "z": pyarrow.array([[0.0] * K] * 40, pyarrow.list_(pyarrow.float32())),
-            "score": pyarrow.array(np.zeros(40)),
-            "variance": pyarrow.array(np.zeros(40)),
-            "step": pyarrow.array(np.zeros(40, np.int64)),
-            "cost": pyarrow.array(np.zeros(40)),
+            "z": pyarrow.ListArray.from_arrays(np.arange(0, rows * k + 1, k, dtype=np.int32), values),
+            "score": pyarrow.array(np.zeros(rows)),
+            "variance": pyarrow.array(np.zeros(rows)),
+            "step": pyarrow.array(np.zeros(rows, np.int64)),
+            "cost": pyarrow.array(np.zeros(rows)),
         }
     )
-    with pyarrow.parquet.ParquetWriter(folder / "observations.parquet", table.schema, compression="zstd") as writer:
-        for _ in range(10):
-            writer.write_table(table)
-    with pytest.raises(ValueFunctionError, match="unpack to .* bytes; at most 1000"):
-        Trajectory.from_parquet(folder / "observations.parquet", K, max_bytes=1000)
+    path = folder / "observations.parquet"
+    pyarrow.parquet.write_table(table, path)
+    stored = pyarrow.parquet.read_metadata(path).row_group(0).total_byte_size
+    assert stored < 2**17 and path.stat().st_size < 2**17
+    with pytest.raises(ValueFunctionError, match="unpack to .* bytes; at most 16777216"):
+        Trajectory.from_parquet(path, k, max_bytes=2**24)
+    assert len(Trajectory.from_parquet(path, k, max_bytes=2**27)) == rows
 
 
 def test_sizes_are_refused_before_anything_is_allocated(folder):
@@ -225,7 +298,9 @@ def test_a_second_run_trusts_it_from_the_first_round(tmp_path, learned):
     second = warm(tmp_path, learned, seed=7)
     second.train()
     assert second.phase.curve[0]["trust"] > 0.3
-    assert second.value_function is not None and len(second.observations) == 48
+    assert len(second.observations) == 48
+    assert torch.equal(second.value_function.z_mean, load(learned).z_mean)  # what its weights were learned in
+    assert not torch.equal(second.value_function.weights[0], load(learned).weights[0])
 
 
 def test_learning_on_does_not_spoil_it(learned):

@@ -114,6 +114,8 @@ def test_given_by_position_they_are_the_same(run):
 
 def test_figures_are_those_of_the_run(run):
     run.create_model_card(**GIVEN, scores={"report": 0.4321}, comparison="| loss only | 0.4 |")
+    told = "**true_class_probability** (greater is better) in text-classification on Texts"
+    assert told in text(run) and "| task | text-classification, Texts |" in text(run, "value_function")
     made, learned = ModelCard.load(Path(run.args.output_dir) / "README.md"), run.phase.guide.trust
     (result,) = [r for r in made.data.eval_results if r.metric_type == "true_class_probability"]
     assert (result.metric_value, result.dataset_type, result.task_type) == (
@@ -131,7 +133,8 @@ def test_figures_are_those_of_the_run(run):
     ):
         assert figure in made.text
     theirs = text(run, "value_function")
-    assert f"| rank correlation | {learned.correlation:.3f} |" in theirs and "| observations | 16 |" in theirs
+    assert f"| rank correlation | {learned.correlation:.3f} |" in theirs
+    assert "| observations, a metric call each | 16 |" in theirs
     assert ModelCard(theirs).data.eval_results[0].metric_value == pytest.approx(learned.correlation)
     assert json.loads(Path(run.args.output_dir, "value_function", "config.json").read_text())["domain"]
 

@@ -75,8 +75,18 @@ def test_what_cannot_be_had_is_refused_with_a_way_out(published):
     assert "check the name" in result["no repo"]
     assert "no revision 'v9'" in result["no revision"]
     assert "config.json is missing" in result["no value function"]
+    assert "HF_HUB_OFFLINE" in result["offline"]
     assert "neither a folder nor" in result["no name"]
+    assert "create_branch" in result["no branch"]
     assert "write access" in result["may not push"] and "Nothing is lost" in result["may not push"]
+
+
+def test_only_what_is_read_is_fetched_and_the_rest_refused_before(published):
+    result = of(published[0], "only_what_is_read_is_fetched")
+    assert result["loads"]
+    assert "observations.parquet is missing" in result["no value function"]
+    assert "config.json has 16777217 bytes; at most 16777216 are read" in result["huge"]
+    assert result["fetched"] == PARTS[1:]
 
 
 def test_a_hub_that_is_busy_is_asked_again(published):
@@ -86,7 +96,9 @@ def test_a_hub_that_is_busy_is_asked_again(published):
 
 def test_a_push_that_dies_half_way_loses_nothing(published):
     result = of(published[0], "push_that_dies")
-    assert "Nothing is lost" in result["message"] and "try again" in result["message"]
+    assert len(result["messages"]) == 2
+    for message in result["messages"]:
+        assert "Nothing is lost" in message and "try again" in message
     assert result["half"] == []  # a commit is there as a whole or not at all
     assert result["local"] and result["afterwards"]
 
@@ -104,9 +116,11 @@ def test_model_card_and_value_function_are_pushed_together(published, strategy):
     assert (whole <= set(result["along"])) == (strategy != "end")
     # Trainer leaves the second checkpoint out if the first is still on its way
     if checkpoint := {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-3"}.get(strategy):
-        assert {f"{checkpoint}/{file}" for file in IN_MODEL} <= set(result["along"])
+        state = {"trainer_state.json", "metricopt_state.json", "metricopt_state.safetensors"}  # to go on from it
+        assert {f"{checkpoint}/{file}" for file in IN_MODEL | state} <= set(result["along"])
     for told in ("license: apache-2.0", "- squares", "base_model: someone/vit", "loss only", "model-index", "0.5"):
         assert told in result["card"]
+    assert f'ValueFunction.from_pretrained("tester/{strategy}")' in result["card"]
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
@@ -116,6 +130,12 @@ def test_a_new_process_gets_the_same_numbers(used, strategy):
 
 def test_a_second_run_starts_from_what_was_pushed(used):
     assert of(used, "starts_from_it") == {"basis": True, "learned on": True}
+
+
+def test_a_run_reads_a_private_one_with_its_own_token(used):
+    result = of(used, "starts_from_a_private_one")
+    assert "tester/private" in result["without"] and "hf auth login" in result["without"]
+    assert result["with"]
 
 
 def test_the_readme_shares_and_loads(used):

@@ -2,8 +2,9 @@
 
 A folder holds
 
-    config.json            format version, sizes, and the domain: phi space, coordinates, metric and its direction
-    model.safetensors      weights, standardisation, origin and basis, all float32
+    config.json            format version, sizes, normalisation, domain: phi space, coordinates, metric and direction;
+                           and the hashes of the next two, so that files of two moments are not taken for one
+    model.safetensors      weights, origin phi_0 and basis Q, all float32
     observations.parquet   what it was fitted to, so that others can refit: z, score, variance, step, cost
     README.md              the card, for people; not read
 
@@ -13,6 +14,7 @@ tensor file, before anything is allocated.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -34,7 +36,9 @@ LIBRARY, FORMAT_VERSION = "metricopt_hf", 1
 
 # The most that is read of a stranger: bytes of a file, and of each of the sizes in a config.
 MAX_BYTES = {CONFIG_FILE: 2**24, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
-MAX_SIZES = {"num_coordinates": 2**20, "hidden_size": 2**12, "num_members": 2**8}
+MAX_SIZES = {"num_coordinates": 2**17, "hidden_size": 2**12, "num_members": 2**8}
+# What standardises z and the score, and the metric's own noise: plain numbers, for people to read, so in the config.
+NORMALISATION = ("z_mean", "z_std", "score_mean", "score_std", "noise_std")
 # How far the columns of a basis may be from orthonormal: rounding, not another scale.
 ORTHONORMAL_TOLERANCE = 1e-3
 
@@ -42,14 +46,12 @@ REMEDY = "Take another copy or revision of it, or start without it."
 
 
 def network_shapes(num_coordinates: int, hidden_size: int, num_members: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the ensemble and its standardisation."""
+    """Name and shape of every tensor of the ensemble."""
     sizes = [num_coordinates, hidden_size, hidden_size, 1]
     layers = list(enumerate(zip(sizes[:-1], sizes[1:], strict=True)))
     return {
         **{f"weights.{i}": (num_members, inputs, outputs) for i, (inputs, outputs) in layers},
         **{f"biases.{i}": (num_members, 1, outputs) for i, (_, outputs) in layers},
-        **dict.fromkeys(("z_mean", "z_std"), (num_coordinates,)),
-        **dict.fromkeys(("score_mean", "score_std", "noise_std"), ()),
     }
 
 
@@ -61,8 +63,10 @@ def write(
     observations: Trajectory,
 ) -> None:
     """Write config, tensors and observations; each file whole or not at all."""
-    config: dict[str, Any] = {"library_name": LIBRARY, "format_version": FORMAT_VERSION, **sizes, "domain": None}
     tensors = dict(state)
+    normalisation = {name: tensors.pop(name).tolist() for name in NORMALISATION}
+    config: dict[str, Any] = {"library_name": LIBRARY, "format_version": FORMAT_VERSION, **sizes}
+    config.update(normalisation=normalisation, domain=None)
     if domain is not None:
         tensors["origin"] = domain.origin
         if domain.basis is not None:
@@ -73,12 +77,17 @@ def write(
             "coordinates": {"kind": domain.coordinates, "identity": domain.basis is None},
             "metric": {"name": domain.metric, "greater_is_better": domain.greater_is_better},
         }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contents = {
+        TENSORS_FILE: save_tensors(tensors, metadata={"format": "pt"}),
+        OBSERVATIONS_FILE: observations.to_parquet(),
+    }
+    config["sha256"] = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    contents[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(folder / TENSORS_FILE, save_tensors(tensors, metadata={"format": "pt"}))
-    replace_file(folder / OBSERVATIONS_FILE, observations.to_parquet())
-    replace_file(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    for file, content in contents.items():
+        replace_file(folder / file, content)
 
 
 def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, int], dict[str, Tensor], Domain | None, Trajectory]:
@@ -91,28 +100,31 @@ def read(folder: str | os.PathLike, name: str) -> tuple[dict[str, int], dict[str
         ValueFunctionError: a file is missing, damaged, too large, of another version, or says what cannot be.
     """
     folder = Path(folder)
-    for file, most in MAX_BYTES.items():
-        if not (folder / file).is_file():
-            raise ValueFunctionError(f"{name} holds no whole value function: {file} is missing. {REMEDY}")
-        check_size(name, file, (folder / file).stat().st_size, most)
+    for file in MAX_BYTES:
+        check_file(name, file, (folder / file).stat().st_size if (folder / file).is_file() else None)
     try:
         sizes, config = _read_config(folder / CONFIG_FILE)
         shapes = {**network_shapes(**sizes), **_domain_shapes(config, sizes["num_coordinates"])}
-        tensors = _read_tensors(folder / TENSORS_FILE, shapes)
+        tensors = {**_read_tensors(folder / TENSORS_FILE, shapes), **_normalisation(config, sizes["num_coordinates"])}
         domain = _domain(config, tensors.pop("origin", None), tensors.pop("basis", None))
         observations = Trajectory.from_parquet(
             folder / OBSERVATIONS_FILE, sizes["num_coordinates"], MAX_BYTES[OBSERVATIONS_FILE]
         )
+        for file in (TENSORS_FILE, OBSERVATIONS_FILE):
+            if hashlib.sha256((folder / file).read_bytes()).hexdigest() != config["sha256"][file]:
+                raise ValueFunctionError(f"{file} is damaged, or of another moment than {CONFIG_FILE}.")
     except ValueFunctionError as error:
         raise ValueFunctionError(f"{name}: {error} {REMEDY}") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
         raise ValueFunctionError(f"{name} cannot be read ({type(error).__name__}: {error}). {REMEDY}") from error
     return sizes, tensors, domain, observations
 
 
-def check_size(name: str, file: str, size: int, most: int) -> None:
-    """Refuse a file of more than `most` bytes."""
-    if size > most:
+def check_file(name: str, file: str, size: int | None) -> None:
+    """Refuse a value function that lacks a file (its size is None), or whose file is too large to be read."""
+    if size is None:
+        raise ValueFunctionError(f"{name} holds no whole value function: {file} is missing. {REMEDY}")
+    if size > (most := MAX_BYTES[os.path.basename(file)]):
         raise ValueFunctionError(f"{name}: {file} has {size} bytes; at most {most} are read. {REMEDY}")
 
 
@@ -137,6 +149,23 @@ def _read_config(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
         if type(size) is not int or not 1 <= size <= MAX_SIZES[name]:
             raise ValueFunctionError(f"{name}={size!r} in {path.name} is no whole number from 1 to {MAX_SIZES[name]}.")
     return sizes, config
+
+
+def _normalisation(config: Mapping[str, Any], num_coordinates: int) -> dict[str, Tensor]:
+    given = config["normalisation"]
+    if set(given) != set(NORMALISATION):
+        raise ValueFunctionError(f"normalisation in {CONFIG_FILE} has not the entries {', '.join(NORMALISATION)}.")
+    tensors = {}
+    for name in NORMALISATION:
+        tensor = torch.tensor(given[name], dtype=torch.float32)
+        if tensor.shape != ((num_coordinates,) if name in ("z_mean", "z_std") else ()):
+            raise ValueFunctionError(f"{name} in {CONFIG_FILE} has the shape {list(tensor.shape)}.")
+        if not tensor.isfinite().all():
+            raise ValueFunctionError(f"{name} in {CONFIG_FILE} is not finite.")
+        if name in ("z_std", "score_std") and (tensor <= 0).any():
+            raise ValueFunctionError(f"{name} in {CONFIG_FILE} must be positive.")
+        tensors[name] = tensor
+    return tensors
 
 
 def _domain_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[str, tuple[int, ...]]:
@@ -186,8 +215,6 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
         tensors = {name: file.get_tensor(name) for name in shapes}
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueFunctionError(f"{', '.join(bad)} in {path.name} holds numbers that are not finite.")
-    if bad := [name for name in ("z_std", "score_std") if (tensors[name] <= 0).any()]:
-        raise ValueFunctionError(f"{', '.join(bad)} in {path.name} must be positive.")
     if "basis" in tensors:
         basis = tensors["basis"]
         if not torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=ORTHONORMAL_TOLERANCE):

@@ -71,6 +71,8 @@ def write(
     fields = {
         "name": name,
         "repo": repo,
+        "task": task,
+        "dataset": dataset,
         "domain": domain,
         "phi_dim": domain.origin.numel() if domain else None,
         "num_coordinates": value_function.num_coordinates,

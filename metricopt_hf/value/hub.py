@@ -6,13 +6,16 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
+    DryRunError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -20,7 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import HubError, ValueFunctionError
-from .artefact import CONFIG_FILE, MAX_BYTES, check_size
+from .artefact import CONFIG_FILE, MAX_BYTES, check_file
 
 T = TypeVar("T")
 
@@ -51,31 +54,28 @@ def fetch(
 
 
 def _download(name: str, revision, token, cache_dir, local_files_only) -> str:
+    get = partial(snapshot_download, name, revision=revision, token=token, cache_dir=cache_dir)
     wanted = [f"{SUBFOLDER}/{file}" for file in MAX_BYTES]
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
-        if not local_files_only:
-            files = _listed(name, [*wanted, *MAX_BYTES], options)
-            if not set(wanted) & set(files):
-                wanted = list(MAX_BYTES)
-            for file in set(wanted) & set(files):
-                check_size(name, file, files[file], MAX_BYTES[os.path.basename(file)])
-        return snapshot_download(name, allow_patterns=wanted, **options)
+        if local_files_only:
+            return get(allow_patterns=wanted, local_files_only=True)
+        try:
+            listed = get(allow_patterns=[*wanted, *MAX_BYTES], dry_run=True)
+        except DryRunError as error:  # the Hub cannot be asked: is it held here already?
+            try:
+                return get(allow_patterns=wanted, local_files_only=True)
+            except LocalEntryNotFoundError:
+                raise error from error.__cause__
+        sizes = {file.filename: file.file_size for file in listed}
+        if not set(wanted) & set(sizes):
+            wanted = list(MAX_BYTES)
+        for file in wanted:
+            check_file(name, file, sizes.get(file))
+        return get(allow_patterns=wanted)
     except ValueFunctionError:
         raise
     except Exception as error:
         raise ValueFunctionError(_why_not_fetched(error, name, revision)) from error
-
-
-def _listed(name: str, patterns: list[str], options: dict) -> dict[str, int]:
-    """Name and size of each file of a repository that matches; nothing where the Hub cannot be asked."""
-    try:
-        return {
-            file.filename: file.file_size
-            for file in snapshot_download(name, allow_patterns=patterns, dry_run=True, **options)
-        }
-    except OfflineModeIsEnabled:
-        return {}
 
 
 def _why_not_fetched(error: Exception, name: str, revision: str | None) -> str:
@@ -119,7 +119,9 @@ def push(upload: Callable[[], T], repo: str, kept: str) -> T:
 def why_not_pushed(error: BaseException, repo: str, kept: str) -> str:
     """Why a push failed, what to do, and that nothing local is lost."""
     kinds = list(chain(error))
-    if any(isinstance(e, LocalTokenNotFoundError) or status(e) in (401, 403, 404) for e in kinds):
+    if any(isinstance(e, RevisionNotFoundError) for e in kinds):
+        remedy = "Make that branch first: HfApi().create_branch(repo_id, branch=...)."
+    elif any(isinstance(e, LocalTokenNotFoundError) or status(e) in (401, 403, 404) for e in kinds):
         remedy = f"To write to it, {LOG_IN}; the token needs write access."
     elif any(isinstance(e, OfflineModeIsEnabled) for e in kinds):
         remedy = "Unset HF_HUB_OFFLINE."

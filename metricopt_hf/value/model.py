@@ -134,6 +134,12 @@ class ValueFunction(nn.Module):
         sizes, state, domain, observations = artefact.read(folder, str(name_or_path))
         value_function = cls(**sizes)
         value_function.load_state_dict(state)
+        points = torch.as_tensor(observations.z[-64:]) if len(observations) else value_function.z_mean
+        answers = (*value_function.predict(points), value_function.gradient(points))
+        if not all(answer.isfinite().all() for answer in answers):  # finite weights can overflow
+            raise ValueFunctionError(
+                f"{name_or_path} predicts numbers that are not finite where it was learned. {artefact.REMEDY}"
+            )
         value_function.domain, value_function.observations = domain, observations
         return value_function.eval()
 
@@ -156,11 +162,11 @@ class ValueFunction(nn.Module):
         def upload():
             api = HfApi(token=token)
             name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            self.save_pretrained(folder, {"repo": name, **(model_card_kwargs or {})})
             message = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
             return api.upload_folder(repo_id=name, folder_path=folder, **message)
 
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, model_card_kwargs)
             return hub.push(upload, repo_id, "the value function is as it was; save_pretrained(folder) keeps it")
 
     def _checked(self, z: Tensor) -> Tensor:

@@ -1,0 +1,71 @@
+"""The scripts that measure what sharing gives, on a few images made up here: they run, and tell all of it."""
+
+import functools
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from benchmarks import cards, check_cifar, cifar, warm_start
+from metricopt_hf.comparison import METHODS
+
+
+def images(split):
+    generator = torch.Generator().manual_seed(len(split))
+    labels = torch.arange(200) % 10
+    return cifar.Images(torch.randn(200, 3, 32, 32, generator=generator) + labels.view(-1, 1, 1, 1) / 5, labels)
+
+
+def net(depth):
+    """Untrained, but it does not say the same of all images."""
+    torch.manual_seed(0)
+    made = cifar.CifarResNet(depth).eval()
+    with torch.no_grad():
+        made.linear.bias -= made(images("test").pixel_values)["logits"].mean(0)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch, tmp_path):
+    monkeypatch.setenv("METRICOPT_DATA", str(tmp_path))
+    monkeypatch.setattr(cifar, "load", images)
+    monkeypatch.setattr(cifar, "pretrained", net)
+    monkeypatch.setattr(cifar, "splits", functools.partial(cifar.splits, observation_size=50))
+    monkeypatch.setattr(check_cifar, "METRIC", "misclassification")  # of an untrained net no class is always missed
+    for script in (cards, warm_start):
+        monkeypatch.setattr(script, "make_trainer", functools.partial(check_cifar.make_trainer, phi_dim=2))
+    monkeypatch.setattr(warm_start, "OBSERVED", 50)
+    monkeypatch.setattr(warm_start, "FIRST_SELECTED", 30)
+
+
+def test_cards_are_filled(tmp_path):
+    assert cards.main(["--seeds", "0", "1", "--max_steps", "11", "--folder", str(tmp_path)]) == 0
+    model, learned = (ModelCard.load(tmp_path / f"{cards.NAME}{end}.md") for end in ("", "-value-function"))
+    for card in (model, learned):
+        assert all(f"| {method.title} " in card.text for method in METHODS.values())
+        assert f"- {METHODS['metricopt'].title} - {METHODS['loss_only'].title}: " in card.text
+        assert card.data.eval_results and f"user/{cards.NAME}" in card.text
+
+
+def test_warm_is_compared_with_cold(capsys, tmp_path):
+    results = tmp_path / "results.json"
+    assert warm_start.main(["--seeds", "0", "1", "--max_steps", "11", "--results", str(results)]) == 0
+    printed = capsys.readouterr().out
+    calls = [line.split()[0] for line in printed.splitlines() if line.strip()[:1].isdigit()]
+    assert calls == ["0", "16"]
+    assert "report split, at end" in printed and "2 seeds" in printed
+    runs = json.loads(results.read_text())["runs"]
+    assert [run["method"] for run in runs] == ["cold", "warm"] * 2
+    assert all(run["details"]["curve"][1]["calls"] == 16 for run in runs)
+    # whether what it predicts in its first round has been learned before
+    assert [run["details"]["curve"][0]["rank_correlation"] is not None for run in runs] == [False, True] * 2
+
+
+def test_two_users_share_no_image(monkeypatch):
+    monkeypatch.setattr(warm_start, "OBSERVED", 40)
+    first, second = warm_start.two_users(images("train"), images("test"), seed=0)
+    theirs, ours = ([part.pixel_values for part in vars(splits).values()] for splits in (first, second))
+    seen = {tuple(image.flatten()[:4].tolist()) for part in theirs for image in part}
+    assert not seen & {tuple(image.flatten()[:4].tolist()) for part in ours for image in part}
+    assert all(len(part) for part in (*theirs, *ours))
