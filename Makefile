@@ -27,7 +27,7 @@ check-cifar: $(USE) ## run the CIFAR check
 	$(IN_ROOT) $(PY) -m benchmarks.check_cifar $(ARGS)
 
 bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
-	$(IN_ROOT) $(PY) -m benchmarks.overhead $(ARGS)
+	$(IN_ROOT) MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000 $(PY) -m benchmarks.overhead $(ARGS)
 
 bench-warm-start: $(USE) ## measure what a shared value function saves
 	$(IN_ROOT) $(PY) -m benchmarks.warm_start $(ARGS)

@@ -4,6 +4,9 @@
 
 Both trainers run the same steps on copies of the same model with the same phi, alternately, so that whatever else the
 machine does hits both; the figure is the median over pairs of the ratio of their median step times. Needs no data.
+
+`make` also tells glibc to keep freed memory: where it gives it back after every step, as in plain Trainer's runs here,
+the pages have to be faulted in again, and plain Trainer seemed 9 % slower than the same steps guided.
 """
 
 from __future__ import annotations
