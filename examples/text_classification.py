@@ -79,7 +79,8 @@ class Task:
     @property
     def defaults(self) -> dict:
         both = {"train_split": "train+validation", "eval_split": "train+validation"}
-        return {**both, "metric_for_best_model": self.metric, "observation_size": self.observation_size}
+        own = {"output_dir": f"out/{self.folder}", "metric_for_best_model": self.metric}
+        return {**both, **own, "observation_size": self.observation_size}
 
 
 TASKS = {
@@ -174,6 +175,7 @@ def prepare(data: DataArguments, named: ModelArguments, texts: TextArguments, ar
     set_seed(args.seed)
     splits = load_splits(data, partial(read, columns=texts), args.seed, args.observation_size, named.token)
     if numbers := str(splits.train.features["label"].dtype).startswith("float"):
+        splits.check_numbers()
         head = {"num_labels": 1, "problem_type": "regression"}
     else:
         names = class_names(splits.train)
