@@ -35,12 +35,8 @@ EXTRAS = {
     "retrieval": ["pytorch-metric-learning"],
     "detection": ["torchmetrics", "faster-coco-eval"],
 }
-# What `make test` needs: the tools, and the extras that tests exercise (not the heavy one).
-EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "ruff"] + [
-    requirement
-    for name in ("peft", "plot", "report", "tensorboard", "optuna", "retrieval")
-    for requirement in EXTRAS[name]
-]
+# What `make test` needs: the tools, and all of the above.
+EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "ruff", *sum(EXTRAS.values(), [])]
 
 setup(
     name="metricopt_hf",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Fine-tune an image classifier for the metric that it is judged by, and compare with what else one could do.
 
-Without options, on scikit-learn's digits (no Hub, no GPU, a few minutes on two cores; this is `make demo`):
+Without options, a small ViT on scikit-learn's digits (no Hub, no GPU, a few minutes on two cores; this is `make demo`):
 
     python examples/image_classification.py
 
@@ -10,6 +10,9 @@ On your data, model and metric, for instance
     python examples/image_classification.py \\
         --dataset_name uoft-cs/cifar10 --model_name_or_path nateraw/vit-base-patch16-224-cifar10 \\
         --metric worst_class_recall --max_train_samples 6000 --num_train_epochs 1 --output_dir out/cifar10
+
+The model is one of transformers or of timm, by its name on the Hub or in timm, or a folder. The metric is an `evaluate`
+module, by name or path; misclassification, worst_class_recall, macro_auprc and g_mean come along.
 
 From the same start and with the same seed, data, steps and parameters, a model is tuned by its loss alone, by a control
 (a value function fitted to shuffled scores), and by MetricOpt; the cheap rival, a bias per class searched on the

@@ -38,7 +38,7 @@ from metricopt_hf import ConfigurationError, MetricOptConfig
 from metricopt_hf.comparison import LOSS_ONLY, METHODS, Method
 from metricopt_hf.images import image_column, load_model, new_model, processing_class, with_pixels
 from metricopt_hf.report import MethodRun, require
-from metricopt_hf.splits import Splits, class_names, default_dataset, find_column, sample
+from metricopt_hf.splits import Splits, class_names, default_dataset, find_column, load_dataset, sample
 from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_study, start
 
 DEFAULTS = {
@@ -90,13 +90,13 @@ def read(arguments: RetrievalArguments, token: str | None) -> datasets.Dataset:
     where = (arguments.dataset_name, arguments.dataset_config_name)
     existing = datasets.get_dataset_split_names(*where, token=token)
     split = "+".join(existing) if arguments.split == "all" else arguments.split
-    dataset = datasets.load_dataset(*where, split=split, token=token)
+    dataset = load_dataset(*where, split, token)
     image, usual = image_column(dataset, arguments.image_column_name), ("label", "labels")
     label = find_column(dataset, arguments.label_column_name, usual, "label_column_name", datasets.ClassLabel)
     group = find_column(dataset, arguments.group_column_name or label, (), "group_column_name")
-    labels, groups = (dataset.with_format("numpy")[name][:] for name in (label, group))
+    groups = dataset.with_format("numpy")[group][:]
     dataset = dataset.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    return dataset.add_column("group", groups) if len(labels) else dataset
+    return dataset.add_column("group", groups)
 
 
 def cut(dataset: datasets.Dataset, arguments: RetrievalArguments, size: int | None, seed: int) -> Splits:
@@ -152,8 +152,12 @@ def pair_loss(name: str):
         raise ConfigurationError(f"pytorch-metric-learning has no loss {name!r}; it has {', '.join(known)}.")
     try:
         loss = getattr(losses, name)()
-    except TypeError as error:
-        raise ConfigurationError(f"{name} cannot be made without arguments ({error}): take one of pairs.") from error
+        loss(torch.eye(5), torch.tensor([0, 0, 0, 1, 1]))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{name} does not work here: {error} Take a loss of pairs that needs no arguments, and for which a batch "
+            "may hold more images of one class than of another."
+        ) from error
     return lambda outputs, labels, num_items_in_batch=None: loss(outputs.logits, labels)
 
 
@@ -185,7 +189,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
     retrieval, named, study, args = parse(
         argv,
         (RetrievalArguments, ModelArguments),
-        {**METHODS, "specialist": Method("specialist", {})},
+        {**METHODS, "specialist": Method("the loss of --specialist", {})},
         lambda given: DEFAULTS if "dataset_name" in given else OMNIGLOT_DEFAULTS,
         __doc__,
     )

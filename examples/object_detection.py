@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         (DataArguments, ModelArguments, DetectionArguments),
         METHODS,
         lambda given: DEFAULTS if "dataset_name" in given else BCCD_DEFAULTS,
-        __doc__.partition("\n")[0],
+        __doc__,
         dict.fromkeys(COCO_METRICS, True),
     )
     for module in ("torchmetrics", "faster_coco_eval"):

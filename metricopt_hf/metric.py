@@ -34,6 +34,7 @@ class Metric:
         greater_is_better: which way is better.
         timeout: seconds after which a call is given up, None for never. With it, calls run in a thread of their own,
             which cannot be killed: it is abandoned, and no other call is made until it has come back.
+        exact: the dict must have that key; else a single entry will do, whatever it is called.
 
     Example:
         >>> import numpy as np
@@ -48,8 +49,10 @@ class Metric:
         name: str,
         greater_is_better: bool = True,
         timeout: float | None = None,
+        exact: bool = False,
     ):
         self.function, self.name, self.greater_is_better, self.timeout = function, name, greater_is_better, timeout
+        self.exact = exact
         self._abandoned: threading.Thread | None = None
 
     @property
@@ -102,7 +105,7 @@ class Metric:
         if isinstance(result, dict):
             bare = self.name.removeprefix("eval_")
             key = next((k for k in (self.name, bare, f"eval_{bare}") if k in result), None)
-            if key is None and len(result) == 1:
+            if key is None and len(result) == 1 and not self.exact:
                 key = next(iter(result))
             if key is None:
                 raise MetricError(
@@ -182,7 +185,7 @@ def from_evaluate(
             arguments = {argument: predictions, "references": labels}
         return module.compute(**arguments, **(kwargs or {}))
 
-    return Metric(function, key or module.name, greater_is_better, timeout)
+    return Metric(function, key or module.name, greater_is_better, timeout, exact=key is not None)
 
 
 def _select(prediction: EvalPrediction, how: str) -> tuple[np.ndarray, np.ndarray]:
@@ -236,7 +239,7 @@ def resolve(
         return from_evaluate(metric, greater_is_better, inputs, key, kwargs, timeout)
     if callable(metric):
         name = key or getattr(metric, "__name__", type(metric).__name__)
-        return Metric(metric, name, greater_is_better, timeout)
+        return Metric(metric, name, greater_is_better, timeout, exact=key is not None)
     raise ConfigurationError(
         f"metric={metric!r} must be an evaluate module, its name or path, or a callable EvalPrediction -> number."
     )

@@ -75,6 +75,22 @@ class Splits:
         """The splits with `function` applied to each data set."""
         return Splits(*(function(dataset) for _, dataset in self.items()))
 
+    def check_numbers(self, column: str = "label") -> None:
+        """Refuse labels that are no numbers, and a split in which all are the same: nothing correlates with these.
+
+        Raises:
+            ConfigurationError: names the split.
+        """
+        for name, dataset in self.items():
+            labels = np.asarray(dataset.with_format("numpy")[column][:])
+            if (wrong := np.flatnonzero(~np.isfinite(labels))).size:
+                raise ConfigurationError(f"Example {wrong[0]} of the {name} split has the label {labels[wrong[0]]}.")
+            if np.ptp(labels) == 0:
+                raise ConfigurationError(
+                    f"All labels of the {name} split are {labels[0]}, as where labels are held back: take another "
+                    "--*_split, or more of it."
+                )
+
     def check_classes(self, num_labels: int, column: str = "label") -> None:
         """Refuse labels that are no class indices below `num_labels`.
 
@@ -177,7 +193,7 @@ def load_splits(
         for name in parts_of(split):
             if name not in existing:
                 raise ConfigurationError(f"{data.dataset_name} has no split {name!r}; it has {', '.join(existing)}.")
-        return read(datasets.load_dataset(*where, split=split, token=token))
+        return read(load_dataset(*where, split, token))
 
     evaluation = sample(load(eval_split), data.max_eval_samples, [seed, 1])
     train = None if one_source else load(data.train_split)
@@ -205,6 +221,20 @@ def load_splits(
     train = rest if train is None else train
     train = sample(train, data.max_train_samples, [seed, 0])
     return Splits(train, observation, selection, sample(report, data.max_report_samples, [seed, 3]))
+
+
+def load_dataset(name: str, config: str | None, split: str, token: str | None = None) -> datasets.Dataset:
+    """A split, or an expression of several.
+
+    Raises:
+        ConfigurationError: it is empty; `datasets` has no data set for that.
+    """
+    try:
+        return datasets.load_dataset(name, config, split=split, token=token)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ConfigurationError(f"The split {split!r} of {name} is empty.") from error
 
 
 def sample(dataset: datasets.Dataset, size: int | None, seed: Any) -> datasets.Dataset:

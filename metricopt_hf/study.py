@@ -96,6 +96,7 @@ def parse(
 
     Raises:
         ConfigurationError: an unknown method; several runs to be resumed at once.
+        ImportError: what makes the table and the plot is not installed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(
@@ -123,6 +124,8 @@ def parse(
         parsed = parser.parse_dict({**defaults, **from_file})
     *own, study, args = parsed
 
+    require("tabulate", "report")
+    require("matplotlib", "plot")
     if unknown := [name for name in study.methods if name not in methods]:
         raise ConfigurationError(f"--methods {unknown[0]}: there is no such method; there are {', '.join(methods)}.")
     study.seeds = study.seeds or [args.seed, args.seed + 1, args.seed + 2]
@@ -241,8 +244,6 @@ def run_study(
     Returns:
         All rows, seed by seed.
     """
-    require("tabulate", "report")
-    require("matplotlib", "plot")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for name in (__name__, "metricopt_hf.comparison"):
         logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)

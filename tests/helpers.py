@@ -71,6 +71,14 @@ def tiny_bert(seed: int = 0, **kwargs) -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
+def without_norms(model: nn.Module) -> nn.Module:
+    """The model with its norm layers taken out."""
+    for name, module in list(model.named_modules()):
+        if "norm" in type(module).__name__.lower():
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
 def worst_class_recall(prediction) -> dict[str, float]:
     predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids
     return {"worst_class_recall": min(float((predicted[labels == c] == c).mean()) for c in np.unique(labels))}

@@ -19,7 +19,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from metricopt_hf import ConfigurationError, MetricOptTrainer, PhiError, ValueFunction
+from metricopt_hf import ConfigurationError, MetricError, MetricOptTrainer, PhiError, ValueFunction
 from metricopt_hf import images as images_room
 from metricopt_hf.splits import data_root
 from metricopt_hf.study import ModelArguments
@@ -141,6 +141,14 @@ def test_a_vit_of_timm_and_an_error_to_be_small(script, images, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["greater_is_better"] is False
 
 
+def test_a_metric_of_scores(script, images, vit, tmp_path):
+    options = f"{TINY} --dataset_name {images} --model_name_or_path {vit} --metric macro_auprc --seeds 1"
+    runs = script.main([*options.split(), "--methods", "metricopt", "--output_dir", str(tmp_path / "out")])
+    assert len(runs[1].details["observations"]) == 8
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["metric"] == "macro_auprc" and document["greater_is_better"]
+
+
 @pytest.mark.parametrize(
     ("name", "repository"),
     [
@@ -213,6 +221,14 @@ def test_refusals(script, images, vit, tmp_path, options, message):
     with pytest.raises(ConfigurationError, match=message):
         script.main(given.split())
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_refuses_an_empty_split_and_a_missing_metric_key(script, images, vit, tmp_path):
+    given = f"{TINY} --model_name_or_path {vit} --output_dir {tmp_path / 'out'} --dataset_name"
+    with pytest.raises(ConfigurationError, match="The split 'test' of .* is empty"):
+        script.main([*given.split(), save_images(tmp_path / "empty", {"train": 30, "test": 0})])
+    with pytest.raises(MetricError, match=r"returned the keys \['worst_class_recall'\], none of which is 'recall'"):
+        script.main([*given.split(), images, "--metric_key", "recall"])
 
 
 def test_refuses_labels_out_of_range(script, vit, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from helpers import TINY, example, save_dataset
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
-from metricopt_hf import ConfigurationError, PhiError
+from metricopt_hf import ConfigurationError, MetricError, PhiError
 from metricopt_hf.images import new_model
 from metricopt_hf.metrics import path
 from metricopt_hf.splits import data_root
@@ -61,7 +61,7 @@ def test_help_tells_the_options(script, capsys):
     for option in ("--group_column_name", "--loss", "--specialist", "--embedding_size", "--metric", "--seeds"):
         assert option in text
     assert "\n    python examples/image_retrieval.py\n" in text
-    assert re.search(r"\n  specialist +specialist", text)
+    assert re.search(r"\n  specialist +the loss of --specialist", text)
 
 
 def test_a_run_on_local_images(script, images, model, tmp_path):
@@ -89,6 +89,17 @@ def test_a_run_on_local_images(script, images, model, tmp_path):
     map_at_r = evaluate.load(path("map_at_r"), keep_in_memory=True)
     score = map_at_r.compute(predictions=embedding.numpy(), references=report["labels"])["map_at_r"]
     assert score == pytest.approx(runs[-1].scores["report"], abs=1e-5)
+
+
+def test_another_specialist_and_another_metric(script, images, model, tmp_path):
+    out = tmp_path / "out"
+    options = f"{TINY} --dataset_name {images} --model_name_or_path {model} --metric recall_at_k --seeds 1 "
+    options += "--specialist SupConLoss --images_per_class 2 --methods specialist metricopt --metric_start_ratio 0"
+    runs = script.main([*options.split(), "--output_dir", str(out)])
+    assert [run.method for run in runs] == ["pretrained", "specialist: SupConLoss", "MetricOpt"]
+    assert len(runs[2].details["observations"]) == 8
+    document = json.loads((out / "results.json").read_text())
+    assert document["metric"] == "recall_at_k" and document["greater_is_better"]
 
 
 @pytest.mark.parametrize("group", ["family", None])
@@ -126,7 +137,8 @@ def test_batches_hold_pairs(script):
         ("--group_column_name kind", r"no column 'kind'.*--group_column_name"),
         ("--max_train_samples 0", r"train split is empty"),
         ("--loss TripletLoss", r"no loss 'TripletLoss'; it has .*TripletMarginLoss"),
-        ("--specialist ArcFaceLoss", r"ArcFaceLoss cannot be made without arguments"),
+        ("--specialist ArcFaceLoss", r"ArcFaceLoss does not work here: .*missing .* positional arguments"),
+        ("--specialist SmoothAPLoss", r"SmoothAPLoss does not work here: All classes must have the same number"),
         ("--images_per_class 1", r"--images_per_class must be at least 2"),
     ],
 )
@@ -137,11 +149,23 @@ def test_refusals(script, images, model, tmp_path, options, message):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_refuses_a_missing_metric_key(script, images, model, tmp_path):
+    given = f"{TINY} --dataset_name {images} --model_name_or_path {model} --output_dir {tmp_path / 'out'}"
+    with pytest.raises(MetricError, match=r"returned the keys \['map_at_r'\], none of which is 'map'"):
+        script.main([*given.split(), "--metric_key", "map"])
+
+
 def test_refuses_too_few_groups_and_missing_labels(script, model, tmp_path):
     few = save_images(tmp_path / "few", [0, 0, 1, 1, 2, 2])
     options = f"{TINY} --model_name_or_path {model} --seeds 1 --output_dir {tmp_path / 'out'} --dataset_name"
     with pytest.raises(ConfigurationError, match="There are 3 groups of classes; four splits"):
         script.main([*options.split(), few])
+    table = {"image": [], "label": []}
+    empty = save_dataset(
+        tmp_path / "empty", {"train": table}, {"image": datasets.Image(), "label": datasets.Value("int64")}
+    )
+    with pytest.raises(ConfigurationError, match="The split 'train' of .* is empty"):
+        script.main([*options.split(), empty])
     held_back = save_images(tmp_path / "held_back", [0, 0, 1, 1, 2, 2, -1, -1])
     with pytest.raises(ConfigurationError, match="has the label -1"):
         script.main([*options.split(), held_back])

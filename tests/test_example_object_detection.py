@@ -1,9 +1,7 @@
 """The object detection script: pretraining, its default at a small scale, other models and data, its refusals."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import datasets
@@ -11,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from detectors import save_boxes, save_detector
+from helpers import example, without_norms
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, EvalPrediction, YolosImageProcessor
 
 from metricopt_hf import ConfigurationError, MetricOptTrainer, PhiError
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = "--max_steps 2 --metric_call_budget 4 --observations_per_step 4 --phi_dim 1 --per_device_train_batch_size 2"
 TINY += " --use_cpu --disable_tqdm True"
 SPLITS = {"train": 6, "validation": 8, "test": 5}
@@ -26,11 +24,7 @@ for needed in ("tabulate", "matplotlib", "torchmetrics", "faster_coco_eval"):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("object_detection", ROOT / "examples" / "object_detection.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return example("object_detection")
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +179,7 @@ def test_the_black_box_is_coco_s(script):
         ("--objects_column_name things", r"no column 'things'.*--objects_column_name"),
         ("--objects_column_name picture", r"'picture' holds Image.*`bbox`"),
         ("--max_train_samples 0", r"train split is empty"),
+        ("--eval_split validation[:0]", r"The split 'validation\[:0\]' of .* is empty"),
         ("--max_eval_samples 1", r"'validation' has 1 examples, too few"),
         ("--metric_for_best_model map_60", r"'map_60' is none of COCO's: .*map_50, map_75"),
         ("--metric accuracy", r"'accuracy' is none of COCO's"),
@@ -203,6 +198,16 @@ def test_refuses_parameters_that_are_not_there(script, boxes, rt_detr, tmp_path)
     given = f"{TINY} --dataset_name {boxes} --model_name_or_path {rt_detr} --output_dir {tmp_path / 'out'}"
     with pytest.raises(PhiError, match=r"phi='no_such' matches no parameter of RTDetr.*bbox_embed"):
         script.main([*given.split(), "--phi", "no_such"])
+
+
+def test_refuses_a_model_without_norms(script, boxes, rt_detr, tmp_path, monkeypatch):
+    load = script.AutoModelForObjectDetection.from_pretrained
+    monkeypatch.setattr(
+        script.AutoModelForObjectDetection, "from_pretrained", lambda *a, **k: without_norms(load(*a, **k))
+    )
+    given = f"{TINY} --dataset_name {boxes} --model_name_or_path {rt_detr} --output_dir {tmp_path / 'out'}"
+    with pytest.raises(PhiError, match=r"no norm layer.*phi="):
+        script.main(given.split())
 
 
 def spoil_category(row):

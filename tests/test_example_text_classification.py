@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, example, save_dataset
+from helpers import TINY, example, save_dataset, without_norms
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from metricopt_hf import ConfigurationError, MetricError, PhiError
@@ -145,6 +145,34 @@ def test_refuses_labels_that_are_held_back(script, encoder, tmp_path):
     )
     options = f"{TINY} --dataset_name {data} --model_name_or_path {encoder} --metric_for_best_model f1 --seeds 1"
     with pytest.raises(ConfigurationError, match="Example 0 of the report split has the label -1"):
+        script.main([*options.split(), "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "The split 'test' of .* is empty"),
+        ([-1.0] * 40, "All labels of the report split are -1.0, as where labels are held back"),
+        ([0.5, float("nan")] * 20, "Example 1 of the report split has the label nan"),
+    ],
+)
+def test_refuses_an_empty_split_and_numbers_that_are_none(script, encoder, tmp_path, labels, message):
+    fine = {"text": sentences(40, 0), "label": [0.0, 1.0] * 20}
+    wrong = {"text": sentences(len(labels), 1), "label": labels}
+    features = {"text": datasets.Value("string"), "label": datasets.Value("float32")}
+    data = save_dataset(tmp_path / "numbers", {"train": fine, "validation": fine, "test": wrong}, features)
+    options = f"{TINY} --dataset_name {data} --model_name_or_path {encoder} --metric_for_best_model spearman"
+    with pytest.raises(ConfigurationError, match=message):
+        script.main([*options.split(), "--output_dir", str(tmp_path / "out")])
+
+
+def test_refuses_a_model_without_norms(script, classes, encoder, tmp_path, monkeypatch):
+    load = script.AutoModelForSequenceClassification.from_pretrained
+    monkeypatch.setattr(
+        script.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: without_norms(load(*a, **k))
+    )
+    options = f"{TINY} --dataset_name {classes} --model_name_or_path {encoder} --metric_for_best_model f1"
+    with pytest.raises(PhiError, match=r"no norm layer.*phi="):
         script.main([*options.split(), "--output_dir", str(tmp_path / "out")])
 
 

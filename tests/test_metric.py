@@ -51,6 +51,16 @@ def test_the_name_may_carry_trainers_prefix():
     assert Metric(lambda p: {"f1": 1, "loss": 2}, "eval_f1")(PREDICTION) == 1.0
 
 
+def test_a_key_that_was_asked_for_must_be_there():
+    def accuracy(prediction):
+        return {"accuracy": 0.5}
+
+    assert resolve(accuracy, True)(PREDICTION) == resolve(accuracy, True, key="accuracy")(PREDICTION) == 0.5
+    for metric in (accuracy, "worst_class_recall"):
+        with pytest.raises(MetricError, match=r"none of which is 'other'.*metric_key"):
+            resolve(metric, True, key="other")(PREDICTION)
+
+
 def test_whole_numbers_and_decisions_count_as_numbers():
     assert returning(3)(PREDICTION) == 3.0 and returning(np.bool_(True))(PREDICTION) == 1.0
 

@@ -136,6 +136,27 @@ def test_labels_are_checked(labels, message):
     assert class_names(fine) == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([2.0, float("nan")], "Example 1 of the selection split has the label nan"),
+        ([2.0, 2.0], "All labels of the selection split are 2.0, as where labels are held back"),
+    ],
+)
+def test_numbers_are_checked(labels, message):
+    fine, wrong = (datasets.Dataset.from_dict({"label": values}) for values in ([0.5, 1.0], labels))
+    Splits(fine, fine, fine, fine).check_numbers()
+    with pytest.raises(ConfigurationError, match=message):
+        Splits(fine, fine, wrong, fine).check_numbers()
+
+
+def test_an_empty_split_is_named(tmp_path):
+    features = {name: datasets.Value("int64") for name in rows(0, 1)}
+    folder = save_dataset(tmp_path / "empty", {"train": rows(0, 32), "test": rows(0, 0)}, features)
+    with pytest.raises(ConfigurationError, match="The split 'test' of .* is empty"):
+        load(folder)
+
+
 def test_default_data(monkeypatch, tmp_path):
     monkeypatch.setenv("METRICOPT_DATA", str(tmp_path))
     (tmp_path / "here").mkdir()
