@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.compose import make_column_transformer
@@ -38,7 +39,7 @@ def load(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     splits = datasets.load_dataset(str(data_root() / name))
     tables = [splits[split].to_pandas() for split in ("train", "test")]
     if name == "a9a":
-        features = [torch.tensor(table["features"].tolist()) for table in tables]
+        features = [torch.from_numpy(np.stack(table["features"])) for table in tables]
     else:
         tables = [table.drop(columns=LEAK) for table in tables]
         texts = [c for c in tables[0].columns if tables[0][c].dtype.kind not in "iu"]
