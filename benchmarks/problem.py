@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +32,10 @@ class Rows(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {name: column[self.rows[i]] for name, column in self.columns.items()}
 
-    def batch(self, start: int, end: int) -> dict[str, Tensor]:
-        rows = torch.as_tensor(self.rows[start:end])
-        return {name: column[rows] for name, column in self.columns.items()}
+    def batches(self, size: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """In order, `size` items at a time (None: all at once)."""
+        for rows in torch.as_tensor(self.rows).split(size or len(self)):
+            yield {name: column[rows] for name, column in self.columns.items()}
 
     @property
     def digest(self) -> str:

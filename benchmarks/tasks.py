@@ -52,7 +52,7 @@ def tabular_problem(name: str, seed: int, flipped: float = 0.0) -> Problem:
     noisy[generator.permutation(positive)[: round(flipped * len(positive))]] = 0
     trained = Rows({**train, "labels": noisy}, rest, f"{name} train")
     return Problem(
-        tabular.pretrain(trained.batch(0, len(trained)), seed),
+        tabular.pretrain(next(trained.batches()), seed),
         trained,
         Rows(train, observed, f"{name} train"),
         Rows(train, selected, f"{name} train"),
