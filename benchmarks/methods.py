@@ -6,6 +6,7 @@ of one size. Controls take MetricOpt's own setting.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from metricopt_hf import Guide, Trajectory
+from metricopt_hf import FiLM, Guide, Ledger, Trajectory
 
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search
@@ -97,6 +98,11 @@ def _guided(guide: str, task, problem, seed, budget, folder, config) -> Outcome:
     return train(task, problem, seed, budget, folder, {**config, "guide": guide})
 
 
+def _stay(task, problem, seed, budget, folder, config) -> Outcome:
+    phi = FiLM(copy.deepcopy(problem.model)).read()
+    return Outcome(phi, 0, float("nan"), [], Ledger(), 0.0)
+
+
 def _loss_only(task, problem, seed, budget, folder, config) -> Outcome:
     return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config})
 
@@ -134,6 +140,7 @@ LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 LOSS_GRID = _grid(phi_learning_rate=LEARNING_RATES, lr_scheduler_type=("constant", "linear"))
 
 RIVALS: dict[str, Rival] = {
+    "start": Rival("pretrained", _stay, seeds=10),
     "loss_only": Rival("loss only", _loss_only, LOSS_GRID, soup=True, seeds=10),
     "metricopt": Rival(
         "MetricOpt",
