@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import cifar, scores, tabular
+from . import cifar, scores, tabular, text_tasks
 from .problem import Problem, Rows, Task
 
 TRAIN_POOL, TRAIN = 10_000, 6_000
@@ -97,6 +97,7 @@ ALL = (
     ),
     _cifar("cifar_worst", 20, scores.worst_class_recall, "worst-class recall", True),
     _cifar("cifar_auprc", 20, scores.macro_auprc, "macro AUCPR", True),
+    *text_tasks.tasks(),
     _tabular("a9a_error", "a9a", "a9a, MLP", scores.misclassification, "misclassification", False, greater=False),
     _tabular("bank_recall", "bank_marketing", BANK, scores.recall_at_precision, "recall at precision >= 0.6", False),
     _cifar("cifar_error", 20, scores.misclassification, "misclassification", False, greater=False),

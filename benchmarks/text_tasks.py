@@ -1,10 +1,10 @@
 """CoLA with Matthews correlation, and STS-B with Spearman's, by MiniLM (all-MiniLM-L6-v2) with a fresh head.
 
-The start model is fine-tuned by its loss once, on the training split, which is the same for every seed; no other split of
-any seed holds a text of it. Behind that only phi moves: FiLM on the last block's two norm layers and the head's bias.
-The head sees the first token alone, and so do, behind the last attention, all layers that lead to it. So a text is cached
-as one vector, what the first of those norm layers is given, and `LastBlock` computes the rest: the same logits as the
-whole model's at every phi, for a thousandth of the time.
+The start model is fine-tuned by its loss once, on the train split, which is the same for every seed; no other split
+of any seed holds a text of it. Behind that only phi moves: FiLM on the last block's two norm layers, and the head's
+bias. The head sees the first token alone, and so does, behind the last attention, all that leads to it. A text is
+therefore cached as one vector, what the first of those norm layers is given, and `LastBlock` computes the rest: at
+every phi the same logits as the whole model's.
 
 Starts and vectors lie in $METRICOPT_CACHE, by default `out/`, and are made again where they are not there.
 
@@ -16,11 +16,12 @@ sentences of STS-B do stand in several pairs and splits; that is how it was publ
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -29,22 +30,21 @@ import pandas as pd
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from scipy.stats import spearmanr
-from sklearn.metrics import matthews_corrcoef
 from torch import Tensor, nn
-from torch.utils.data import StackDataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     Trainer,
     TrainingArguments,
 )
 
 from metricopt_hf import ConfigurationError
 from metricopt_hf.splits import data_root
+
+from . import scores
+from .problem import Problem, Rows, Task
 
 TRAIN, CUT, REPORT = range(3)  # what a text is for: CUT ones are shuffled by the seed
 
@@ -100,17 +100,6 @@ class LastBlock(nn.Module):
         if labels.is_floating_point():
             return {"loss": nn.functional.mse_loss(logits.squeeze(-1), labels), "logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-
-def matthews_correlation(prediction: EvalPrediction) -> float:
-    """In [-1, 1]; 0 where all texts are given one class."""
-    return float(matthews_corrcoef(prediction.label_ids, prediction.predictions.argmax(-1)))
-
-
-def spearman(prediction: EvalPrediction) -> float:
-    """In [-1, 1]; 0 where all texts are given one number."""
-    outputs = prediction.predictions.squeeze(-1)
-    return 0.0 if np.ptp(outputs) == 0 else float(spearmanr(outputs, prediction.label_ids).statistic)
 
 
 def model_folder() -> str:
@@ -192,8 +181,12 @@ def hidden_of(model: BertForSequenceClassification, tokenizer, dataset: datasets
     return hidden
 
 
+@functools.cache
 def make_start(text: Text) -> tuple[LastBlock, dict[str, Tensor]]:
-    """The trained last block; and of all texts `hidden` [n, d], `labels` [n] and `part` [n]. Minutes, once per cache."""
+    """The trained last block (eval mode); and of all texts `hidden` [n, d], `labels` [n] and `part` [n].
+
+    Takes minutes where it is not in the cache.
+    """
     root = Path(os.environ.get("METRICOPT_CACHE", Path(__file__).resolve().parents[1] / "out"))
     digest = hashlib.sha256(repr(text).encode()).hexdigest()[:12]
     file = root / "text_start" / f"{text.folder}-{digest}.safetensors"
@@ -215,9 +208,23 @@ def make_start(text: Text) -> tuple[LastBlock, dict[str, Tensor]]:
     return block, tensors
 
 
-def splits(text: Text, part: Tensor, seed: int) -> dict[str, np.ndarray]:
-    """Rows of the four splits."""
-    cut = np.random.default_rng(seed).permutation(np.flatnonzero(part == CUT))
-    observation, selection, left = np.split(cut, [text.observation_size, 2 * text.observation_size])
-    report = left if text.report is None else np.flatnonzero(part == REPORT)
-    return {"train": np.flatnonzero(part == TRAIN), "observation": observation, "selection": selection, "report": report}
+def prepare(text: Text, seed: int) -> Problem:
+    block, columns = make_start(text)
+    of_part = [np.flatnonzero(columns["part"] == part) for part in (TRAIN, CUT, REPORT)]
+    columns = {name: columns[name] for name in ("hidden", "labels")}
+    cuts = [text.observation_size, 2 * text.observation_size]
+    observation, selection, left = np.split(np.random.default_rng(seed).permutation(of_part[CUT]), cuts)
+    rows = (of_part[TRAIN], observation, selection, left if text.report is None else of_part[REPORT])
+    return Problem(block, *(Rows(columns, r, text.folder) for r in rows))
+
+
+def tasks(smoke: bool = False) -> tuple[Task, Task]:
+    """Both tasks; for a smoke run, of a few texts, whose start model is trained for two steps."""
+    prepares = [
+        functools.partial(prepare, replace(text, max_texts=64, steps=2, observation_size=16) if smoke else text)
+        for text in (COLA, STSB)
+    ]
+    return (
+        Task("cola_mcc", "CoLA, MiniLM", scores.mcc, "MCC", True, True, "binary", prepares[0]),
+        Task("stsb_spearman", "STS-B, MiniLM", scores.spearman, "Spearman", True, True, "numbers", prepares[1]),
+    )
