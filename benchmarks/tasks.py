@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import cifar, scores, tabular
+from . import cifar, scores, tabular, text_tasks
 from .problem import Problem, Rows, Task
 
 
@@ -62,7 +62,7 @@ def tabular_problem(name: str, sizes: Sizes, flipped: float, seed: int) -> Probl
         flipped: share of the positive training labels that is turned to negative, before the MLP is trained.
     """
     train, test = (
-        {column: values[:size] for column, values in split.items()}
+        {column: values[:: 1 if size is None else len(values) // size][:size] for column, values in split.items()}
         for split, size in zip(tabular.load(name), (sizes.train_pool, sizes.test_pool), strict=True)
     )
     generator = np.random.default_rng(seed)
@@ -104,6 +104,7 @@ def tasks(smoke: bool = False) -> dict[str, Task]:
         table("a9a_gmean", "a9a", FLIPPED, scores.g_mean, "G-mean", True, flipped=0.3, note=CLEAN),
         table("bank_f1", *BANK, scores.f1, "F1", True),
         table("bank_cost", *BANK, scores.opaque_cost, "opaque cost", True, greater=False, note=OPAQUE),
+        *text_tasks.tasks(smoke),
         images("cifar_worst", 20, scores.worst_class_recall, "worst-class recall", True),
         images("cifar_auprc", 20, scores.macro_auprc, "macro AUCPR", True),
         table("a9a_error", "a9a", "a9a, MLP", scores.misclassification, "misclassification", False, greater=False),
