@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import resource
 import tempfile
 import zlib
@@ -24,6 +23,7 @@ from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .methods import RIVALS
 from .problem import Problem, Rows, Task
+from .records import rounded
 from .training import EVAL_BATCH, Budget, Outcome
 
 MEASURED = ("observation", "selection", "report")
@@ -126,17 +126,6 @@ def run_one(
     }
     record["seconds"]["whole"] = perf_counter() - start
     return rounded(record)
-
-
-def rounded(value: Any) -> Any:
-    """With six digits a number, and null for one that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
 
 
 def reset_peak_memory() -> None:

@@ -161,7 +161,7 @@ RIVALS: dict[str, Rival] = {
         "CMA-ES, same coordinates", partial(_cma, False), _grid(explore_std=(0.06, 0.2, 0.6), population=(1, 2))
     ),
     "cma_flat": Rival(
-        "separable CMA-ES, flat phi", partial(_cma, True), _grid(explore_std=(0.01, 0.03, 0.1), population=(1, 2))
+        "separable CMA-ES, flat phi", partial(_cma, True), _grid(explore_std=(0.03, 0.1, 0.3), population=(1, 2))
     ),
     "spsa": Rival(
         "SPSA",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
@@ -83,3 +86,16 @@ class Task:
     labels: str
     prepare: Callable[[int], Problem]
     note: str = ""
+
+
+def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` gives, from a file where it was made before: in $METRICOPT_CACHE, by default `out/`."""
+    root = Path(os.environ.get("METRICOPT_CACHE", Path(__file__).resolve().parents[1] / "out"))
+    file = root / f"{name}.safetensors"
+    if not file.exists():
+        tensors = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        made = file.with_suffix(f".{os.getpid()}")
+        save_file(tensors, made)
+        os.replace(made, file)  # a process beside this one reads all of it or nothing
+    return load_file(file)

@@ -9,19 +9,14 @@ The settings are those of `protocol.json`. A run killed in the middle is taken u
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import multiprocessing
-import platform
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,11 +32,8 @@ from metricopt_hf.splits import data_root
 from . import protocol
 from .measure import run_one
 from .methods import FIRST, RIVALS
+from .records import RESULTS, Key, context, key_of, read, write
 from .tasks import tasks
-
-RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "cma")
-Key = tuple[str, str, int]  # task, method, seed
 
 
 @dataclass
@@ -58,50 +50,6 @@ class BenchArguments:
     smoke: bool = field(
         default=False, metadata={"help": "Every task once and every method once, with a few examples; nothing is kept."}
     )
-
-
-def read(folder: Path) -> list[dict[str, Any]]:
-    """All records of a results folder. A last line cut off by a kill is none."""
-    records = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return records
-
-
-def key_of(record: dict[str, Any]) -> Key:
-    return record["task"], record["method"], record["seed"]
-
-
-def write(record: dict[str, Any], folder: Path) -> None:
-    """Append a line; processes wait for each other."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{record['task']}.jsonl", "a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        torn = file.tell() and not _ends_line(file)
-        file.write("\n" * bool(torn) + json.dumps(record, allow_nan=False) + "\n")
-
-
-def _ends_line(file) -> bool:
-    file.seek(file.tell() - 1)
-    return file.read(1) == "\n"
-
-
-def context() -> dict[str, Any]:
-    """What the code is, and what it runs on."""
-
-    def git(*words: str) -> str:
-        answer = subprocess.run(["git", *words], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-        return answer.stdout.strip()
-
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "../metricopt_hf", "*.py", "protocol.json")),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
 
 
 def plan(arguments: BenchArguments) -> list[list[Key]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cifar, scores, tabular, text_tasks
-from .problem import Problem, Rows, Task
+from .problem import Problem, Rows, Task, cached
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,21 @@ class Sizes:
 
 
 CIFAR, CIFAR_SMOKE = Sizes(10_000, 6_000, None, 2_000), Sizes(120, 80, 200, 60)
+COLUMNS = ("pixel_values", "labels")
 TABULAR, TABULAR_SMOKE = Sizes(None, None, None, 2_000), Sizes(600, None, 200, 150)
 
 
 @functools.cache
 def _cifar_pool(depth: int, sizes: Sizes) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
     net = cifar.pretrained(depth)
-    columns = []
-    for split in (f"train[:{sizes.train_pool}]", f"test[:{sizes.test_pool or ''}]"):
-        images = cifar.activations(net, cifar.load(split))
-        columns.append({"pixel_values": images.pixel_values, "labels": images.labels})
-    return net, *columns
+
+    def make() -> dict[str, Tensor]:
+        splits = {"train": f"train[:{sizes.train_pool}]", "test": f"test[:{sizes.test_pool or ''}]"}
+        images = {name: cifar.activations(net, cifar.load(split)) for name, split in splits.items()}
+        return {f"{name}.{column}": getattr(i, column) for name, i in images.items() for column in COLUMNS}
+
+    tensors = cached(f"cifar/resnet{depth}-{sizes.train_pool}-{sizes.test_pool}", make)
+    return net, *({column: tensors[f"{name}.{column}"] for column in COLUMNS} for name in ("train", "test"))
 
 
 def cifar_problem(depth: int, sizes: Sizes, seed: int) -> Problem:

@@ -6,7 +6,7 @@ bias. The head sees the first token alone, and so does, behind the last attentio
 therefore cached as one vector, what the first of those norm layers is given, and `LastBlock` computes the rest: at
 every phi the same logits as the whole model's.
 
-Starts and vectors lie in $METRICOPT_CACHE, by default `out/`, and are made again where they are not there.
+Starts and vectors are cached in files.
 
 CoLA: GLUE gives no test labels, so everything is cut from train and validation, the report split too. STS-B has them:
 train is its train split, observation and selection are cut from validation, and the report split is its test split, the
@@ -22,14 +22,12 @@ import importlib.util
 import os
 import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -44,7 +42,7 @@ from metricopt_hf import ConfigurationError
 from metricopt_hf.splits import data_root
 
 from . import scores
-from .problem import Problem, Rows, Task
+from .problem import Problem, Rows, Task, cached
 
 TRAIN, CUT, REPORT = range(3)  # what a text is for: CUT ones are shuffled by the seed
 
@@ -187,21 +185,17 @@ def make_start(text: Text) -> tuple[LastBlock, dict[str, Tensor]]:
 
     Takes minutes where it is not in the cache.
     """
-    root = Path(os.environ.get("METRICOPT_CACHE", Path(__file__).resolve().parents[1] / "out"))
     digest = hashlib.sha256(repr(text).encode()).hexdigest()[:12]
-    file = root / "text_start" / f"{text.folder}-{digest}.safetensors"
-    if not file.exists():
+
+    def make() -> dict[str, Tensor]:
         table, tokenizer = read(text), AutoTokenizer.from_pretrained(model_folder())
         tokens = tokenized(tokenizer, table, text.columns)
         model = train_start(text, tokenizer, tokens.select(np.flatnonzero(table["part"] == TRAIN)))
         tensors = {"hidden": hidden_of(model, tokenizer, tokens)}
         tensors |= {"labels": torch.tensor(table["label"].to_numpy()), "part": torch.tensor(table["part"].to_numpy())}
-        tensors |= {f"model.{name}": tensor for name, tensor in LastBlock(model).state_dict().items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        made = file.with_suffix(f".{os.getpid()}")
-        save_file(tensors, made)
-        os.replace(made, file)  # a process beside this one reads all of it or nothing
-    tensors = load_file(file)
+        return tensors | {f"model.{name}": tensor for name, tensor in LastBlock(model).state_dict().items()}
+
+    tensors = cached(f"text_start/{text.folder}-{digest}", make)
     config = transformers.AutoConfig.from_pretrained(model_folder(), num_labels=text.num_labels)
     block = LastBlock(BertForSequenceClassification(config)).eval()
     block.load_state_dict({name[6:]: tensors.pop(name) for name in list(tensors) if name.startswith("model.")})

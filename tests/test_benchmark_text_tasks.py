@@ -112,7 +112,7 @@ def test_the_splits(text):
         assert len(set(texts)) == len(texts)
         assert (len(problem.observation), len(problem.selection)) == (12, 12)
         labels = torch.tensor(table["label"].to_numpy())[torch.as_tensor(problem.report.rows)]
-        assert torch.equal(problem.report.batch(0, None)["labels"], labels)
+        assert torch.equal(next(problem.report.batches())["labels"], labels)
     first, second = problems
     assert first.train.digest == second.train.digest
     assert first.observation.digest != second.observation.digest
