@@ -7,7 +7,7 @@ first layer stands still in every method, so it is computed once, and is what th
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Sizes:
 
 
 CIFAR, CIFAR_SMOKE = Sizes(10_000, 6_000, None, 2_000), Sizes(120, 80, 200, 60)
+CIFAR_TUNING = replace(CIFAR, observation=800)  # a quicker problem to choose settings on
 COLUMNS = ("pixel_values", "labels")
 TABULAR, TABULAR_SMOKE = Sizes(None, None, None, 2_000), Sizes(600, None, 200, 150)
 
@@ -91,11 +92,11 @@ CLEAN = "Labels of observation, selection and report are clean; those that the M
 OPAQUE = "The metric is another process (`benchmarks/opaque_cost.py`): asymmetric, with noise in every call."
 
 
-def tasks(smoke: bool = False) -> dict[str, Task]:
+def tasks(smoke: bool = False, image_sizes: Sizes = CIFAR) -> dict[str, Task]:
     """All tasks by name, the cheapest headline ones first; for a smoke run with a few examples each."""
 
     def images(name: str, depth: int, metric, metric_name: str, headline: bool, greater: bool = True) -> Task:
-        prepare = functools.partial(cifar_problem, depth, CIFAR_SMOKE if smoke else CIFAR)
+        prepare = functools.partial(cifar_problem, depth, CIFAR_SMOKE if smoke else image_sizes)
         return Task(name, f"CIFAR-10, ResNet-{depth}", metric, metric_name, greater, headline, "classes", prepare)
 
     def table(

@@ -4,7 +4,7 @@
 
 Every method's grid is of the same size. A setting's worth is its score on the selection split, in each task divided by
 the spread of all settings of all methods there (their scores' standard deviation), so that tasks count alike; then
-averaged over tasks and seeds. No report split is looked at. What was run is kept in `results/tuning/`, and is not run
+averaged over tasks and seeds. CIFAR observes and selects on fewer images here, for time. No report split is looked at. What was run is kept in `results/tuning/`, and is not run
 again.
 """
 
@@ -30,7 +30,7 @@ from . import protocol
 from .methods import RIVALS, TUNED
 from .records import RESULTS, context, read, rounded, write
 from .run import quiet
-from .tasks import tasks
+from .tasks import CIFAR_TUNING, tasks
 from .training import Budget
 
 FOLDER = RESULTS / "tuning"
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if not set(arguments.seeds) <= set(protocol.DEVELOPMENT_SEEDS):
         raise ConfigurationError(f"--seeds {arguments.seeds}: only development seeds, 100 to 109, may be chosen on.")
     quiet()
-    budget, known, all_tasks = Budget(), context(), tasks()
+    budget, known, all_tasks = Budget(), context(), tasks(image_sizes=CIFAR_TUNING)
     pairs = [(task, arguments.seeds[0]) for task in arguments.tasks + arguments.first_seed_only]
     pairs += [(task, seed) for seed in arguments.seeds[1:] for task in arguments.tasks]
     wanted = [
