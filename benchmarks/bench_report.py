@@ -130,8 +130,10 @@ def compare(task: Task, rows: dict[tuple[str, str], Row]) -> dict[tuple[str, str
     sign = 1 if task.greater_is_better else -1
     differences = {}
     for key, row in rows.items():
-        reference = rows.get((REFERENCE, POST_HOC)) if row.reads_labels else rows[REFERENCE, PLAIN]
-        if reference is not None and row is not reference and row.method != "start":
+        reference = rows[REFERENCE, PLAIN]
+        if row.reads_labels:
+            reference = rows.get((REFERENCE, POST_HOC), reference)  # numbers are not tuned post hoc
+        if row is not reference and row.method != "start":
             differences[key] = row.minus(reference, sign)
     tested = [key for key, difference in differences.items() if difference is not None]
     corrected = dict(zip(tested, holm([differences[key].p for key in tested]), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import softmax
 from scipy.stats import spearmanr
-from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, precision_recall_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve
 from transformers import EvalPrediction
 
 PRECISION = 0.6  # of `recall_at_precision`
@@ -48,14 +49,22 @@ def macro_auprc(prediction: EvalPrediction) -> float:
     return float(np.mean([average_precision_score(labels == c, scores[:, c]) for c in np.unique(labels)]))
 
 
-def f1(prediction: EvalPrediction) -> float:
+def _counts(prediction: EvalPrediction) -> tuple[int, ...]:
+    """True negatives, false positives, false negatives, true positives. Much faster than scikit-learn's checks."""
     decided, labels = _decisions(prediction)
-    return float(f1_score(labels, decided, zero_division=0))
+    return tuple(np.bincount(2 * labels + decided, minlength=4).tolist())
+
+
+def f1(prediction: EvalPrediction) -> float:
+    """0 where nothing is positive, neither in truth nor by decision."""
+    _, fp, fn, tp = _counts(prediction)
+    return 2 * tp / max(2 * tp + fp + fn, 1)
 
 
 def mcc(prediction: EvalPrediction) -> float:
-    decided, labels = _decisions(prediction)
-    return float(matthews_corrcoef(labels, decided))
+    """Matthews' correlation; 0 where it is not defined."""
+    tn, fp, fn, tp = _counts(prediction)
+    return (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn) or 1)
 
 
 def recall_at_precision(prediction: EvalPrediction) -> float:

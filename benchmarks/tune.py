@@ -4,8 +4,8 @@
 
 Every method's grid is of the same size. A setting's worth is its score on the selection split, in each task divided by
 the spread of all settings of all methods there (their scores' standard deviation), so that tasks count alike; then
-averaged over tasks and seeds. CIFAR observes and selects on fewer images here, for time. No report split is looked at. What was run is kept in `results/tuning/`, and is not run
-again.
+averaged over tasks and seeds. CIFAR observes and selects on fewer images here, for time. No report split is looked at.
+What was run is kept in `results/tuning/`, and is not run again.
 """
 
 from __future__ import annotations
