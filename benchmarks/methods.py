@@ -137,7 +137,10 @@ def _spsa(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-LOSS_GRID = _grid(phi_learning_rate=LEARNING_RATES, lr_scheduler_type=("constant", "linear"))
+# Where a first look found the best at an edge, the grid was moved, not grown.
+LOSS_GRID = _grid(phi_learning_rate=(*LEARNING_RATES, 3e-2), lr_scheduler_type=("constant",)) + _grid(
+    phi_learning_rate=(3e-3, 1e-2), lr_scheduler_type=("linear",)
+)
 
 RIVALS: dict[str, Rival] = {
     "start": Rival("pretrained", _stay, seeds=10),
@@ -155,7 +158,7 @@ RIVALS: dict[str, Rival] = {
     "evolution": Rival(
         "evolution and loss, same coordinates",
         _evolution,
-        _grid(value_weight=(1.0, 3.0), memory=(1, 3, 6)),
+        _grid(value_weight=(3.0, 8.0), memory=(3, 6, 12)),
     ),
     "cma": Rival(
         "CMA-ES, same coordinates", partial(_cma, False), _grid(explore_std=(0.06, 0.2, 0.6), population=(1, 2))
@@ -167,7 +170,7 @@ RIVALS: dict[str, Rival] = {
         "SPSA",
         _spsa,
         _grid(space=("coordinates",), explore_std=(0.06, 0.2), step=(0.5, 1.5))
-        + _grid(space=("flat",), explore_std=(0.03,), step=(0.5, 1.5)),
+        + _grid(space=("flat",), explore_std=(0.1,), step=(0.5, 1.5)),
     ),
     "formula": Rival(
         "surrogate of the formula",

@@ -2,14 +2,15 @@
 
     python -m benchmarks.tune            (make bench-tune)
 
-Every method's grid is of the same size. A setting's worth is its score on the selection split, in each task divided by
-the spread of all settings of all methods there (their scores' standard deviation), so that tasks count alike; then
-averaged over tasks and seeds. CIFAR observes and selects on fewer images here, for time. No report split is looked at.
+Every method's grid is of the same size. A setting's worth is its score on the selection split, in each task in units of
+that score's standard error (bootstrap over the items, at the start), so that noise counts as noise; then averaged over
+tasks. CIFAR observes and selects on fewer images here, for time. No report split is looked at.
 What was run is kept in `results/tuning/`, and is not run again.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
@@ -23,11 +24,13 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from metricopt_hf import ConfigurationError
+from metricopt_hf import ConfigurationError, FiLM
 from metricopt_hf.splits import data_root
 
 from . import protocol
+from .measure import item_bootstrap, predictions
 from .methods import RIVALS, TUNED
+from .problem import Task
 from .records import RESULTS, context, read, rounded, write
 from .run import quiet
 from .tasks import CIFAR_TUNING, tasks
@@ -53,23 +56,28 @@ def setting(config: dict[str, Any]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def worth(records: list[dict[str, Any]], signs: dict[str, int]) -> dict[str, dict[str, float]]:
+def worth(records: list[dict[str, Any]], units: dict[str, float]) -> dict[str, dict[str, float]]:
     """method -> setting -> what it is worth; greater is better.
 
     Args:
         records: with `task`, `method`, `config` and `score`.
-        signs: of the tasks, -1 where smaller is better.
+        units: task -> the score's standard error, negative where smaller is better.
     """
-    scores: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        key = (record["task"], record["method"], setting(record["config"]))
-        scores[key].append(signs[record["task"]] * record["score"])
-    means = {key: float(np.mean(values)) for key, values in scores.items()}
-    spread = {task: float(np.std([mean for key, mean in means.items() if key[0] == task])) or 1.0 for task in signs}
-    worths: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (task, method, config), mean in means.items():
-        worths[method][config].append(mean / spread[task])
-    return {method: {c: float(np.mean(v)) for c, v in settings.items()} for method, settings in worths.items()}
+        scores[record["method"], setting(record["config"])][record["task"]].append(record["score"])
+    worths: dict[str, dict[str, float]] = defaultdict(dict)
+    for (method, config), by_task in scores.items():
+        worths[method][config] = float(np.mean([np.mean(values) / units[task] for task, values in by_task.items()]))
+    return worths
+
+
+def unit(task: Task, seed: int) -> float:
+    """The standard error of the start's score on the selection split, negative where smaller is better."""
+    problem = task.prepare(seed)
+    at_start = predictions(problem, FiLM(copy.deepcopy(problem.model)).read())["selection"]
+    error = float(np.std(item_bootstrap(task, problem.selection, at_start), ddof=1))
+    return error if task.greater_is_better else -error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
 
     keys = {(*w[:3], setting(w[3])) for w in wanted}
     records = [r for r in read(FOLDER) if (r["task"], r["method"], r["seed"], setting(r["config"])) in keys]
-    signs = {task: 1 if all_tasks[task].greater_is_better else -1 for task, _ in pairs}
-    worths = worth(records, signs)
+    units = {task: unit(all_tasks[task], arguments.seeds[0]) for task in dict(pairs)}
+    worths = worth(records, units)
     best = {method: max(settings, key=settings.get) for method, settings in worths.items()}
     for method, settings in worths.items():
         print(f"\n{RIVALS[method].title}")
@@ -114,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         {
             "command": "python -m benchmarks.tune",
             "tasks and seeds": pairs,
+            "units": {task: float(f"{value:.3g}") for task, value in units.items()},
             "worth": {m: {c: round(v, 3) for c, v in settings.items()} for m, settings in worths.items()},
         },
     ).save()

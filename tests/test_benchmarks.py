@@ -206,15 +206,15 @@ def test_what_is_committed_is_from_the_grids():
     assert {seed for _, seed in fixed.chosen["tasks and seeds"]} <= set(protocol.DEVELOPMENT_SEEDS)
 
 
-def test_a_setting_is_chosen_over_tasks_in_their_own_spread():
+def test_a_setting_is_chosen_in_units_of_the_noise():
     def record(task, config, score):
         return {"task": task, "method": "m", "config": {"c": config}, "score": score}
 
-    # in "coarse" the second is better by two spreads, in "fine" (smaller is better) the first by two as well
-    rows = [record("coarse", 1, 10.0), record("coarse", 2, 20.0), record("fine", 1, 0.1), record("fine", 2, 0.2)]
-    worth = tune.worth(rows, {"coarse": 1, "fine": -1})["m"]
+    # the second is better by two units, and in the other task, where smaller is better, worse by four
+    rows = [record("a", 1, 10.0), record("a", 2, 20.0), record("b", 1, 0.1), record("b", 2, 0.2), record("b", 2, 0.4)]
+    worth = tune.worth(rows, {"a": 5.0, "b": -0.05})["m"]
     assert worth['{"c": 1}'] == pytest.approx((10 / 5 - 0.1 / 0.05) / 2)
-    assert worth['{"c": 2}'] == pytest.approx((20 / 5 - 0.2 / 0.05) / 2)
+    assert worth['{"c": 2}'] == pytest.approx((20 / 5 - 0.3 / 0.05) / 2)
 
 
 @needs_data
