@@ -26,7 +26,7 @@ from .statistics import Paired, holm, paired
 from .tasks import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-REFERENCE, OURS, CONTROLS = "loss_only", "metricopt", ("shuffled", "random")
+REFERENCE, OURS, UNGUIDED, CONTROLS = "loss_only", "metricopt", "unguided", ("shuffled", "random")
 BLACK_BOX = ("cma", "cma_flat", "spsa", "evolution")
 SIGNIFICANT = 0.05
 SHOWN_CALLS = ("observe", "select", "post-hoc")
@@ -96,12 +96,14 @@ class Row:
 
 def rows_of(records: list[dict]) -> dict[tuple[str, str], Row]:
     """Rows of a task by method and variant, in the order of `RIVALS`."""
-    rows = {}
-    for method in RIVALS:
-        runs = {r["seed"]: r for r in records if r["method"] == method}
-        for variant in next(iter(runs.values()))["variants"] if runs else ():
-            rows[method, variant] = Row(method, variant, runs)
-    return rows
+    runs: dict[str, dict[int, dict]] = {method: {} for method in RIVALS}
+    for record in sorted(records, key=lambda r: r["seed"]):
+        runs[record["method"]][record["seed"]] = record
+    return {
+        (method, variant): Row(method, variant, by_seed)
+        for method, by_seed in runs.items()
+        for variant in dict.fromkeys(v for record in by_seed.values() for v in record["variants"])
+    }
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,8 @@ def interval(difference: Paired | None) -> str:
 def task_section(task: Task, rows: dict, compared: dict, plot: str) -> Iterator[str]:
     tabulate = require("tabulate", "report").tabulate
     direction = "greater" if task.greater_is_better else "smaller"
-    sizes = ", ".join(
-        f"{name} {split['size']:,}" for name, split in next(iter(rows.values())).runs[0]["splits"].items()
-    )
+    a_run = next(iter(next(iter(rows.values())).runs.values()))
+    sizes = ", ".join(f"{name} {split['size']:,}" for name, split in a_run["splits"].items())
     yield f"### {task.title}: {task.metric_name}{' *' if task.headline else ''}"
     yield f"`{task.name}`; {direction} is better. Examples: {sizes}. {task.note}".rstrip()
     table = []
@@ -196,11 +197,14 @@ def overview(all_rows: dict[str, dict], all_compared: dict[str, dict], known: di
             entry = compared.get(key)
             return "" if entry is None else f"{interval(entry.difference)} {entry.verdict}".strip()
 
+        sign = 1 if task.greater_is_better else -1
+        pair = rows.get((OURS, PLAIN)), rows.get((UNGUIDED, PLAIN))
         best, ratio = reached(task, rows, OURS, BLACK_BOX)
         table.append(
             [
                 f"{task.title}: {task.metric_name}{' *' if task.headline else ''}",
                 cell((OURS, PLAIN)),
+                interval(pair[0].minus(pair[1], sign)) if all(pair) else "",
                 cell((OURS, POST_HOC)),
                 *(cell((control, PLAIN)) for control in CONTROLS),
                 best and f"{RIVALS[best].title}: {ratio}",
@@ -212,7 +216,8 @@ def overview(all_rows: dict[str, dict], all_compared: dict[str, dict], known: di
     headers = [
         "task",
         "MetricOpt - loss only",
-        "both + post-hoc",
+        "MetricOpt - the same without guidance",
+        "MetricOpt - loss only, both + post-hoc",
         "shuffled - loss only",
         "random - loss only",
         "calls to the best black-box searcher's end",
@@ -299,11 +304,11 @@ def protocol_text(fixed: protocol.Protocol, records: list[dict]) -> str:
         f"Four disjoint splits. Every method starts from the same model and moves the same phi (FiLM on the last "
         f"norms, and the output bias); {budget.steps} steps with batches of {budget.batch_size}, {budget.rounds} "
         f"rounds of {budget.calls} metric calls where it observes, {budget.rounds + 1} looks at the selection split, "
-        "of which the best is kept. Searchers without a loss have no steps. Seeds 0 to 9 for MetricOpt, loss only and "
-        "the controls, 0 to 4 for the others; they were run once, behind the commit that fixed the settings.\n\n"
+        "of which the best is kept. Searchers without a loss have no steps. Seeds 0 to 9 for MetricOpt, with "
+        "and without guidance, loss only and the controls, 0 to 4 for the others; they were run once, behind the commit that fixed the settings.\n\n"
         f"One setting per method for all tasks, each from a grid of six, by the selection split on development seeds "
-        f"({chosen}; `python -m benchmarks.tune`, worth of every setting in `benchmarks/protocol.json`); the controls "
-        f"take MetricOpt's:\n\n{settings}\n\n"
+        f"({chosen}; `python -m benchmarks.tune`, worth of every setting in `benchmarks/protocol.json`). Controls, "
+        f"and MetricOpt without guidance, take MetricOpt's:\n\n{settings}\n\n"
         "Post-hoc tuning is a coordinate search for a bias per logit on the observation split, at most 160 calls. The "
         "soup is the mean of phi over the last half of the rounds, kept where it is at least as good on the selection "
         "split. Surrogates of the formula are our own small ones (`benchmarks/surrogates.py`), not LibAUC's."

@@ -82,7 +82,8 @@ def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dic
         soup = predictions(problem, outcome.soup)
         used = metric.sign * (task.metric(soup["selection"]) - rows[PLAIN]["scores"]["selection"]) >= 0
         made[SOUP] = soup if used else made[PLAIN]
-        rows[SOUP] = row(made[SOUP], calls={"select": 1}, used=used)
+        alone = {name: task.metric(output) for name, output in soup.items()}
+        rows[SOUP] = row(made[SOUP], calls={"select": 1}, used=used, alone=alone)
     if task.labels in ("classes", "binary"):
         for name, outputs in list(made.items()):
             ledger = Ledger()

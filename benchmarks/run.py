@@ -142,6 +142,10 @@ def execute(units: list[list[Key]], fixed: protocol.Protocol, folder: Path, argu
             if (error := future.exception()) is not None:
                 failed.append(futures[future])
                 tqdm.write(f"{futures[future]} failed: {type(error).__name__}: {error}")
+            elif expected is None:
+                left = [key for other, unit in futures.items() if not other.done() for key in unit]
+                expected = minutes(left, read(folder), arguments.jobs)
+                tqdm.write(f"By the first runs: about {expected:.0f} minutes.")
     for unit in failed:
         print(f"not finished: {unit}")
     return 1 if failed else 0

@@ -112,7 +112,7 @@ def test_every_method_spends_the_same(name):
     if name == "start":
         assert record["calls"] == {}
         return
-    observes = name not in ("loss_only", "train_obs", "formula")
+    observes = name not in ("loss_only", "unguided", "train_obs", "formula")
     assert record["calls"].get("observe", 0) == (8 if observes else 0)
     assert record["calls"]["select"] == 3
     assert record["curve"]["calls"] == ([0, 4, 8] if observes else [0, 0, 0])
@@ -202,7 +202,7 @@ def test_what_is_committed_is_from_the_grids():
     assert set(fixed.settings) == set(methods.TUNED)
     for name, config in fixed.settings.items():
         assert config in methods.RIVALS[name].grid
-    assert fixed.config("shuffled") == fixed.config("random") == fixed.config("metricopt")
+    assert fixed.config("shuffled") == fixed.config("unguided") == fixed.config("metricopt")
     assert {seed for _, seed in fixed.chosen["tasks and seeds"]} <= set(protocol.DEVELOPMENT_SEEDS)
 
 
