@@ -30,7 +30,7 @@ REFERENCE, OURS, UNGUIDED, CONTROLS = "loss_only", "metricopt", "unguided", ("sh
 BLACK_BOX = ("cma", "cma_flat", "spsa", "evolution")
 SIGNIFICANT = 0.05
 SHOWN_CALLS = ("observe", "select", "post-hoc")
-WIN, TIE, LOSS = "win", "tie", "**loss**"
+WIN, ABOVE, TIE, BELOW, LOSS = "win", "above", "tie", "below", "**loss**"
 
 PUBLISHED = """\
 | figure | value | where, and why it does not compare |
@@ -123,9 +123,11 @@ class Compared:
     def verdict(self) -> str:
         if self.difference is None:
             return ""
-        if not self.corrected < SIGNIFICANT:
-            return TIE
-        return WIN if self.difference.mean > 0 else LOSS
+        if self.corrected < SIGNIFICANT:
+            return WIN if self.difference.mean > 0 else LOSS
+        if self.difference.low > 0:
+            return ABOVE
+        return BELOW if self.difference.high < 0 else TIE
 
 
 def compare(task: Task, rows: dict[tuple[str, str], Row]) -> dict[tuple[str, str], Compared]:
@@ -220,7 +222,7 @@ def overview(all_rows: dict[str, dict], all_compared: dict[str, dict], known: di
         "MetricOpt - loss only, both + post-hoc",
         "shuffled - loss only",
         "random - loss only",
-        "calls to the best black-box searcher's end",
+        "MetricOpt's calls to the end of the best black-box searcher (selection split)",
     ]
     yield tabulate(table, headers, tablefmt="github", disable_numparse=True)
     yield (
@@ -230,14 +232,13 @@ def overview(all_rows: dict[str, dict], all_compared: dict[str, dict], known: di
 
 
 def tally(all_compared: dict[str, dict], known: dict[str, Task], key: tuple[str, str]) -> str:
-    by_verdict: dict[str, list[str]] = {WIN: [], TIE: [], LOSS: []}
+    by_verdict: dict[str, list[str]] = {verdict: [] for verdict in (WIN, ABOVE, TIE, BELOW, LOSS)}
     for name, compared in all_compared.items():
         if key in compared and compared[key].verdict:
             star = " *" if known[name].headline else ""
             by_verdict[compared[key].verdict].append(f"{name}{star}")
     return "; ".join(
-        f"{word} {len(by_verdict[verdict])} ({', '.join(by_verdict[verdict]) or 'none'})"
-        for word, verdict in (("wins", WIN), ("ties", TIE), ("losses", LOSS))
+        f"{verdict} {len(names)}" + (f" ({', '.join(names)})" if names else "") for verdict, names in by_verdict.items()
     )
 
 
@@ -272,6 +273,9 @@ def render(records: list[dict], fixed: protocol.Protocol, plot: Callable[[Task, 
         "Written by `make bench-report` from `benchmarks/results/`; do not edit above the log. Headline pairs are "
         "marked *.",
         "## Where MetricOpt wins, ties and loses",
+        f"Of {len(all_rows)} tasks, {sum(known[name].headline for name in all_rows)} of them headline pairs. Win and "
+        "loss: corrected for all comparisons of a task's table (Holm); above and below: the 95 % interval alone excludes "
+        "zero.",
         f"Against loss only: {tally(all_compared, known, (OURS, PLAIN))}.",
         f"Both with post-hoc tuning: {tally(all_compared, known, (OURS, POST_HOC))}.",
         *overview(all_rows, all_compared, known),
@@ -281,11 +285,12 @@ def render(records: list[dict], fixed: protocol.Protocol, plot: Callable[[Task, 
         "## Protocol",
         protocol_text(fixed, records),
         "## Tasks",
-        "† reads the labels of the observation split, not only the metric: its reference is loss only + post-hoc; of "
-        "all others it is loss only. ‡ knows the metric's formula. Differences are paired by seed, positive where the "
-        "method is better, with 95 % intervals (bootstrap over seeds and items, Student's t); p is Holm-corrected over "
-        f"the table, and win and loss mean p < {SIGNIFICANT}. ± is the standard error over seeds. Calls: to observe / "
-        "select / tune post hoc; seconds: of the run, on one thread of a machine that did other things too.",
+        "† reads the labels of the observation split, not only the metric: its reference is loss only + post-hoc, where "
+        "there is one; of all others it is loss only. ‡ knows the metric's formula. Differences are paired by seed, "
+        "positive where the method is better, with 95 % intervals (bootstrap over seeds and items, Student's t); p is "
+        f"Holm-corrected over the table: win and loss mean p < {SIGNIFICANT}, above and below that the interval alone "
+        "excludes zero. ± is the standard error over seeds. Calls: to observe / select / tune post hoc; seconds: of the "
+        "run, on one thread of a machine that did other things too.",
     ]
     for name, rows in all_rows.items():
         parts += task_section(known[name], rows, all_compared[name], plot(known[name], rows))

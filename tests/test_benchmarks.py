@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -395,6 +396,11 @@ def test_verdicts():
     assert verdicts["metricopt", "plain"] == bench_report.WIN
     assert verdicts["random", "plain"] == verdicts["random", "post-hoc"] == bench_report.LOSS
     assert verdicts["metricopt", "post-hoc"] == bench_report.TIE
+    difference = statistics.Paired(0.1, 0.04, 0.01, 0.19, 0.03, 5)
+    alone = [
+        bench_report.Compared(None, d, 0.2).verdict for d in (difference, replace(difference, low=-0.19, high=-0.01))
+    ]
+    assert alone == [bench_report.ABOVE, bench_report.BELOW]
     assert verdicts["loss_only", "plain"] == verdicts["loss_only", "post-hoc"] == ""  # the references
     # what reads labels is compared with what reads labels
     assert compared["random", "post-hoc"].difference.mean == pytest.approx(-0.102)
