@@ -274,8 +274,8 @@ def render(records: list[dict], fixed: protocol.Protocol, plot: Callable[[Task, 
         "marked *.",
         "## Where MetricOpt wins, ties and loses",
         f"Of {len(all_rows)} tasks, {sum(known[name].headline for name in all_rows)} of them headline pairs. Win and "
-        "loss: corrected for all comparisons of a task's table (Holm); above and below: the 95 % interval alone excludes "
-        "zero.",
+        "loss: corrected for all comparisons of a task's table (Holm); above and below: the 95 % interval alone "
+        "excludes zero.",
         f"Against loss only: {tally(all_compared, known, (OURS, PLAIN))}.",
         f"Both with post-hoc tuning: {tally(all_compared, known, (OURS, POST_HOC))}.",
         *overview(all_rows, all_compared, known),
@@ -285,12 +285,12 @@ def render(records: list[dict], fixed: protocol.Protocol, plot: Callable[[Task, 
         "## Protocol",
         protocol_text(fixed, records),
         "## Tasks",
-        "† reads the labels of the observation split, not only the metric: its reference is loss only + post-hoc, where "
-        "there is one; of all others it is loss only. ‡ knows the metric's formula. Differences are paired by seed, "
-        "positive where the method is better, with 95 % intervals (bootstrap over seeds and items, Student's t); p is "
-        f"Holm-corrected over the table: win and loss mean p < {SIGNIFICANT}, above and below that the interval alone "
-        "excludes zero. ± is the standard error over seeds. Calls: to observe / select / tune post hoc; seconds: of the "
-        "run, on one thread of a machine that did other things too.",
+        "† reads the labels of the observation split, not only the metric: its reference is loss only + post-hoc, "
+        "where there is one; of all others it is loss only. ‡ knows the metric's formula. Differences are paired "
+        "by seed, positive where the method is better, with 95 % intervals (bootstrap over seeds and items, "
+        f"Student's t); p is Holm-corrected over the table: win and loss mean p < {SIGNIFICANT}, above and below "
+        "that the interval alone excludes zero. ± is the standard error over seeds. Calls: to observe / select / "
+        "tune post hoc; seconds: of the run, on one thread of a machine that did other things too.",
     ]
     for name, rows in all_rows.items():
         parts += task_section(known[name], rows, all_compared[name], plot(known[name], rows))
