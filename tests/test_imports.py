@@ -29,8 +29,15 @@ NEIGHBOURS = {
     "study": {"comparison", "report", "splits"},
     "images": {"splits", "study"},
 }
-# What times the inside by itself has to reach it.
-INSPECTED = {"benchmarks/overhead.py": {"blend", "phi"}}
+# What times the inside by itself, or builds another method of its parts, has to reach it.
+INSPECTED = {
+    "benchmarks/overhead.py": {"blend", "phi"},
+    "benchmarks/training.py": {"phi"},  # the coordinates that a run would take
+    "benchmarks/searchers.py": {
+        "evaluator",
+        "phi",
+    },  # searchers of their own have the trainer's evaluation and its cache
+}
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # What the lower floors may know of transformers, and who knows the Hub
 TRANSFORMERS = {

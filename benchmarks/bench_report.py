@@ -1,0 +1,371 @@
+"""Writes BENCHMARKS.md, and the curves beside it, from the committed records alone: the same records, the same bytes.
+
+python -m benchmarks.bench_report            (make bench-report)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from transformers import HfArgumentParser
+
+from metricopt_hf.report import mean_and_error, require
+
+from . import protocol
+from .curves import plot_curves, reached
+from .measure import PLAIN, POST_HOC
+from .methods import RIVALS
+from .problem import Task
+from .records import RESULTS, read
+from .statistics import Paired, holm, paired
+from .tasks import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS, UNGUIDED, CONTROLS = "metricopt", "unguided", ("shuffled", "random")
+LOSS_ONLY = ("loss_only", UNGUIDED)  # at its own setting, and at MetricOpt's
+BLACK_BOX = ("cma", "cma_flat", "spsa", "evolution")
+SIGNIFICANT = 0.05
+SHOWN_CALLS = ("observe", "select", "post-hoc")
+WIN, ABOVE, TIE, BELOW, LOSS = "win", "above", "tie", "below", "**loss**"
+
+PUBLISHED = """\
+| figure | value | where, and why it does not compare |
+|---|---|---|
+| CIFAR-10 AUCPR | 0.972 (adaptive loss alignment: 0.949) | MetricOpt, CVPR 2021: lossless images, a whole training |
+| a9a misclassification | 13.69 % | MetricOpt, CVPR 2021; gradient boosting gives 14.5 to 15.0 % on the official split |
+| CIFAR-10 ResNet-32 misclassification | 7.51 % | He et al. 2015: the lossless images; here they are JPEG (quality 75) |
+| Adult, 30 % of positive labels flipped, 1 - G-mean | 0.4396 by cross-entropy, 0.1827 with the threshold tuned, \
+0.1777 theirs | Adaptive Surrogates, ICML 2020: 25,000 metric calls; gradient boosting on *clean* labels with the best \
+threshold *of the test set* gives 0.177 on our split |
+"""
+
+
+@dataclass
+class ReportArguments:
+    """From where to where."""
+
+    results: str = field(default=str(RESULTS), metadata={"help": "Folder of the records."})
+    output: str = field(default=str(ROOT / "BENCHMARKS.md"), metadata={"help": "File to write."})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, as it is or with what costs no training, over its seeds.
+
+    Attributes:
+        runs: seed -> record.
+    """
+
+    method: str
+    variant: str
+    runs: dict[int, dict]
+
+    @property
+    def title(self) -> str:
+        rival = RIVALS[self.method]
+        marks = "†" * self.reads_labels + "‡" * rival.knows_formula
+        return rival.title + ("" if self.variant == PLAIN else f" + {self.variant}") + (f" {marks}" if marks else "")
+
+    @property
+    def reads_labels(self) -> bool:
+        return RIVALS[self.method].reads_labels or POST_HOC in self.variant
+
+    def of(self, seed: int) -> dict:
+        return self.runs[seed]["variants"][self.variant]
+
+    def scores(self, split: str = "report") -> list[float]:
+        return [self.of(seed)["scores"][split] for seed in sorted(self.runs)]
+
+    def calls(self, purpose: str) -> str:
+        counts = [r["calls"].get(purpose, 0) + self.of(s)["calls"].get(purpose, 0) for s, r in self.runs.items()]
+        return f"{mean(counts):.0f}" if any(counts) else "-"
+
+    def minus(self, other: Row, sign: int) -> Paired | None:
+        """On the report split, over the seeds that both have."""
+        seeds = sorted(set(self.runs) & set(other.runs))
+        if len(seeds) < 2:
+            return None
+        pairs = [(self.of(s), other.of(s)) for s in seeds]
+        scores = [a["scores"]["report"] - b["scores"]["report"] for a, b in pairs]
+        return paired(scores, np.array([np.subtract(a["items"], b["items"]) for a, b in pairs]), sign)
+
+
+def rows_of(records: list[dict]) -> dict[tuple[str, str], Row]:
+    """Rows of a task by method and variant, in the order of `RIVALS`."""
+    runs: dict[str, dict[int, dict]] = {method: {} for method in RIVALS}
+    for record in sorted(records, key=lambda r: r["seed"]):
+        runs[record["method"]][record["seed"]] = record
+    return {
+        (method, variant): Row(method, variant, by_seed)
+        for method, by_seed in runs.items()
+        for variant in dict.fromkeys(v for record in by_seed.values() for v in record["variants"])
+    }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row and its difference to the reference that may see as much as it does.
+
+    Attributes:
+        difference: to loss only, or, where the row reads observation labels, to loss only with post-hoc tuning; None for the
+            reference itself.
+        corrected: its p-value, Holm-corrected over the task's table.
+    """
+
+    row: Row
+    difference: Paired | None = None
+    corrected: float = float("nan")
+
+    @property
+    def verdict(self) -> str:
+        if self.difference is None:
+            return ""
+        if self.corrected < SIGNIFICANT:
+            return WIN if self.difference.mean > 0 else LOSS
+        if self.difference.low > 0:
+            return ABOVE
+        return BELOW if self.difference.high < 0 else TIE
+
+
+def reference(task: Task, rows: dict[tuple[str, str], Row], variant: str) -> Row | None:
+    """Loss only at its best: of its own setting and of MetricOpt's, the one that is better on the selection split."""
+    sign = 1 if task.greater_is_better else -1
+    found = [rows[method, variant] for method in LOSS_ONLY if (method, variant) in rows]
+    return max(found, key=lambda row: sign * mean(row.scores("selection")), default=None)
+
+
+def compare(task: Task, rows: dict[tuple[str, str], Row]) -> dict[tuple[str, str], Compared]:
+    sign = 1 if task.greater_is_better else -1
+    plain = reference(task, rows, PLAIN)
+    tuned = reference(task, rows, POST_HOC) or plain  # numbers are not tuned post hoc
+    differences = {}
+    for key, row in rows.items():
+        if row is not plain and row is not tuned and row.method != "start":
+            differences[key] = row.minus(tuned if row.reads_labels else plain, sign)
+    tested = [key for key, difference in differences.items() if difference is not None]
+    corrected = dict(zip(tested, holm([differences[key].p for key in tested]), strict=True))
+    return {k: Compared(row, differences.get(k), corrected.get(k, float("nan"))) for k, row in rows.items()}
+
+
+def interval(difference: Paired | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def task_section(task: Task, rows: dict, compared: dict, plot: str) -> Iterator[str]:
+    tabulate = require("tabulate", "report").tabulate
+    direction = "greater" if task.greater_is_better else "smaller"
+    a_run = next(iter(next(iter(rows.values())).runs.values()))
+    sizes = ", ".join(f"{name} {split['size']:,}" for name, split in a_run["splits"].items())
+    yield f"### {task.title}: {task.metric_name}{' *' if task.headline else ''}"
+    yield f"`{task.name}`; {direction} is better. Examples: {sizes}. {task.note}".rstrip()
+    references = [reference(task, rows, variant) for variant in (PLAIN, POST_HOC)]
+    table = []
+    for entry in compared.values():
+        row = entry.row
+        score, error = mean_and_error(row.scores())
+        table.append(
+            [
+                row.title,
+                len(row.runs),
+                f"{score:.4f} ± {error:.4f}",
+                interval(entry.difference),
+                "" if entry.difference is None else f"{entry.corrected:.3f}",
+                "reference" if row in references else entry.verdict,
+                " / ".join(row.calls(purpose) for purpose in SHOWN_CALLS),
+                f"{mean(r['seconds']['run'] for r in row.runs.values()):.1f}",
+            ]
+        )
+    headers = ["method", "seeds", "report split", "better than the reference by", "p, Holm", "", "calls", "seconds"]
+    yield tabulate(table, headers, tablefmt="github", disable_numparse=True)
+    yield f"![{task.title}, {task.metric_name}: curves]({plot})"
+
+
+def harm(task: Task, ours: Row, reference: Row) -> tuple[int, int]:
+    """Runs that end below loss only by more than two standard errors of the paired difference (items), and all."""
+    sign, seeds = (1 if task.greater_is_better else -1), sorted(set(ours.runs) & set(reference.runs))
+    worse = 0
+    for seed in seeds:
+        a, b = ours.of(seed), reference.of(seed)
+        error = float(np.subtract(a["items"], b["items"]).std(ddof=1))
+        worse += sign * (a["scores"]["report"] - b["scores"]["report"]) < -2 * error
+    return worse, len(seeds)
+
+
+def overview(all_rows: dict[str, dict], all_compared: dict[str, dict], known: dict[str, Task]) -> Iterator[str]:
+    tabulate = require("tabulate", "report").tabulate
+    table, harmed, ran = [], 0, 0
+    for name, compared in all_compared.items():
+        task, rows = known[name], all_rows[name]
+
+        def cell(key, compared=compared) -> str:
+            entry = compared.get(key)
+            return "" if entry is None else f"{interval(entry.difference)} {entry.verdict}".strip()
+
+        sign = 1 if task.greater_is_better else -1
+        pair = rows.get((OURS, PLAIN)), rows.get((UNGUIDED, PLAIN))
+        best, ratio = reached(task, rows, OURS, BLACK_BOX)
+        table.append(
+            [
+                f"{task.title}: {task.metric_name}{' *' if task.headline else ''}",
+                cell((OURS, PLAIN)),
+                interval(pair[0].minus(pair[1], sign)) if all(pair) else "",
+                cell((OURS, POST_HOC)),
+                *(cell((control, PLAIN)) for control in CONTROLS),
+                best and f"{RIVALS[best].title}: {ratio}",
+            ]
+        )
+        if (OURS, PLAIN) in rows:
+            worse, seeds = harm(task, rows[OURS, PLAIN], reference(task, rows, PLAIN))
+            harmed, ran = harmed + worse, ran + seeds
+    headers = [
+        "task",
+        "MetricOpt - loss only",
+        "MetricOpt - the same without guidance",
+        "MetricOpt - loss only, both + post-hoc",
+        "shuffled - loss only",
+        "random - loss only",
+        "MetricOpt's calls to the end of the best black-box searcher (selection split)",
+    ]
+    yield tabulate(table, headers, tablefmt="github", disable_numparse=True)
+    yield (
+        f"Do no harm: {harmed} of {ran} runs of MetricOpt end below loss only by more than two standard errors of the "
+        "paired difference (over items)."
+    )
+
+
+def tally(all_compared: dict[str, dict], known: dict[str, Task], key: tuple[str, str]) -> str:
+    by_verdict: dict[str, list[str]] = {verdict: [] for verdict in (WIN, ABOVE, TIE, BELOW, LOSS)}
+    for name, compared in all_compared.items():
+        if key in compared and compared[key].verdict:
+            star = " *" if known[name].headline else ""
+            by_verdict[compared[key].verdict].append(f"{name}{star}")
+    return "; ".join(
+        f"{verdict} {len(names)}" + (f" ({', '.join(names)})" if names else "") for verdict, names in by_verdict.items()
+    )
+
+
+def did_not_win(all_rows: dict[str, dict], known: dict[str, Task]) -> Iterator[str]:
+    """Where a rival is better than ours, each with what it may see."""
+    lines = []
+    for name, rows in all_rows.items():
+        sign = 1 if known[name].greater_is_better else -1
+        for row in rows.values():
+            ours = rows.get((OURS, POST_HOC)) if row.reads_labels else None
+            ours = ours or rows.get((OURS, PLAIN))
+            if ours is None or row.method == OURS:
+                continue
+            difference = row.minus(ours, sign)
+            if difference is not None and difference.low > 0:
+                lines.append(f"- `{name}`: {row.title} is better than {ours.title} by {interval(difference)}")
+    yield "\n".join(lines) or "Nowhere is a rival's interval above MetricOpt's."
+
+
+def render(records: list[dict], fixed: protocol.Protocol, plot: Callable[[Task, dict], str]) -> str:
+    """The text of BENCHMARKS.md.
+
+    Args:
+        plot: draws a task's curves, and says where they lie, relative to the text.
+    """
+    known = tasks()
+    all_rows = {name: rows_of([r for r in records if r["task"] == name]) for name in known}
+    all_rows = {name: rows for name, rows in all_rows.items() if (LOSS_ONLY[0], PLAIN) in rows}
+    all_compared = {name: compare(known[name], rows) for name, rows in all_rows.items()}
+    parts = [
+        "# Benchmarks",
+        "Written by `make bench-report` from `benchmarks/results/`; do not edit above the log. Headline pairs are "
+        "marked *.",
+        "## Where MetricOpt wins, ties and loses",
+        f"Of {len(all_rows)} tasks, {sum(known[name].headline for name in all_rows)} of them headline pairs. Win and "
+        "loss: corrected for all comparisons of a task's table (Holm); above and below: the 95 % interval alone "
+        "excludes zero.",
+        f"Against loss only: {tally(all_compared, known, (OURS, PLAIN))}.",
+        f"Both with post-hoc tuning: {tally(all_compared, known, (OURS, POST_HOC))}.",
+        *overview(all_rows, all_compared, known),
+        "### What did better",
+        "By an interval that is not corrected for looking at all of them:",
+        *did_not_win(all_rows, known),
+        "## Protocol",
+        protocol_text(fixed, records),
+        "## Tasks",
+        "† reads the labels of the observation split, not only the metric: its reference is loss only + post-hoc, "
+        "where there is one; of all others it is loss only. Loss only is taken at its best: of the setting chosen for "
+        'it over all tasks and of MetricOpt\'s ("MetricOpt without guidance"), in each task the one that is better on '
+        "the selection split. ‡ knows the metric's formula. Differences are paired "
+        "by seed, positive where the method is better, with 95 % intervals (bootstrap over seeds and items, "
+        f"Student's t); p is Holm-corrected over the table: win and loss mean p < {SIGNIFICANT}, above and below "
+        "that the interval alone excludes zero. ± is the standard error over seeds. Calls: to observe / select / "
+        "tune post hoc; seconds: of the run, on one thread of a machine that did other things too.",
+    ]
+    for name, rows in all_rows.items():
+        parts += task_section(known[name], rows, all_compared[name], plot(known[name], rows))
+    parts += ["## Published figures of other protocols", PUBLISHED.rstrip(), "## Made by", made_by(records)]
+    return "\n\n".join(parts) + "\n"
+
+
+def protocol_text(fixed: protocol.Protocol, records: list[dict]) -> str:
+    budget = fixed.budget
+    settings = "\n".join(
+        f"- {RIVALS[name].title}: {', '.join(f'{key} {value}' for key, value in config.items())}"
+        for name, config in fixed.settings.items()
+    )
+    chosen = ", ".join(f"{task} with seed {seed}" for task, seed in fixed.chosen["tasks and seeds"])
+    return (
+        f"Four disjoint splits. Every method starts from the same model and moves the same phi (FiLM on the last "
+        f"norms, and the output bias); {budget.steps} steps with batches of {budget.batch_size}, {budget.rounds} "
+        f"rounds of {budget.calls} metric calls where it observes, {budget.rounds + 1} looks at the selection split, "
+        "of which the best is kept. Searchers without a loss have no steps. Seeds 0 to 9 for MetricOpt, with and "
+        "without guidance, loss only and the controls, 0 to 4 for the others; they were run once, behind the commit "
+        "that fixed the settings.\n\n"
+        f"One setting per method for all tasks, each from a grid of six, by the selection split on development seeds "
+        f"({chosen}; `python -m benchmarks.tune`, worth of every setting in `benchmarks/protocol.json`). Controls, "
+        f"and MetricOpt without guidance, take MetricOpt's:\n\n{settings}\n\n"
+        "Post-hoc tuning is a coordinate search for a bias per logit on the observation split, at most 160 calls. The "
+        "soup is the mean of phi over the last half of the rounds, kept where it is at least as good on the selection "
+        "split. Surrogates of the formula are our own small ones (`benchmarks/surrogates.py`), not LibAUC's."
+    )
+
+
+def made_by(records: list[dict]) -> str:
+    commits = sorted({r["commit"][:12] + (" (changed)" if r["dirty"] else "") for r in records})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records})
+    peak = max(r["peak_mib"] for r in records)
+    hours = sum(r["seconds"]["whole"] for r in records) / 3600
+    return (
+        f"`python -m benchmarks.run` (`make bench`), {len(records)} runs, "
+        f"{hours:.1f} hours in all, at most {peak / 1024:.1f} GiB a process; "
+        f"at {', '.join(commits)}; with {'; '.join(versions)}. The text by `python -m benchmarks.bench_report` "
+        "(`make bench-report`)."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    (arguments,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses(argv)
+    output = Path(arguments.output)
+    records = read(Path(arguments.results))
+    if not records:
+        print(f"There are no records in {arguments.results}: run `make bench` first.")
+        return 2
+
+    def plot(task: Task, rows: dict) -> str:
+        folder = output.parent / "benchmarks" / "curves"
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_curves(folder / f"{task.name}.svg", task, rows)
+        return f"benchmarks/curves/{task.name}.svg"
+
+    log = output.read_text(encoding="utf-8").partition(LOG) if output.exists() else ("", "", "")
+    output.write_text(render(records, protocol.load(), plot) + (f"\n{LOG}{log[2]}" if log[1] else ""), encoding="utf-8")
+    print(f"written: {output.name}")
+    return 0
+
+
+LOG = "## Log\n"  # what is written by hand below this line stays
+
+if __name__ == "__main__":
+    sys.exit(main())

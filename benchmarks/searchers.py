@@ -1,0 +1,169 @@
+"""Black-box searchers: they see nothing but the metric, on flat phi or in MetricOpt's coordinates, without any loss."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from time import perf_counter
+
+import numpy as np
+import torch
+from transformers.trainer_utils import set_seed
+
+from metricopt_hf import FiLM, Ledger, Metric
+from metricopt_hf.evaluator import BatchOutput, Evaluator
+from metricopt_hf.phi import Coordinates
+
+from .problem import Problem, Rows, Task
+from .training import EVAL_BATCH, Budget, Outcome
+
+CACHE_BYTES = 2e9
+
+
+class Searcher(ABC):
+    """Asked for points in the space that is searched, told their scores (greater is better)."""
+
+    @abstractmethod
+    def ask(self, count: int) -> np.ndarray:
+        """The next points, [count, k]."""
+
+    @abstractmethod
+    def tell(self, points: np.ndarray, scores: np.ndarray) -> None:
+        """Scores [count] of what was asked for last."""
+
+    @property
+    @abstractmethod
+    def centre(self) -> np.ndarray:
+        """[k], where the search stands."""
+
+
+class CMAES(Searcher):
+    """CMA-ES (Hansen), of the package `cma`.
+
+    Args:
+        dim: k.
+        explore_std: initial step size.
+        population: points of a generation, a multiple of what a round asks for.
+        diagonal: whether the covariance stays diagonal (separable CMA-ES), as it must for hundreds of coordinates.
+        seed: of its own generator.
+    """
+
+    def __init__(self, dim: int, explore_std: float, population: int, diagonal: bool, seed: int):
+        import cma
+
+        options = {"popsize": population, "CMA_diagonal": diagonal, "seed": seed + 1, "verbose": -9}
+        self.strategy = cma.CMAEvolutionStrategy(np.zeros(dim), explore_std, options)
+        self.waiting, self.points, self.scores = [], [], []
+
+    def ask(self, count: int) -> np.ndarray:
+        if not self.waiting:
+            self.waiting = self.strategy.ask()
+        points, self.waiting = self.waiting[:count], self.waiting[count:]
+        return np.array(points)
+
+    def tell(self, points: np.ndarray, scores: np.ndarray) -> None:
+        self.points += list(points)
+        self.scores += list(-scores)
+        if not self.waiting:
+            self.strategy.tell(self.points, self.scores)
+            self.points, self.scores = [], []
+
+    @property
+    def centre(self) -> np.ndarray:
+        return np.asarray(self.strategy.mean)
+
+
+class SPSA(Searcher):
+    """Zeroth-order ascent: slopes of the metric along antithetic pairs, averaged, and a step of a set length.
+
+    As SPSA (Spall, 1992) and MeZO (Malladi et al., 2023), but for the step: its length is given, not the metric's unit,
+    so that one setting can serve all metrics. It falls linearly to nothing.
+
+    Args:
+        dim: k.
+        explore_std: standard deviation of a probe on each coordinate.
+        step: length of the first step, in lengths of a probe.
+        rounds: of the whole search.
+        seed: of its own generator.
+    """
+
+    def __init__(self, dim: int, explore_std: float, step: float, rounds: int, seed: int):
+        self.generator = np.random.default_rng(seed)
+        self.z, self.explore_std, self.step, self.rounds, self.done = np.zeros(dim), explore_std, step, rounds, 0
+
+    def ask(self, count: int) -> np.ndarray:
+        draws = self.generator.normal(size=(count // 2, len(self.z))) * self.explore_std
+        return self.z + np.concatenate([draws, -draws])
+
+    def tell(self, points: np.ndarray, scores: np.ndarray) -> None:
+        plus, minus = np.split(scores, 2)
+        slope = (plus - minus) @ (points[: len(plus)] - self.z)
+        length = self.step * self.explore_std * len(self.z) ** 0.5 * (1 - self.done / self.rounds)
+        if norm := np.linalg.norm(slope):
+            self.z = self.z + length * slope / norm
+        self.done += 1
+
+    @property
+    def centre(self) -> np.ndarray:
+        return self.z
+
+
+def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coordinates | None, make) -> Outcome:
+    """Let a searcher run for the budget's rounds.
+
+    Args:
+        space: what is searched; None: flat phi.
+        make: dim -> the searcher.
+    """
+    start = perf_counter()
+    set_seed(seed)
+    model = copy.deepcopy(problem.model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    phi = FiLM(model)
+    space = space or Coordinates(phi.read(), None)
+    searcher = make(space.dim)
+    metric, ledger = Metric(task.metric, task.metric_name, task.greater_is_better), Ledger()
+    observation, selection = (
+        _evaluator(model, phi, space, rows, metric, ledger) for rows in (problem.observation, problem.selection)
+    )
+
+    def go_to(z: np.ndarray) -> None:
+        phi.write(space.origin + space.lift(torch.as_tensor(z, dtype=torch.float32)))
+
+    every, curve, best = budget.steps // budget.rounds, [], None
+    for turn in range(budget.rounds + 1):
+        go_to(searcher.centre)
+        spent = round(perf_counter() - start, 2)
+        score = selection.evaluate("select")
+        step = turn * every
+        curve.append({"step": step, "calls": ledger.calls["observe"], "seconds": spent, "selection": score})
+        if best is None or metric.sign * (score - best[1]) > 0:
+            best = (phi.read(), score, step)
+        if turn < budget.rounds:
+            points = searcher.ask(budget.calls)
+            scores = np.empty(len(points))
+            for i, point in enumerate(points):
+                go_to(point)
+                scores[i] = metric.sign * observation.evaluate("observe")
+            searcher.tell(points, scores)
+    return Outcome(best[0], best[2], best[1], curve, ledger, perf_counter() - start)
+
+
+def _evaluator(model, phi: FiLM, space: Coordinates, rows: Rows, metric: Metric, ledger: Ledger) -> Evaluator:
+    """With the frozen prefix cached, as the trainer's own evaluators have it."""
+
+    def predict(batch) -> BatchOutput:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return BatchOutput(model(**inputs)["logits"], batch["labels"])
+
+    @contextmanager
+    def moved():
+        with phi.restored():
+            phi.write(phi.read() + space.lift(0.1 * torch.ones(space.dim)))
+            yield
+
+    evaluator = Evaluator(model, predict, lambda: rows.batches(EVAL_BATCH), metric, ledger, CACHE_BYTES)
+    evaluator.freeze(phi.names, moved)
+    return evaluator

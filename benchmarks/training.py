@@ -1,0 +1,183 @@
+"""One run of a method that trains by gradient: `MetricOptTrainer` on a copy of the problem's model.
+
+Every such method has the same phi, start, steps, batches and selection rounds; what differs is passed in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from metricopt_hf import Guide, Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.phi import Coordinates
+
+from .problem import Problem, Task
+
+EVAL_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method may spend.
+
+    Attributes:
+        steps: optimizer steps.
+        rounds: evenly over the steps; in each, one look at the selection split, and `calls` metric calls to observe.
+        batch_size: training examples per step.
+    """
+
+    steps: int = 200
+    rounds: int = 20
+    calls: int = 8
+    batch_size: int = 64
+
+
+@dataclass
+class Outcome:
+    """What a run left.
+
+    Attributes:
+        phi: [d] the best of the rounds by the selection split.
+        step: at which it was met (black-box searchers: round times steps per round).
+        selection: its score there.
+        curve: per round {"step", "calls" (to observe, so far), "seconds" (so far), "selection", "trust"}.
+        ledger: metric calls and seconds by purpose.
+        seconds: of the whole run.
+        soup: [d] the mean of phi over the last half of the rounds, where phi was trained.
+    """
+
+    phi: Tensor
+    step: int
+    selection: float
+    curve: list[dict[str, Any]]
+    ledger: Ledger
+    seconds: float
+    soup: Tensor | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Recorder(transformers.TrainerCallback):
+    """phi at the start of every round, and the time at the end of every step."""
+
+    def __init__(self, every: int):
+        self.every, self.phis, self.ends = every, [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            self.phis.append(self.trainer.phi.read())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(perf_counter())
+
+
+def make_trainer(
+    task: Task,
+    problem: Problem,
+    seed: int,
+    budget: Budget,
+    folder: str,
+    numbers: Mapping[str, Any],
+    **options: Any,
+) -> MetricOptTrainer:
+    """A trainer on a copy of the model; `numbers` are of `MetricOptConfig`, `options` of the trainer."""
+    numbers = {
+        "max_steps": budget.steps,
+        "observe_steps": budget.steps // budget.rounds,
+        "observations_per_step": budget.calls,
+        "metric_call_budget": budget.rounds * budget.calls,
+        "lr_scheduler_type": "constant",
+        **numbers,
+    }
+    args = MetricOptConfig(
+        folder,
+        metric_start_ratio=0,
+        per_device_train_batch_size=budget.batch_size,
+        per_device_eval_batch_size=EVAL_BATCH,
+        greater_is_better=task.greater_is_better,
+        seed=seed,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **numbers,
+    )
+    trainer = MetricOptTrainer(
+        copy.deepcopy(problem.model),
+        args,
+        metric=Metric(task.metric, task.metric_name, task.greater_is_better),
+        observation_dataset=problem.observation,
+        selection_dataset=problem.selection,
+        **{"train_dataset": problem.train, **options},
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def train(
+    task: Task,
+    problem: Problem,
+    seed: int,
+    budget: Budget,
+    folder: str,
+    numbers: Mapping[str, Any],
+    guide: Guide | None = None,
+    train_dataset: Any = None,
+    loss: Callable | None = None,
+) -> Outcome:
+    """Train phi, and say what came of it.
+
+    Args:
+        numbers: of `MetricOptConfig`.
+        train_dataset: instead of the problem's.
+        loss: `compute_loss_func`, instead of the model's.
+    """
+    start = perf_counter()
+    recorder = Recorder(budget.steps // budget.rounds)
+    options = {"train_dataset": train_dataset} if train_dataset is not None else {}
+    recorder.trainer = trainer = make_trainer(
+        task,
+        problem,
+        seed,
+        budget,
+        folder,
+        numbers,
+        guide=guide,
+        compute_loss_func=loss,
+        callbacks=[recorder],
+        **options,
+    )
+    trainer.train()
+    phase = trainer.phase
+    seconds = perf_counter() - start
+    curve, calls = [], 0
+    for row in phase.curve:  # its calls are counted behind the look at the selection split, and so not that look's
+        ended = recorder.ends[row["step"] - 1] - start if row["step"] else 0.0
+        curve.append({"step": row["step"], "calls": calls, "seconds": round(ended, 2), "selection": row["selection"]})
+        curve[-1]["trust"] = round(row["trust"], 3)
+        calls = row["calls"]
+    visited = [*recorder.phis, phase.last_phi]
+    return Outcome(
+        phase.selection.phi,
+        phase.selection.step,
+        phase.selection.score,
+        curve,
+        trainer.ledger,
+        seconds,
+        torch.stack(visited[len(visited) // 2 :]).mean(0),
+    )
+
+
+def coordinates(task: Task, problem: Problem, seed: int, folder: str) -> Coordinates:
+    """The coordinates that MetricOpt would take at the start of the same run."""
+    budget = Budget(steps=1, rounds=1, calls=2)
+    trainer = make_trainer(task, problem, seed, budget, folder, {"value_weight": 0.0, "metric_call_budget": 0})
+    trainer.train()
+    return trainer.phase.coordinates

@@ -1,0 +1,134 @@
+"""Chooses one setting per method for all tasks, on development seeds and the selection split; writes `protocol.json`.
+
+    python -m benchmarks.tune            (make bench-tune)
+
+Every method's grid is of the same size. A setting's worth is its score on the selection split, in each task in units of
+that score's standard error (bootstrap over the items, at the start), so that noise counts as noise; then averaged over
+tasks. CIFAR observes and selects on fewer images here, for time. No report split is looked at.
+What was run is kept in `results/tuning/`, and is not run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from metricopt_hf import ConfigurationError, FiLM
+from metricopt_hf.splits import data_root
+
+from . import protocol
+from .measure import item_bootstrap, predictions
+from .methods import RIVALS, TUNED
+from .problem import Task
+from .records import RESULTS, context, read, rounded, write
+from .run import quiet
+from .tasks import CIFAR_TUNING, tasks
+from .training import Budget
+
+FOLDER = RESULTS / "tuning"
+
+
+@dataclass
+class TuneArguments:
+    """What to choose on."""
+
+    tasks: list[str] = field(default_factory=lambda: ["a9a_gmean", "bank_f1"], metadata={"help": "Tasks to choose on."})
+    seeds: list[int] = field(default_factory=lambda: [100, 101], metadata={"help": "Development seeds, 100 to 109."})
+    first_seed_only: list[str] = field(
+        default_factory=lambda: ["cola_mcc", "cifar_worst"],
+        metadata={"help": "Slower tasks, to choose on with the first seed only."},
+    )
+    methods: list[str] = field(default_factory=lambda: list(TUNED), metadata={"help": "Methods to choose for."})
+
+
+def setting(config: dict[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def worth(records: list[dict[str, Any]], units: dict[str, float]) -> dict[str, dict[str, float]]:
+    """method -> setting -> what it is worth; greater is better.
+
+    Args:
+        records: with `task`, `method`, `config` and `score`.
+        units: task -> the score's standard error, negative where smaller is better.
+    """
+    scores: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        scores[record["method"], setting(record["config"])][record["task"]].append(record["score"])
+    worths: dict[str, dict[str, float]] = defaultdict(dict)
+    for (method, config), by_task in scores.items():
+        worths[method][config] = float(np.mean([np.mean(values) / units[task] for task, values in by_task.items()]))
+    return worths
+
+
+def unit(task: Task, seed: int) -> float:
+    """The standard error of the start's score on the selection split, negative where smaller is better."""
+    problem = task.prepare(seed)
+    at_start = predictions(problem, FiLM(copy.deepcopy(problem.model)).read())["selection"]
+    error = float(np.std(item_bootstrap(task, problem.selection, at_start), ddof=1))
+    return error if task.greater_is_better else -error
+
+
+def main(argv: list[str] | None = None) -> int:
+    (arguments,) = HfArgumentParser(TuneArguments).parse_args_into_dataclasses(argv)
+    if not data_root().exists():
+        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+        return 2
+    if not set(arguments.seeds) <= set(protocol.DEVELOPMENT_SEEDS):
+        raise ConfigurationError(f"--seeds {arguments.seeds}: only development seeds, 100 to 109, may be chosen on.")
+    quiet()
+    budget, known, all_tasks = Budget(), context(), tasks(image_sizes=CIFAR_TUNING)
+    pairs = [(task, arguments.seeds[0]) for task in arguments.tasks + arguments.first_seed_only]
+    pairs += [(task, seed) for seed in arguments.seeds[1:] for task in arguments.tasks]
+    wanted = [
+        (task, method, seed, config)
+        for task, seed in pairs
+        for method in arguments.methods
+        for config in RIVALS[method].grid
+    ]
+    there = {(r["task"], r["method"], r["seed"], setting(r["config"])) for r in read(FOLDER)}
+    pending = [w for w in wanted if (*w[:3], setting(w[3])) not in there]
+    for task, method, seed, config in tqdm(pending, desc="settings"):
+        start = perf_counter()
+        problem = all_tasks[task].prepare(seed)
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = RIVALS[method].run(all_tasks[task], problem, seed, budget, folder, config)
+        record = {"task": task, "method": method, "seed": seed, "config": dict(config), "score": outcome.selection}
+        write(rounded({**record, "seconds": perf_counter() - start, "commit": known["commit"]}), FOLDER)
+
+    keys = {(*w[:3], setting(w[3])) for w in wanted}
+    records = [r for r in read(FOLDER) if (r["task"], r["method"], r["seed"], setting(r["config"])) in keys]
+    units = {task: unit(all_tasks[task], arguments.seeds[0]) for task in dict(pairs)}
+    worths = worth(records, units)
+    best = {method: max(settings, key=settings.get) for method, settings in worths.items()}
+    for method, settings in worths.items():
+        print(f"\n{RIVALS[method].title}")
+        for config, value in settings.items():
+            print(f"{'*' if config == best[method] else ' '} {value:8.3f}  {config}")
+    protocol.Protocol(
+        {method: json.loads(config) for method, config in best.items()},
+        budget,
+        {
+            "command": "python -m benchmarks.tune",
+            "tasks and seeds": pairs,
+            "units": {task: float(f"{value:.3g}") for task, value in units.items()},
+            "worth": {m: {c: round(v, 3) for c, v in settings.items()} for m, settings in worths.items()},
+        },
+    ).save()
+    print(f"\nwritten: {Path(protocol.FILE).name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

