@@ -6,6 +6,7 @@ python -m benchmarks.bench_report            (make bench-report)
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from .curves import plot_curves, reached
 from .measure import PLAIN, POST_HOC
 from .methods import RIVALS
 from .problem import Task
-from .records import RESULTS, read
+from .records import RESULTS, TUNING, read, setting
 from .statistics import Paired, holm, paired
 from .tasks import tasks
 
@@ -112,8 +113,8 @@ class Compared:
     """A row and its difference to the reference that may see as much as it does.
 
     Attributes:
-        difference: to loss only, or, where the row reads observation labels, to loss only with post-hoc tuning; None for the
-            reference itself.
+        difference: to loss only, or, where the row reads observation labels, to loss only with post-hoc tuning. None:
+            the reference itself.
         corrected: its p-value, Holm-corrected over the task's table.
     """
 
@@ -315,6 +316,14 @@ def protocol_text(fixed: protocol.Protocol, records: list[dict]) -> str:
         f"- {RIVALS[name].title}: {', '.join(f'{key} {value}' for key, value in config.items())}"
         for name, config in fixed.settings.items()
     )
+    tried = defaultdict(set)
+    for record in read(TUNING):
+        tried[record["method"]].add(setting(record["config"]))
+    more = ", ".join(
+        f"{RIVALS[name].title} {len(configs)}"
+        for name, configs in sorted(tried.items())
+        if len(configs) > len(RIVALS[name].grid)
+    )
     chosen = ", ".join(f"{task} with seed {seed}" for task, seed in fixed.chosen["tasks and seeds"])
     return (
         f"Four disjoint splits. Every method starts from the same model and moves the same phi (FiLM on the last "
@@ -324,8 +333,9 @@ def protocol_text(fixed: protocol.Protocol, records: list[dict]) -> str:
         "without guidance, loss only and the controls, 0 to 4 for the others; they were run once, behind the commit "
         "that fixed the settings.\n\n"
         f"One setting per method for all tasks, each from a grid of six, by the selection split on development seeds "
-        f"({chosen}; `python -m benchmarks.tune`, worth of every setting in `benchmarks/protocol.json`). Controls, "
-        f"and MetricOpt without guidance, take MetricOpt's:\n\n{settings}\n\n"
+        f"({chosen}; `python -m benchmarks.tune`, worth of every setting in `benchmarks/protocol.json`). Grids "
+        f"whose best lay at an edge were moved after a first look at these seeds, so that of some more settings "
+        f"were tried in all: {more}. Controls, and MetricOpt without guidance, take MetricOpt's:\n\n{settings}\n\n"
         "Post-hoc tuning is a coordinate search for a bias per logit on the observation split, at most 160 calls. The "
         "soup is the mean of phi over the last half of the rounds, kept where it is at least as good on the selection "
         "split. Surrogates of the formula are our own small ones (`benchmarks/surrogates.py`), not LibAUC's."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
+TUNING = RESULTS / "tuning"
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "cma")
 Key = tuple[str, str, int]  # task, method, seed
 
@@ -27,6 +28,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
             except json.JSONDecodeError:
                 continue
     return records
+
+
+def setting(config: Mapping[str, Any]) -> str:
+    """A config as a key."""
+    return json.dumps(config, sort_keys=True)
 
 
 def key_of(record: dict[str, Any]) -> Key:

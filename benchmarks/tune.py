@@ -31,12 +31,10 @@ from . import protocol
 from .measure import item_bootstrap, predictions
 from .methods import RIVALS, TUNED
 from .problem import Task
-from .records import RESULTS, context, read, rounded, write
+from .records import TUNING, context, read, rounded, setting, write
 from .run import quiet
 from .tasks import CIFAR_TUNING, tasks
 from .training import Budget
-
-FOLDER = RESULTS / "tuning"
 
 
 @dataclass
@@ -50,10 +48,6 @@ class TuneArguments:
         metadata={"help": "Slower tasks, to choose on with the first seed only."},
     )
     methods: list[str] = field(default_factory=lambda: list(TUNED), metadata={"help": "Methods to choose for."})
-
-
-def setting(config: dict[str, Any]) -> str:
-    return json.dumps(config, sort_keys=True)
 
 
 def worth(records: list[dict[str, Any]], units: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -97,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         for method in arguments.methods
         for config in RIVALS[method].grid
     ]
-    there = {(r["task"], r["method"], r["seed"], setting(r["config"])) for r in read(FOLDER)}
+    there = {(r["task"], r["method"], r["seed"], setting(r["config"])) for r in read(TUNING)}
     pending = [w for w in wanted if (*w[:3], setting(w[3])) not in there]
     for task, method, seed, config in tqdm(pending, desc="settings"):
         start = perf_counter()
@@ -105,10 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             outcome = RIVALS[method].run(all_tasks[task], problem, seed, budget, folder, config)
         record = {"task": task, "method": method, "seed": seed, "config": dict(config), "score": outcome.selection}
-        write(rounded({**record, "seconds": perf_counter() - start, "commit": known["commit"]}), FOLDER)
+        write(rounded({**record, "seconds": perf_counter() - start, "commit": known["commit"]}), TUNING)
 
     keys = {(*w[:3], setting(w[3])) for w in wanted}
-    records = [r for r in read(FOLDER) if (r["task"], r["method"], r["seed"], setting(r["config"])) in keys]
+    records = [r for r in read(TUNING) if (r["task"], r["method"], r["seed"], setting(r["config"])) in keys]
     units = {task: unit(all_tasks[task], arguments.seeds[0]) for task in dict(pairs)}
     worths = worth(records, units)
     best = {method: max(settings, key=settings.get) for method, settings in worths.items()}

@@ -91,7 +91,7 @@ def test_the_cached_path_computes_what_the_whole_model_does(text, monkeypatch):
         for split in problem.splits().values():
             rows = table.iloc[split.rows]
             tokens = tokenizer(*(rows[c].tolist() for c in text.columns), padding=True, return_tensors="pt")
-            batch = split.batch(0, len(split))
+            batch = next(split.batches())
             with torch.no_grad():
                 expected = model(**tokens, labels=torch.tensor(rows["label"].to_numpy()))
                 found = block(**batch)
