@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,12 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from metricopt_hf.splits import data_root
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def data_root() -> Path:
-    """Where the data sets lie: $METRICOPT_DATA, or `../shared/data` beside the project."""
-    return Path(os.environ.get("METRICOPT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -60,7 +60,6 @@ class Outcome:
     ledger: Ledger
     seconds: float
     soup: Tensor | None = None
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Recorder(transformers.TrainerCallback):
