@@ -6,7 +6,7 @@ python -m benchmarks.bench_report            (make bench-report)
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,32 +18,24 @@ from transformers import HfArgumentParser
 from metricopt_hf.report import mean_and_error, require
 
 from . import protocol
-from .curves import plot_curves, reached
+from .conduct import calls_needed, coverage, harm, seconds_ratio
+from .curves import plot_curves
 from .measure import PLAIN, POST_HOC
 from .methods import RIVALS
 from .problem import Task
-from .records import RESULTS, TUNING, read, setting
+from .provenance import PUBLISHED, made_by, protocol_text
+from .records import RESULTS, read
 from .statistics import Paired, holm, paired
 from .tasks import tasks
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS, UNGUIDED, CONTROLS = "metricopt", "unguided", ("shuffled", "random")
+OURS, UNGUIDED, CONTROLS, NEGATED = "metricopt", "unguided", ("shuffled", "random"), "negated"
 LOSS_ONLY = ("loss_only", UNGUIDED)  # at its own setting, and at MetricOpt's
 BLACK_BOX = ("cma", "cma_flat", "spsa", "evolution")
+FEW = 5  # of a searcher's calls, that part
 SIGNIFICANT = 0.05
 SHOWN_CALLS = ("observe", "select", "post-hoc")
 WIN, ABOVE, TIE, BELOW, LOSS = "win", "above", "tie", "below", "**loss**"
-
-PUBLISHED = """\
-| figure | value | where, and why it does not compare |
-|---|---|---|
-| CIFAR-10 AUCPR | 0.972 (adaptive loss alignment: 0.949) | MetricOpt, CVPR 2021: lossless images, a whole training |
-| a9a misclassification | 13.69 % | MetricOpt, CVPR 2021; gradient boosting gives 14.5 to 15.0 % on the official split |
-| CIFAR-10 ResNet-32 misclassification | 7.51 % | He et al. 2015: the lossless images; here they are JPEG (quality 75) |
-| Adult, 30 % of positive labels flipped, 1 - G-mean | 0.4396 by cross-entropy, 0.1827 with the threshold tuned, \
-0.1777 theirs | Adaptive Surrogates, ICML 2020: 25,000 metric calls; gradient boosting on *clean* labels with the best \
-threshold *of the test set* gives 0.177 on our split |
-"""
 
 
 @dataclass
@@ -135,19 +127,17 @@ class Compared:
 
 def reference(task: Task, rows: dict[tuple[str, str], Row], variant: str) -> Row | None:
     """Loss only at its best: of its own setting and of MetricOpt's, the one that is better on the selection split."""
-    sign = 1 if task.greater_is_better else -1
     found = [rows[method, variant] for method in LOSS_ONLY if (method, variant) in rows]
-    return max(found, key=lambda row: sign * mean(row.scores("selection")), default=None)
+    return max(found, key=lambda row: task.sign * mean(row.scores("selection")), default=None)
 
 
 def compare(task: Task, rows: dict[tuple[str, str], Row]) -> dict[tuple[str, str], Compared]:
-    sign = 1 if task.greater_is_better else -1
     plain = reference(task, rows, PLAIN)
     tuned = reference(task, rows, POST_HOC) or plain  # numbers are not tuned post hoc
     differences = {}
     for key, row in rows.items():
         if row is not plain and row is not tuned and row.method != "start":
-            differences[key] = row.minus(tuned if row.reads_labels else plain, sign)
+            differences[key] = row.minus(tuned if row.reads_labels else plain, task.sign)
     tested = [key for key, difference in differences.items() if difference is not None]
     corrected = dict(zip(tested, holm([differences[key].p for key in tested]), strict=True))
     return {k: Compared(row, differences.get(k), corrected.get(k, float("nan"))) for k, row in rows.items()}
@@ -188,20 +178,9 @@ def task_section(task: Task, rows: dict, compared: dict, plot: str) -> Iterator[
     yield f"![{task.title}, {task.metric_name}: curves]({plot})"
 
 
-def harm(task: Task, ours: Row, reference: Row) -> tuple[int, int]:
-    """Runs that end below loss only by more than two standard errors of the paired difference (items), and all."""
-    sign, seeds = (1 if task.greater_is_better else -1), sorted(set(ours.runs) & set(reference.runs))
-    worse = 0
-    for seed in seeds:
-        a, b = ours.of(seed), reference.of(seed)
-        error = float(np.subtract(a["items"], b["items"]).std(ddof=1))
-        worse += sign * (a["scores"]["report"] - b["scores"]["report"]) < -2 * error
-    return worse, len(seeds)
-
-
 def overview(all_rows: dict[str, dict], all_compared: dict[str, dict], known: dict[str, Task]) -> Iterator[str]:
     tabulate = require("tabulate", "report").tabulate
-    table, harmed, ran = [], 0, 0
+    table = []
     for name, compared in all_compared.items():
         task, rows = known[name], all_rows[name]
 
@@ -209,22 +188,16 @@ def overview(all_rows: dict[str, dict], all_compared: dict[str, dict], known: di
             entry = compared.get(key)
             return "" if entry is None else f"{interval(entry.difference)} {entry.verdict}".strip()
 
-        sign = 1 if task.greater_is_better else -1
         pair = rows.get((OURS, PLAIN)), rows.get((UNGUIDED, PLAIN))
-        best, ratio = reached(task, rows, OURS, BLACK_BOX)
         table.append(
             [
                 f"{task.title}: {task.metric_name}{' *' if task.headline else ''}",
                 cell((OURS, PLAIN)),
-                interval(pair[0].minus(pair[1], sign)) if all(pair) else "",
+                interval(pair[0].minus(pair[1], task.sign)) if all(pair) else "",
                 cell((OURS, POST_HOC)),
                 *(cell((control, PLAIN)) for control in CONTROLS),
-                best and f"{RIVALS[best].title}: {ratio}",
             ]
         )
-        if (OURS, PLAIN) in rows:
-            worse, seeds = harm(task, rows[OURS, PLAIN], reference(task, rows, PLAIN))
-            harmed, ran = harmed + worse, ran + seeds
     headers = [
         "task",
         "MetricOpt - loss only",
@@ -232,12 +205,58 @@ def overview(all_rows: dict[str, dict], all_compared: dict[str, dict], known: di
         "MetricOpt - loss only, both + post-hoc",
         "shuffled - loss only",
         "random - loss only",
-        "MetricOpt's calls to the end of the best black-box searcher (selection split)",
     ]
     yield tabulate(table, headers, tablefmt="github", disable_numparse=True)
+
+
+def conduct(all_rows: dict[str, dict], known: dict[str, Task]) -> Iterator[str]:
+    """What a run does besides its score."""
+    tabulate = require("tabulate", "report").tabulate
+    table, total = [], Counter()
+    for name, rows in all_rows.items():
+        task, ours = known[name], rows.get((OURS, PLAIN))
+        if ours is None:
+            continue
+        loss_only, harmed = reference(task, rows, PLAIN), {}
+        for method in (OURS, NEGATED):
+            worse, seeds = harm(task, rows[method, PLAIN], loss_only) if (method, PLAIN) in rows else (0, 0)
+            total[method, "harmed"] += worse
+            total[method, "runs"] += seeds
+            harmed[method] = f"{worse} of {seeds}"
+        searcher, needed, spent = calls_needed(task, rows, OURS, BLACK_BOX)
+        total["few calls"] += task.headline and needed is not None and FEW * needed <= spent
+        inside, observations = coverage(ours)
+        total["inside"] += inside
+        total["observations"] += observations
+        times = seconds_ratio(ours, rows.get((UNGUIDED, PLAIN)))
+        table.append(
+            [
+                name + " *" * task.headline,
+                *harmed.values(),
+                f"{inside / observations:.1%}" if observations else "",
+                "" if times is None else f"{times:.1f}",
+                searcher and f"{RIVALS[searcher].title}: {'not in' if needed is None else f'{needed} of'} {spent}",
+            ]
+        )
+    headers = [
+        "task",
+        "runs harmed",
+        "negated guide: runs harmed",
+        "in 90 % intervals",
+        "time / loss only's",
+        "calls to the end of the best black-box searcher",
+    ]
+    yield tabulate(table, headers, tablefmt="github", disable_numparse=True)
+    shares = [total[method, "harmed"] / max(total[method, "runs"], 1) for method in (OURS, NEGATED)]
     yield (
-        f"Do no harm: {harmed} of {ran} runs of MetricOpt end below loss only by more than two standard errors of the "
-        "paired difference (over items)."
+        "Harmed: the run ends below loss only by more than two standard errors of the paired difference (over items): "
+        f"{total[OURS, 'harmed']} of {total[OURS, 'runs']} runs ({shares[0]:.1%}); with the guide's predictions and "
+        f"directions negated, {total[NEGATED, 'harmed']} of {total[NEGATED, 'runs']} ({shares[1]:.1%}). "
+        f"{total['inside'] / max(total['observations'], 1):.1%} of the new observations lay in the 90 % interval that "
+        "the value function gave before it was told. Time: of a run, against the same without guidance, with the same "
+        "cached evaluation, beside one other process; all of the guidance's calls are in it. The searcher is the one "
+        "that ends best on the selection split; MetricOpt reaches that score, also on the selection split, with at "
+        f"most 1/{FEW} of its calls on {total['few calls']} headline pairs."
     )
 
 
@@ -256,13 +275,12 @@ def did_not_win(all_rows: dict[str, dict], known: dict[str, Task]) -> Iterator[s
     """Where a rival is better than ours, each with what it may see."""
     lines = []
     for name, rows in all_rows.items():
-        sign = 1 if known[name].greater_is_better else -1
         for row in rows.values():
             ours = rows.get((OURS, POST_HOC)) if row.reads_labels else None
             ours = ours or rows.get((OURS, PLAIN))
             if ours is None or row.method == OURS:
                 continue
-            difference = row.minus(ours, sign)
+            difference = row.minus(ours, known[name].sign)
             if difference is not None and difference.low > 0:
                 lines.append(f"- `{name}`: {row.title} is better than {ours.title} by {interval(difference)}")
     yield "\n".join(lines) or "Nowhere is a rival's interval above MetricOpt's."
@@ -289,6 +307,8 @@ def render(records: list[dict], fixed: protocol.Protocol, plot: Callable[[Task, 
         f"Against loss only: {tally(all_compared, known, (OURS, PLAIN))}.",
         f"Both with post-hoc tuning: {tally(all_compared, known, (OURS, POST_HOC))}.",
         *overview(all_rows, all_compared, known),
+        "### Harm, calibration, time and calls",
+        *conduct(all_rows, known),
         "### What did better",
         "By an interval that is not corrected for looking at all of them:",
         *did_not_win(all_rows, known),
@@ -308,51 +328,6 @@ def render(records: list[dict], fixed: protocol.Protocol, plot: Callable[[Task, 
         parts += task_section(known[name], rows, all_compared[name], plot(known[name], rows))
     parts += ["## Published figures of other protocols", PUBLISHED.rstrip(), "## Made by", made_by(records)]
     return "\n\n".join(parts) + "\n"
-
-
-def protocol_text(fixed: protocol.Protocol, records: list[dict]) -> str:
-    budget = fixed.budget
-    settings = "\n".join(
-        f"- {RIVALS[name].title}: {', '.join(f'{key} {value}' for key, value in config.items())}"
-        for name, config in fixed.settings.items()
-    )
-    tried = defaultdict(set)
-    for record in read(TUNING):
-        tried[record["method"]].add(setting(record["config"]))
-    more = ", ".join(
-        f"{RIVALS[name].title} {len(configs)}"
-        for name, configs in sorted(tried.items())
-        if len(configs) > len(RIVALS[name].grid)
-    )
-    chosen = ", ".join(f"{task} with seed {seed}" for task, seed in fixed.chosen["tasks and seeds"])
-    return (
-        f"Four disjoint splits. Every method starts from the same model and moves the same phi (FiLM on the last "
-        f"norms, and the output bias); {budget.steps} steps with batches of {budget.batch_size}, {budget.rounds} "
-        f"rounds of {budget.calls} metric calls where it observes, {budget.rounds + 1} looks at the selection split, "
-        "of which the best is kept. Searchers without a loss have no steps. Seeds 0 to 9 for MetricOpt, with and "
-        "without guidance, loss only and the controls, 0 to 4 for the others; they were run once, behind the commit "
-        "that fixed the settings.\n\n"
-        f"One setting per method for all tasks, each from a grid of six, by the selection split on development seeds "
-        f"({chosen}; `python -m benchmarks.tune`, worth of every setting in `benchmarks/protocol.json`). Grids "
-        f"whose best lay at an edge were moved after a first look at these seeds, so that of some more settings "
-        f"were tried in all: {more}. Controls, and MetricOpt without guidance, take MetricOpt's:\n\n{settings}\n\n"
-        "Post-hoc tuning is a coordinate search for a bias per logit on the observation split, at most 160 calls. The "
-        "soup is the mean of phi over the last half of the rounds, kept where it is at least as good on the selection "
-        "split. Surrogates of the formula are our own small ones (`benchmarks/surrogates.py`), not LibAUC's."
-    )
-
-
-def made_by(records: list[dict]) -> str:
-    commits = sorted({r["commit"][:12] + (" (changed)" if r["dirty"] else "") for r in records})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records})
-    peak = max(r["peak_mib"] for r in records)
-    hours = sum(r["seconds"]["whole"] for r in records) / 3600
-    return (
-        f"`python -m benchmarks.run` (`make bench`), {len(records)} runs, "
-        f"{hours:.1f} hours in all, at most {peak / 1024:.1f} GiB a process; "
-        f"at {', '.join(commits)}; with {'; '.join(versions)}. The text by `python -m benchmarks.bench_report` "
-        "(`make bench-report`)."
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

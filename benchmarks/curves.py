@@ -15,32 +15,8 @@ from .problem import Task
 
 def best_so_far(task: Task, row) -> np.ndarray:
     """[seeds, rounds + 1] the best of the selection scores up to each round."""
-    sign = 1 if task.greater_is_better else -1
     curves = np.array([run["curve"]["selection"] for _, run in sorted(row.runs.items())], dtype=float)
-    return sign * np.maximum.accumulate(sign * curves, axis=1)
-
-
-def reached(task: Task, rows: dict, ours: str, searchers: tuple[str, ...]) -> tuple[str | None, str]:
-    """The searcher that ends best on the selection split, and after how many of its calls ours is as good, of how many.
-
-    Means over the seeds that both were run with.
-    """
-    sign, ends = (1 if task.greater_is_better else -1), {}
-    if (ours, PLAIN) not in rows:
-        return None, ""
-    for name in searchers:
-        if (name, PLAIN) in rows:
-            ends[name] = best_so_far(task, rows[name, PLAIN])[:, -1].mean()
-    if not ends:
-        return None, ""
-    best = max(ends, key=lambda name: sign * ends[name])
-    theirs, mine = rows[best, PLAIN], rows[ours, PLAIN]
-    shared = [i for i, seed in enumerate(sorted(mine.runs)) if seed in theirs.runs]
-    curve = best_so_far(task, mine)[shared].mean(0)
-    calls = next(iter(mine.runs.values()))["curve"]["calls"]
-    total = next(iter(theirs.runs.values()))["curve"]["calls"][-1]
-    as_good = np.flatnonzero(sign * (curve - ends[best]) >= 0)
-    return best, f"{calls[as_good[0]]} of {total}" if len(as_good) else f"not in {calls[-1]}"
+    return task.sign * np.maximum.accumulate(task.sign * curves, axis=1)
 
 
 def plot_curves(path: Path, task: Task, rows: dict) -> None:

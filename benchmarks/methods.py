@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from metricopt_hf import FiLM, Guide, Ledger, Trajectory
+from metricopt_hf import FiLM, Guide, Ledger, Trajectory, ValueFunctionGuide
 
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search
@@ -60,6 +60,17 @@ class EvolutionGuide(Guide):
 
     def ascent(self, phi: Tensor) -> Tensor:
         return self.coordinates.lift(self.slope)
+
+
+class NegatedGuide(ValueFunctionGuide):
+    """Says the opposite of all that MetricOpt's guide says: what trust is there to find out."""
+
+    def predict(self, z: np.ndarray) -> np.ndarray | None:
+        predicted = super().predict(z)
+        return None if predicted is None else -predicted
+
+    def ascent(self, phi: Tensor) -> Tensor:
+        return -super().ascent(phi)
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,10 @@ def _evolution(task, problem, seed, budget, folder, config) -> Outcome:
     return train(task, problem, seed, budget, folder, numbers, guide=EvolutionGuide(config["memory"]))
 
 
+def _negated(task, problem, seed, budget, folder, config) -> Outcome:
+    return train(task, problem, seed, budget, folder, config, guide=NegatedGuide())
+
+
 def _cma(flat: bool, task, problem, seed, budget, folder, config) -> Outcome:
     space = None if flat else coordinates(task, problem, seed, folder)
     population = config["population"] * budget.calls
@@ -153,13 +168,14 @@ RIVALS: dict[str, Rival] = {
     "metricopt": Rival(
         "MetricOpt",
         partial(_guided, "value_function"),
-        _grid(phi_learning_rate=LEARNING_RATES, value_weight=(3.0, 8.0)),
+        _grid(phi_learning_rate=(2e-3, 3e-3, 5e-3), value_weight=(4.0, 8.0)),
         soup=True,
         seeds=10,
     ),
     "unguided": Rival("MetricOpt without guidance", _unguided, settings_of="metricopt", seeds=10),
     "shuffled": Rival("control: shuffled", partial(_guided, "shuffled"), settings_of="metricopt", seeds=10),
     "random": Rival("control: random", partial(_guided, "random"), settings_of="metricopt", seeds=10),
+    "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "evolution": Rival(
         "evolution and loss, same coordinates",

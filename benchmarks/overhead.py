@@ -170,18 +170,18 @@ def ratios(name: str, args: OverheadArguments) -> list[str]:
 
 
 def blending_milliseconds(size: int) -> float:
-    """One correction: read phi, predict the direction, blend; with ten coordinates."""
+    """One correction: read phi, predict the direction, blend; with the default coordinates."""
     model = nn.Module()
     model.register_parameter("phi", nn.Parameter(torch.zeros(size)))
     model.phi.grad = torch.randn(size)
     phi, guide = Subset(model, "phi"), ReadyGuide()
-    basis = random_basis(size, min(10, size), torch.Generator().manual_seed(0))
+    basis = random_basis(size, min(MetricOptConfig.phi_dim, size), torch.Generator().manual_seed(0))
     guide.start(Coordinates(phi.read(), basis), True, 0)
     times = []
     for _ in range(30):
         start = perf_counter()
         direction = guide.direction(phi.read())
-        phi.add_grad(correction(phi.read_grad(), direction.vector, direction.trust, 3.0))
+        phi.add_grad(correction(phi.read_grad(), direction.vector, direction.trust, MetricOptConfig.value_weight))
         times.append(perf_counter() - start)
     return 1000 * median(times)
 
@@ -189,8 +189,8 @@ def blending_milliseconds(size: int) -> float:
 def fit_seconds(count: int) -> float:
     """A warm refit of the value function, as after each round."""
     guide = ReadyGuide()
-    guide.start(Coordinates(torch.zeros(10), None), True, 0)
-    trajectory = observations(count, 10)
+    guide.start(Coordinates(torch.zeros(MetricOptConfig.phi_dim), None), True, 0)
+    trajectory = observations(count, MetricOptConfig.phi_dim)
     start = perf_counter()
     guide.learn(trajectory)
     return perf_counter() - start
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [ratios(name, args) for name in MODELS]
     print(f"\nA step of {args.batch_size} images, median of {args.steps}, {args.pairs} pairs\n")
     print(tabulate(rows, ["model", "Trainer, ms", "guided, ms", "ratio (median of pairs)", f"<= {LIMIT}"]))
-    print("\nBlending in one step, ten coordinates\n")
+    print("\nBlending in one step\n")
     print(tabulate([[f"{n:,}", f"{blending_milliseconds(n):.2f}"] for n in args.phi_sizes], ["phi", "ms"]))
     print("\nFitting the value function after a round\n")
     print(tabulate([[f"{n:,}", f"{fit_seconds(n):.2f}"] for n in args.observations], ["observations", "s"]))

@@ -87,6 +87,11 @@ class Task:
     prepare: Callable[[int], Problem]
     note: str = ""
 
+    @property
+    def sign(self) -> int:
+        """By which scores are multiplied so that greater is better."""
+        return 1 if self.greater_is_better else -1
+
 
 def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """What `make` gives, from a file where it was made before: in $METRICOPT_CACHE, by default `out/`."""

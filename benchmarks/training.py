@@ -47,7 +47,8 @@ class Outcome:
         phi: [d] the best of the rounds by the selection split.
         step: at which it was met (black-box searchers: round times steps per round).
         selection: its score there.
-        curve: per round {"step", "calls" (to observe, so far), "seconds" (so far), "selection", "trust"}.
+        curve: per round "step", "calls" (to observe, before it), "seconds" (so far), "selection", and, where phi was
+            trained, "trust" and "coverage".
         ledger: metric calls and seconds by purpose.
         seconds: of the whole run.
         soup: [d] the mean of phi over the last half of the rounds, where phi was trained.
@@ -160,7 +161,7 @@ def train(
     for row in phase.curve:  # its calls are counted behind the look at the selection split, and so not that look's
         ended = recorder.ends[row["step"] - 1] - start if row["step"] else 0.0
         curve.append({"step": row["step"], "calls": calls, "seconds": round(ended, 2), "selection": row["selection"]})
-        curve[-1]["trust"] = round(row["trust"], 3)
+        curve[-1] |= {"trust": round(row["trust"], 3), "coverage": row["coverage"]}
         calls = row["calls"]
     visited = [*recorder.phis, phase.last_phi]
     return Outcome(

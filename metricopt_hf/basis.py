@@ -17,7 +17,7 @@ from .value import ValueFunction
 
 logger = logging.getLogger(__name__)
 
-# mini-batch gradients per coordinate: about the 128 for ten coordinates of the measurements behind the default
+# mini-batch gradients per coordinate: as in the measurements behind the default
 GRADIENTS_PER_COORDINATE = 12
 
 

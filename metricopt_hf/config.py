@@ -87,7 +87,7 @@ class MetricOptConfig(TrainingArguments):
             "choices": COORDINATES,
         },
     )
-    phi_dim: int = field(default=10, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
+    phi_dim: int = field(default=6, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
     phi_learning_rate: float | None = field(
         default=3e-3,
         metadata={
@@ -104,7 +104,7 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     value_weight: float = field(
-        default=3.0,
+        default=8.0,
         metadata={"help": "lambda: length of the value gradient against the task gradient's, at full trust."},
     )
     value_function_name_or_path: str | None = field(
@@ -119,7 +119,7 @@ class MetricOptConfig(TrainingArguments):
         metadata={"help": "Metric calls in a round: antithetic pairs, and, if odd, one at phi itself."},
     )
     explore_std: float = field(
-        default=0.06, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
+        default=0.2, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
     )
     observation_size: int | None = field(
         default=None,

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calibration import Calibration
 from .errors import ConfigurationError
 from .phi import Coordinates
 from .trajectory import Trajectory
@@ -44,10 +45,12 @@ class Guide(ABC):
     """Told observations, answers a direction.
 
     Attributes set by `start`: `coordinates`, `greater_is_better`, `generator` (its only randomness) and `trust`.
+    `coverage` is the share of the last round inside the 90 % intervals predicted for it, None without intervals.
     """
 
     coordinates: Coordinates
     off: str | None = None
+    coverage: float | None = None
 
     def start(self, coordinates: Coordinates, greater_is_better: bool, seed: int) -> None:
         """Begin a metric phase, forgetting any earlier one."""
@@ -128,12 +131,22 @@ class ValueFunctionGuide(Guide):
                 f"The value function given has {self._given.num_coordinates} coordinates, this phi {coordinates.dim}."
             )
         self.fitted = self._given is not None
+        self.calibration = Calibration()
         self.value_function = copy.deepcopy(self._given) or ValueFunction(coordinates.dim)  # the given one stays
         if not self.fitted:
             self.value_function.reset_parameters(self.generator)
 
     def predict(self, z: np.ndarray) -> np.ndarray | None:
         return self.value_function.predict(torch.as_tensor(z))[0].numpy() if self.fitted else None
+
+    @property
+    def coverage(self) -> float | None:
+        return self.calibration.coverage
+
+    def learn(self, trajectory: Trajectory) -> None:
+        if self.fitted:
+            self.calibration.update(self.value_function, trajectory.last_round)
+        super().learn(trajectory)
 
     def fit(self, trajectory: Trajectory) -> None:
         if len(trajectory) < 2:
@@ -145,6 +158,7 @@ class ValueFunctionGuide(Guide):
         # measured: one given predicts best in the standardisation that its weights were learned in
         standardise = self._given is None
         fit(self.value_function, trajectory.z, scores, trajectory.variances, self.generator, steps, standardise)
+        self.calibration.apply(self.value_function)
         self.fitted = True
 
     def ascent(self, phi: Tensor) -> Tensor:
@@ -152,11 +166,17 @@ class ValueFunctionGuide(Guide):
         return self.coordinates.lift(gradient.to(phi.device))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "fitted": self.fitted, "value_function": self.value_function.state_dict()}
+        return {
+            **super().state_dict(),
+            "fitted": self.fitted,
+            "calibration": asdict(self.calibration),
+            "value_function": self.value_function.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.fitted = state["fitted"]
+        self.calibration = Calibration(**state["calibration"])
         self.value_function.load_state_dict(state["value_function"])
 
 

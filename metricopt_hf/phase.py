@@ -181,7 +181,7 @@ class MetricPhase:
         if not self.curve:
             return {}
         latest = self.curve[-1]
-        names = ("selection", "trust", "rank_correlation", "observation_mean", "calls")
+        names = ("selection", "trust", "rank_correlation", "observation_mean", "coverage", "calls")
         scalars = {name: float(latest[name]) for name in names if latest.get(name) is not None}
         scalars["failed_calls"] = float(self.failures)
         return {name: value for name, value in scalars.items() if np.isfinite(value)}
@@ -236,6 +236,7 @@ class MetricPhase:
                 "rank_correlation": self.guide.trust.correlation,
                 "observation_mean": float(np.mean(self.trajectory.last_round.scores)) if len(self.trajectory) else None,
                 "predicted": self._predicted(),
+                "coverage": self.guide.coverage,
                 "calls": self.ledger.calls["observe"],
             }
         )

@@ -19,7 +19,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from metricopt_hf import ConfigurationError, MetricError, MetricOptTrainer, PhiError, ValueFunction
+from metricopt_hf import ConfigurationError, MetricError, MetricOptConfig, MetricOptTrainer, PhiError, ValueFunction
 from metricopt_hf import images as images_room
 from metricopt_hf.splits import data_root
 from metricopt_hf.study import ModelArguments
@@ -198,7 +198,7 @@ def test_push_to_hub_goes_through_trainer(script, images, vit, tmp_path, monkeyp
     options = f"{TINY} --dataset_name {images} --model_name_or_path {vit} --seeds 1 2 --methods loss_only metricopt"
     script.main([*options.split(), "--push_to_hub", "--output_dir", str(tmp_path / "out")])
     assert {trainer.args.seed for trainer, _ in pushed} == {1}
-    assert {trainer.args.value_weight for trainer, _ in pushed} == {3.0}
+    assert {trainer.args.value_weight for trainer, _ in pushed} == {MetricOptConfig.value_weight}
     assert pushed[-1][1]["tasks"] == "image-classification" and pushed[-1][1]["finetuned_from"] == vit
 
 

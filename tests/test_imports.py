@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     0: {"errors", "observation", "ledger"},
     1: {"phi", "metric", "metrics", "prefix_cache", "evaluator", "data", "checkpoint", "trajectory", "value", "trust"}
-    | {"blend"},
+    | {"blend", "calibration"},
     2: {"basis", "guide", "observer", "phase"},
     3: {"config", "optimization", "preflight", "sharing", "trainer", "seq2seq"},
     4: {"posthoc", "report", "splits", "comparison", "study", "images"},  # and the benchmarks and examples
@@ -21,6 +21,7 @@ NEIGHBOURS = {
     "metric": {"metrics"},
     "evaluator": {"metric", "prefix_cache"},
     "value": {"trajectory"},
+    "calibration": {"trajectory", "value"},
     "phase": {"guide", "observer"},
     "preflight": {"config"},
     "trainer": {"config", "optimization", "preflight", "sharing"},

@@ -1,6 +1,6 @@
 """Compact coordinates z = Q^T (phi - phi_0): what the value function sees. phi itself moves freely.
 
-On some hundred raw parameters a value function fitted to a hundred observations predicts nothing; on about ten
+On some hundred raw parameters a value function fitted to a hundred observations predicts nothing; on a handful of
 directions in which the training loss actually pulls, it does.
 """
 

@@ -90,6 +90,15 @@ class ValueFunction(nn.Module):
         mean, std = members.mean(0) * self.score_std + self.score_mean, spread.sqrt() * self.score_std
         return (mean[0], std[0]) if z.dim() == 1 else (mean, std)
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation of an observation that the members' disagreement does not show, in units of the metric."""
+        return float(self.noise_std * self.score_std)
+
+    @noise.setter
+    def noise(self, value: float) -> None:
+        self.noise_std.fill_(value / float(self.score_std))
+
     def gradient(self, z: Tensor) -> Tensor:
         """Gradient of the predicted mean, in units of the metric per unit of z. z: [n, k] (or [k]) -> same shape."""
         z = self._checked(z).detach().clone().requires_grad_()

@@ -1,0 +1,60 @@
+"""What a run does besides its score: whether it harms, whether its spread is calibrated, its time and its calls."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .curves import best_so_far
+from .measure import PLAIN
+from .problem import Task
+
+
+def harm(task: Task, ours, reference) -> tuple[int, int]:
+    """Runs that end below loss only by more than two standard errors of the paired difference (items), and all."""
+    seeds = sorted(set(ours.runs) & set(reference.runs))
+    worse = 0
+    for seed in seeds:
+        a, b = ours.of(seed), reference.of(seed)
+        error = float(np.subtract(a["items"], b["items"]).std(ddof=1))
+        worse += task.sign * (a["scores"]["report"] - b["scores"]["report"]) < -2 * error
+    return worse, len(seeds)
+
+
+def coverage(row) -> tuple[float, int]:
+    """Observations inside the 90 % interval that was predicted for them, and all for which there was one."""
+    inside, count = 0.0, 0
+    for run in row.runs.values():
+        calls, shares = run["curve"]["calls"], run["curve"].get("coverage", [])
+        for i, share in enumerate(shares[:-1]):
+            if share is not None:
+                observed = calls[i + 1] - calls[i]  # a row's calls are those before its round
+                inside, count = inside + share * observed, count + observed
+    return inside, count
+
+
+def seconds_ratio(ours, other) -> float | None:
+    """Mean seconds of a run against another method's, over the seeds that both have."""
+    seeds = sorted(set(ours.runs) & set(other.runs)) if other is not None else []
+    if not seeds:
+        return None
+    mine, theirs = (sum(row.runs[seed]["seconds"]["run"] for seed in seeds) for row in (ours, other))
+    return mine / theirs
+
+
+def calls_needed(task: Task, rows: dict, ours: str, searchers: tuple[str, ...]) -> tuple[str | None, int | None, int]:
+    """The searcher that ends best on the selection split, after how many calls ours is as good, and how many it spent.
+
+    Means over the seeds that both were run with. None for ours: never; then the calls are all that ours made.
+    """
+    ends = {s: best_so_far(task, rows[s, PLAIN])[:, -1].mean() for s in searchers if (s, PLAIN) in rows}
+    if not ends:
+        return None, None, 0
+    best = max(ends, key=lambda name: task.sign * ends[name])
+    theirs, mine = rows[best, PLAIN], rows[ours, PLAIN]
+    shared = [i for i, seed in enumerate(sorted(mine.runs)) if seed in theirs.runs]
+    curve = best_so_far(task, mine)[shared].mean(0)
+    calls = next(iter(mine.runs.values()))["curve"]["calls"]
+    as_good = np.flatnonzero(task.sign * (curve - ends[best]) >= 0)
+    if not len(as_good):
+        return best, None, calls[-1]
+    return best, calls[as_good[0]], next(iter(theirs.runs.values()))["curve"]["calls"][-1]
