@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import sys
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -79,6 +81,17 @@ def quiet() -> None:
     logging.getLogger("metricopt_hf").setLevel(logging.ERROR)
 
 
+def start_worker() -> None:
+    """`quiet`, and not to outlive the process that gives out the work, whatever ended it."""
+    quiet()
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 def run_unit(
     unit: Iterable[Key], fixed: protocol.Protocol, folder: str, known: dict[str, Any], smoke: bool = False
 ) -> list[Key]:
@@ -134,7 +147,7 @@ def execute(units: list[list[Key]], fixed: protocol.Protocol, folder: Path, argu
     known, failed = context(), []
     with (
         tqdm(total=len(pending), desc="runs") as bar,
-        ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), quiet) as pool,
+        ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), start_worker) as pool,
     ):
         futures = {pool.submit(run_unit, unit, fixed, str(folder), known, arguments.smoke): unit for unit in units}
         for future in as_completed(futures):

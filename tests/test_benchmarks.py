@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import EvalPrediction
 
 from benchmarks import (
     bench_report,
+    conduct,
     measure,
     methods,
     protocol,
@@ -404,7 +406,7 @@ def test_verdicts():
     assert verdicts["loss_only", "plain"] == verdicts["loss_only", "post-hoc"] == ""  # the references
     # what reads labels is compared with what reads labels
     assert compared["random", "post-hoc"].difference.mean == pytest.approx(-0.102)
-    assert bench_report.harm(tasks.tasks()["bank_f1"], rows["random", "plain"], rows["loss_only", "plain"]) == (5, 5)
+    assert conduct.harm(tasks.tasks()["bank_f1"], rows["random", "plain"], rows["loss_only", "plain"]) == (5, 5)
 
 
 def test_loss_only_is_taken_at_its_best():
@@ -417,6 +419,68 @@ def test_loss_only_is_taken_at_its_best():
     assert compared["metricopt", "post-hoc"].difference.mean == pytest.approx(0.1)
     assert compared["loss_only", "plain"].difference.mean == pytest.approx(-0.1)
     assert bench_report.reference(known["bank_cost"], rows, "plain").method == "loss_only"  # smaller is better
+
+
+def test_calls_coverage_and_time_by_hand():
+    def curve(selection, coverage=None):
+        return {"calls": [0, 8, 16], "selection": selection, "coverage": coverage or [None] * 3}
+
+    lines = [made_up(method, seed, {"plain": 0.5}) for method in ("metricopt", "cma", "spsa") for seed in range(2)]
+    curves = {
+        "metricopt": curve([0.4, 0.6, 0.5], [None, 1.0, None]),
+        "cma": curve([0.4, 0.5, 0.55]),
+        "spsa": curve([0.4] * 3),
+    }
+    for line in lines:
+        line["curve"] = curves[line["method"]]
+        line["seconds"] = {"run": 6.0 if line["method"] == "metricopt" else 2.0}
+    task, rows = tasks.tasks()["bank_f1"], bench_report.rows_of(lines)
+    assert conduct.calls_needed(task, rows, "metricopt", ("cma", "spsa")) == ("cma", 8, 16)
+    assert conduct.calls_needed(task, rows, "spsa", ("cma",)) == ("cma", None, 16)
+    assert conduct.calls_needed(task, rows, "metricopt", ()) == (None, None, 0)
+    assert conduct.coverage(rows["metricopt", "plain"]) == (16.0, 16)  # two runs, 8 observations in the second round
+    assert conduct.coverage(rows["cma", "plain"]) == (0.0, 0)
+    assert conduct.seconds_ratio(rows["metricopt", "plain"], rows["cma", "plain"]) == 3.0
+    assert conduct.seconds_ratio(rows["metricopt", "plain"], None) is None
+
+
+def test_the_negated_guide_says_the_opposite():
+    from metricopt_hf import Observation, Trajectory, ValueFunctionGuide
+    from metricopt_hf.phi import Coordinates
+
+    def taught(guide):
+        guide.start(Coordinates(torch.zeros(2), None), greater_is_better=True, seed=0)
+        trajectory = Trajectory()
+        for step in range(5):
+            z = np.random.default_rng(step).normal(size=(8, 2)).astype(np.float32)
+            trajectory.extend([Observation(point, float(point[0]), float("nan"), step, 0.0) for point in z])
+            guide.learn(trajectory)
+        return guide
+
+    straight, negated = taught(ValueFunctionGuide()), taught(methods.NegatedGuide())
+    phi = torch.ones(2)
+    assert torch.equal(straight.ascent(phi), -negated.ascent(phi)) and straight.direction(phi).trust > 0.5
+    assert negated.trust.correlation < -0.5 and negated.direction(phi).trust == 0
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(
+        "import multiprocessing, os, signal\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from benchmarks.run import start_worker\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), start_worker)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True)
+    worker = int(done.stdout)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_the_committed_report_is_made_of_the_committed_records(tmp_path):
