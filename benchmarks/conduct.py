@@ -9,12 +9,16 @@ from .measure import PLAIN
 from .problem import Task
 
 
-def harm(task: Task, ours, reference) -> tuple[int, int]:
-    """Runs that end below loss only by more than two standard errors of the paired difference (items), and all."""
-    seeds = sorted(set(ours.runs) & set(reference.runs))
+def common_seeds(ours, other) -> list[int]:
+    return [] if ours is None or other is None else sorted(set(ours.runs) & set(other.runs))
+
+
+def harm(task: Task, ours, other) -> tuple[int, int]:
+    """Runs that end below the other by more than two standard errors of the paired difference (items), and all."""
+    seeds = common_seeds(ours, other)
     worse = 0
     for seed in seeds:
-        a, b = ours.of(seed), reference.of(seed)
+        a, b = ours.of(seed), other.of(seed)
         error = float(np.subtract(a["items"], b["items"]).std(ddof=1))
         worse += task.sign * (a["scores"]["report"] - b["scores"]["report"]) < -2 * error
     return worse, len(seeds)
@@ -34,7 +38,7 @@ def coverage(row) -> tuple[float, int]:
 
 def seconds_ratio(ours, other) -> float | None:
     """Mean seconds of a run against another method's, over the seeds that both have."""
-    seeds = sorted(set(ours.runs) & set(other.runs)) if other is not None else []
+    seeds = common_seeds(ours, other)
     if not seeds:
         return None
     mine, theirs = (sum(row.runs[seed]["seconds"]["run"] for seed in seeds) for row in (ours, other))
