@@ -18,7 +18,7 @@ from transformers import HfArgumentParser
 from metricopt_hf.report import mean_and_error, require
 
 from . import protocol
-from .conduct import calls_needed, coverage, harm, seconds_ratio
+from .conduct import calls_needed, common_seeds, coverage, harm, seconds_ratio
 from .curves import plot_curves
 from .measure import PLAIN, POST_HOC
 from .methods import RIVALS
@@ -80,7 +80,7 @@ class Row:
 
     def minus(self, other: Row, sign: int) -> Paired | None:
         """On the report split, over the seeds that both have."""
-        seeds = sorted(set(self.runs) & set(other.runs))
+        seeds = common_seeds(self, other)
         if len(seeds) < 2:
             return None
         pairs = [(self.of(s), other.of(s)) for s in seeds]

@@ -71,12 +71,18 @@ def tiny_bert(seed: int = 0, **kwargs) -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-def without_norms(model: nn.Module) -> nn.Module:
-    """The model with its norm layers taken out."""
-    for name, module in list(model.named_modules()):
-        if "norm" in type(module).__name__.lower():
-            model.set_submodule(name, nn.Identity())
-    return model
+def load_without_norms(auto_class, monkeypatch) -> None:
+    """From here on, what `auto_class` loads has its norm layers taken out."""
+    load = auto_class.from_pretrained
+
+    def without_norms(*args, **kwargs):
+        model = load(*args, **kwargs)
+        for name, module in list(model.named_modules()):
+            if "norm" in type(module).__name__.lower():
+                model.set_submodule(name, nn.Identity())
+        return model
+
+    monkeypatch.setattr(auto_class, "from_pretrained", without_norms)
 
 
 def worst_class_recall(prediction) -> dict[str, float]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectors import save_boxes, save_detector
-from helpers import example, without_norms
+from helpers import example, load_without_norms
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, EvalPrediction, YolosImageProcessor
 
 from metricopt_hf import ConfigurationError, MetricOptTrainer, PhiError
@@ -201,10 +201,7 @@ def test_refuses_parameters_that_are_not_there(script, boxes, rt_detr, tmp_path)
 
 
 def test_refuses_a_model_without_norms(script, boxes, rt_detr, tmp_path, monkeypatch):
-    load = script.AutoModelForObjectDetection.from_pretrained
-    monkeypatch.setattr(
-        script.AutoModelForObjectDetection, "from_pretrained", lambda *a, **k: without_norms(load(*a, **k))
-    )
+    load_without_norms(script.AutoModelForObjectDetection, monkeypatch)
     given = f"{TINY} --dataset_name {boxes} --model_name_or_path {rt_detr} --output_dir {tmp_path / 'out'}"
     with pytest.raises(PhiError, match=r"no norm layer.*phi="):
         script.main(given.split())

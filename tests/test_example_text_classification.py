@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, example, save_dataset, without_norms
+from helpers import TINY, example, load_without_norms, save_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from metricopt_hf import ConfigurationError, MetricError, PhiError
@@ -167,10 +167,7 @@ def test_refuses_an_empty_split_and_numbers_that_are_none(script, encoder, tmp_p
 
 
 def test_refuses_a_model_without_norms(script, classes, encoder, tmp_path, monkeypatch):
-    load = script.AutoModelForSequenceClassification.from_pretrained
-    monkeypatch.setattr(
-        script.AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: without_norms(load(*a, **k))
-    )
+    load_without_norms(script.AutoModelForSequenceClassification, monkeypatch)
     options = f"{TINY} --dataset_name {classes} --model_name_or_path {encoder} --metric_for_best_model f1"
     with pytest.raises(PhiError, match=r"no norm layer.*phi="):
         script.main([*options.split(), "--output_dir", str(tmp_path / "out")])
