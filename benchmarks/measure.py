@@ -24,7 +24,7 @@ from metricopt_hf.posthoc import add_bias, tune_bias
 from .methods import RIVALS
 from .problem import Problem, Rows, Task
 from .records import rounded
-from .training import EVAL_BATCH, Budget, Outcome
+from .training import Budget, Outcome
 
 MEASURED = ("observation", "selection", "report")
 REPLICATES = 100  # of the bootstrap over items
@@ -59,7 +59,7 @@ def predictions(problem: Problem, phi: Tensor) -> dict[str, EvalPrediction]:
     for name in MEASURED:
         pairs = [
             (model(**{k: v for k, v in batch.items() if k != "labels"})["logits"], batch["labels"])
-            for batch in getattr(problem, name).batches(EVAL_BATCH)
+            for batch in getattr(problem, name).batches(problem.eval_batch)
         ]
         made[name] = EvalPrediction(*(torch.cat(column).numpy() for column in zip(*pairs, strict=True)))
     return made

@@ -53,6 +53,7 @@ class Problem:
     Attributes:
         model: eval mode; takes an item's columns, `labels` optional; gives {"loss" (if labels), "logits"}. Methods get
             deep copies. Its default FiLM is phi.
+        eval_batch: examples in a batch where the metric is looked at: as many as are quickest.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class Problem:
     observation: Rows
     selection: Rows
     report: Rows
+    eval_batch: int = 500
 
     def splits(self) -> dict[str, Rows]:
         return {name: getattr(self, name) for name in SPLITS}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -15,8 +17,8 @@ from metricopt_hf import FiLM, Ledger, Metric
 from metricopt_hf.evaluator import BatchOutput, Evaluator
 from metricopt_hf.phi import Coordinates
 
-from .problem import Problem, Rows, Task
-from .training import EVAL_BATCH, Budget, Outcome
+from .problem import Problem, Task
+from .training import Budget, Outcome
 
 CACHE_BYTES = 2e9
 
@@ -126,7 +128,8 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
     searcher = make(space.dim)
     metric, ledger = Metric(task.metric, task.metric_name, task.greater_is_better), Ledger()
     observation, selection = (
-        _evaluator(model, phi, space, rows, metric, ledger) for rows in (problem.observation, problem.selection)
+        _evaluator(model, phi, space, partial(rows.batches, problem.eval_batch), metric, ledger)
+        for rows in (problem.observation, problem.selection)
     )
 
     def go_to(z: np.ndarray) -> None:
@@ -151,7 +154,7 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
     return Outcome(best[0], best[2], best[1], curve, ledger, perf_counter() - start)
 
 
-def _evaluator(model, phi: FiLM, space: Coordinates, rows: Rows, metric: Metric, ledger: Ledger) -> Evaluator:
+def _evaluator(model, phi: FiLM, space: Coordinates, batches: Callable, metric: Metric, ledger: Ledger) -> Evaluator:
     """With the frozen prefix cached, as the trainer's own evaluators have it."""
 
     def predict(batch) -> BatchOutput:
@@ -164,6 +167,6 @@ def _evaluator(model, phi: FiLM, space: Coordinates, rows: Rows, metric: Metric,
             phi.write(phi.read() + space.lift(0.1 * torch.ones(space.dim)))
             yield
 
-    evaluator = Evaluator(model, predict, lambda: rows.batches(EVAL_BATCH), metric, ledger, CACHE_BYTES)
+    evaluator = Evaluator(model, predict, batches, metric, ledger, CACHE_BYTES)
     evaluator.freeze(phi.names, moved)
     return evaluator

@@ -56,7 +56,8 @@ def cifar_problem(depth: int, sizes: Sizes, seed: int) -> Problem:
     chosen = generator.permutation(len(train["labels"]))[: sizes.train]
     order = generator.permutation(len(test["labels"]))
     parts = np.split(order, [sizes.observation, 2 * sizes.observation])
-    return Problem(net, Rows(train, chosen, "cifar10 train"), *(Rows(test, rows, "cifar10 test") for rows in parts))
+    measured = (Rows(test, rows, "cifar10 test") for rows in parts)
+    return Problem(net, Rows(train, chosen, "cifar10 train"), *measured, eval_batch=100)
 
 
 @functools.lru_cache(maxsize=1)
@@ -83,6 +84,7 @@ def tabular_problem(name: str, sizes: Sizes, flipped: float, seed: int) -> Probl
         Rows(train, observed, f"{name} train"),
         Rows(train, selected, f"{name} train"),
         Rows(test, np.arange(len(test["labels"])), f"{name} test"),
+        eval_batch=2000,
     )
 
 

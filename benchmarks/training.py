@@ -20,8 +20,6 @@ from metricopt_hf.phi import Coordinates
 
 from .problem import Problem, Task
 
-EVAL_BATCH = 500
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -99,7 +97,7 @@ def make_trainer(
         folder,
         metric_start_ratio=0,
         per_device_train_batch_size=budget.batch_size,
-        per_device_eval_batch_size=EVAL_BATCH,
+        per_device_eval_batch_size=problem.eval_batch,
         greater_is_better=task.greater_is_better,
         seed=seed,
         use_cpu=True,

@@ -105,7 +105,9 @@ class MetricOptConfig(TrainingArguments):
     )
     value_weight: float = field(
         default=8.0,
-        metadata={"help": "lambda: length of the value gradient against the task gradient's, at full trust."},
+        metadata={
+            "help": "lambda: length of the value gradient against the task gradient's, at full trust and certainty."
+        },
     )
     value_function_name_or_path: str | None = field(
         default=None, metadata={"help": "A value function to start from: a folder, or a name on the Hub."}
@@ -119,7 +121,7 @@ class MetricOptConfig(TrainingArguments):
         metadata={"help": "Metric calls in a round: antithetic pairs, and, if odd, one at phi itself."},
     )
     explore_std: float = field(
-        default=0.2, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
+        default=0.3, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
     )
     observation_size: int | None = field(
         default=None,

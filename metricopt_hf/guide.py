@@ -2,7 +2,7 @@
 
 A new guide says three things: what it predicts (`predict`), what it makes of the observations (`fit`), and in which
 direction of phi the metric rises (`ascent`). How far it is followed is not its own to say: every guide, ours, the
-controls and yours, is judged by the same `Trust`.
+controls and yours, is judged by the same `Trust`. It may ask for less where it is not sure (`certainty`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Direction:
 
     Attributes:
         vector: v, [d], in phi; a step *against* it improves the metric, as with a loss gradient. Its length is ignored.
-        trust: in [0, 1].
+        trust: in [0, 1]; how far to follow the guide here.
         reason: why the trust is what it is, in a few words.
     """
 
@@ -78,7 +78,7 @@ class Guide(ABC):
         if trust == 0:
             return Direction(torch.zeros_like(phi), 0.0, reason)
         ascent = self.ascent(phi)
-        return Direction(-ascent if self.greater_is_better else ascent, trust, reason)
+        return Direction(-ascent if self.greater_is_better else ascent, trust * self.certainty(phi), reason)
 
     def switch_off(self, reason: str) -> None:
         """Follow this guide no more; `reason` is what `direction` answers from now on."""
@@ -95,6 +95,10 @@ class Guide(ABC):
     @abstractmethod
     def ascent(self, phi: Tensor) -> Tensor:
         """A direction of phi, [d] -> [d], in which the metric's value rises (whether or not that is better)."""
+
+    def certainty(self, phi: Tensor) -> float:
+        """How sure it is of `ascent` at phi: [d] -> [0, 1], by which its trust is multiplied."""
+        return 1.0
 
     def loss_term(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Tensor | None:
         """A differentiable scalar to be added to the training loss of this batch, in the metric phase only, or None."""
@@ -119,7 +123,7 @@ class ValueFunctionGuide(Guide):
     """
 
     # optimizer steps of a fit: the first from scratch, the others warm
-    FIRST_FIT_STEPS, WARM_FIT_STEPS = 150, 30
+    FIRST_FIT_STEPS, WARM_FIT_STEPS = 150, 20
 
     def __init__(self, value_function: ValueFunction | None = None, shuffled: bool = False):
         self._given, self.shuffled = value_function, shuffled
@@ -164,6 +168,10 @@ class ValueFunctionGuide(Guide):
     def ascent(self, phi: Tensor) -> Tensor:
         gradient = self.value_function.gradient(self.coordinates.encode(phi).cpu())
         return self.coordinates.lift(gradient.to(phi.device))
+
+    def certainty(self, phi: Tensor) -> float:
+        """Blending ignores a direction's length, and near an optimum of the metric nothing but noise is left of it."""
+        return float(self.value_function.agreement(self.coordinates.encode(phi).cpu()))
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -181,7 +181,7 @@ class MetricPhase:
         if not self.curve:
             return {}
         latest = self.curve[-1]
-        names = ("selection", "trust", "rank_correlation", "observation_mean", "coverage", "calls")
+        names = ("selection", "trust", "certainty", "rank_correlation", "observation_mean", "coverage", "calls")
         scalars = {name: float(latest[name]) for name in names if latest.get(name) is not None}
         scalars["failed_calls"] = float(self.failures)
         return {name: value for name, value in scalars.items() if np.isfinite(value)}
@@ -233,6 +233,7 @@ class MetricPhase:
                 "selection": self.curve_score,
                 "trust": trust,
                 "reason": reason,
+                "certainty": self.guide.certainty(self.phi.read()) if trust > 0 else None,
                 "rank_correlation": self.guide.trust.correlation,
                 "observation_mean": float(np.mean(self.trajectory.last_round.scores)) if len(self.trajectory) else None,
                 "predicted": self._predicted(),

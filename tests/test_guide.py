@@ -204,6 +204,28 @@ def test_a_guide_that_predicts_the_opposite_is_not_followed():
     assert guide.direction(torch.zeros(D)).reason == NOT_PREDICTIVE
 
 
+def test_it_is_followed_less_where_it_is_not_certain():
+    class Doubtful(Truth):
+        def certainty(self, phi):
+            return float(phi[0])
+
+    guide = trusted(started(Doubtful))
+    full = trusted(started(Truth)).direction(torch.zeros(D))
+    for certainty in (1.0, 0.25, 0.0):
+        direction = guide.direction(torch.full((D,), certainty))
+        assert direction.trust == pytest.approx(certainty * full.trust)
+        assert torch.equal(direction.vector, full.vector)
+
+
+def test_a_value_function_is_as_certain_as_its_members_agree():
+    guide = started("value function")
+    taught(guide)
+    phi = torch.randn(D)
+    agreement = float(guide.value_function.agreement(guide.coordinates.encode(phi)))
+    assert 0 < agreement < 1 and guide.certainty(phi) == pytest.approx(agreement)
+    assert trusted(guide).direction(phi).trust == pytest.approx(agreement * guide.standing[0])
+
+
 def test_guides_that_know_nothing_are_followed_less_than_one_that_learns():
     def mean_trust(name):
         guide, values = started(name), []

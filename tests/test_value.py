@@ -85,9 +85,47 @@ def test_the_gradient_is_that_of_the_predicted_mean():
     assert torch.allclose(value_function.gradient(z[0]), numeric[0], rtol=1e-5, atol=1e-7)
 
 
+def with_slopes(*slopes):
+    """A value function whose members all are linear, with these gradients; standardised scores have a spread of 3."""
+    value_function = ValueFunction(K, num_members=len(slopes))
+    value_function.forward = lambda z: (z * torch.as_tensor(np.stack(slopes), dtype=torch.float32)[:, None]).sum(-1)
+    value_function.score_std.fill_(3.0)
+    return value_function
+
+
+ONE, TWO = np.eye(K)[:2]
+
+
+@pytest.mark.parametrize(
+    ("slopes", "agreement"),
+    [
+        ([SLOPE, SLOPE, SLOPE], 1.0),
+        ([SLOPE], 1.0),  # nobody to disagree with
+        ([SLOPE, -SLOPE], 0.0),
+        ([ONE, TWO], 0.0),  # nothing in common, as random directions
+        ([ONE + TWO, ONE - TWO], 0.0),
+        ([2 * ONE + TWO, 2 * ONE - TWO], 0.6),  # the mean holds 4 / 5 of the square: (2 * 4 / 5 - 1) / (2 - 1)
+        ([0 * ONE, 0 * ONE], 0.0),
+    ],
+)
+def test_agreement_is_what_the_members_gradients_have_in_common(slopes, agreement):
+    value_function = with_slopes(*slopes)
+    assert float(value_function.agreement(torch.zeros(K))) == pytest.approx(agreement, abs=1e-6)
+    assert torch.allclose(value_function.agreement(torch.randn(4, K)), torch.full((4,), agreement), atol=1e-6)
+    mean = 3 * torch.as_tensor(np.mean(slopes, 0), dtype=torch.float32)
+    assert torch.allclose(value_function.gradient(torch.zeros(K)), mean)
+
+
+def test_members_agree_on_a_slope_and_not_at_an_optimum():
+    value_function = fitted(*observed(quadratic))[0]
+    at_optimum, away = torch.as_tensor(OPTIMUM, dtype=torch.float32), torch.zeros(K)
+    assert value_function.agreement(away) > 0.8 > 2 * value_function.agreement(at_optimum)
+
+
 def test_one_point_and_many_give_the_same_numbers():
     value_function = fitted(*observed())[0]
     z = torch.randn(3, K)
+    assert torch.allclose(value_function.agreement(z)[1], value_function.agreement(z[1]), atol=1e-6)
     mean, std = value_function.predict(z)
     assert mean.shape == std.shape == (3,) and value_function.gradient(z).shape == (3, K)
     one_mean, one_std = value_function.predict(z[1])
@@ -97,7 +135,7 @@ def test_one_point_and_many_give_the_same_numbers():
 
 @pytest.mark.parametrize("shape", [(K + 1,), (3, K - 1), (2, 3, K), ()])
 def test_points_of_another_shape_are_refused(shape):
-    for ask in (ValueFunction(K).predict, ValueFunction(K).gradient):
+    for ask in (ValueFunction(K).predict, ValueFunction(K).gradient, ValueFunction(K).agreement):
         with pytest.raises(ValueFunctionError, match=rf"\[n, {K}\]"):
             ask(torch.zeros(shape))
 

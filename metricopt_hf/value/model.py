@@ -74,8 +74,11 @@ class ValueFunction(nn.Module):
                 bias.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Standardised predictions of every member. z: [n, k] -> [members, n]."""
-        h = ((z - self.z_mean) / self.z_std).expand(self.num_members, *z.shape)
+        """Standardised predictions of every member. z: [n, k], or points of its own for each, [members, n, k]
+
+        -> [members, n].
+        """
+        h = ((z - self.z_mean) / self.z_std).expand(self.num_members, *z.shape[-2:])
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(bias, h, weight)
             if i < len(self.weights) - 1:
@@ -101,11 +104,28 @@ class ValueFunction(nn.Module):
 
     def gradient(self, z: Tensor) -> Tensor:
         """Gradient of the predicted mean, in units of the metric per unit of z. z: [n, k] (or [k]) -> same shape."""
-        z = self._checked(z).detach().clone().requires_grad_()
+        return self._gradients(z).mean(0)
+
+    def agreement(self, z: Tensor) -> Tensor:
+        """How far the members agree on the gradient at z: [n, k] (or [k]) -> [n] (or a scalar), in [0, 1].
+
+        The intraclass correlation of their gradients: which share of a member's squared gradient all have in common. 1
+        where they are the same, 0 where they have no more in common than random ones would, as at an optimum.
+        """
+        gradients, members = self._gradients(z), self.num_members
+        squared = gradients.square().sum(-1).mean(0)
+        if members == 1:
+            return torch.ones_like(squared)
+        share = gradients.mean(0).square().sum(-1) / squared.clamp_min(torch.finfo(squared.dtype).tiny)
+        return ((members * share - 1) / (members - 1)).clamp(0, 1)
+
+    def _gradients(self, z: Tensor) -> Tensor:
+        """Every member's gradient. z: [n, k] (or [k]) -> [members, n, k] (or [members, k])."""
+        points = self._checked(z).detach().expand(self.num_members, *z.shape).clone().requires_grad_()
         with torch.enable_grad():
-            total = self(z.reshape(-1, self.num_coordinates)).mean(0).sum()
-            (gradient,) = torch.autograd.grad(total, z)
-        return gradient * self.score_std
+            total = self(points.reshape(self.num_members, -1, self.num_coordinates)).sum()
+            (gradients,) = torch.autograd.grad(total, points)
+        return gradients * self.score_std
 
     # Sharing
 
