@@ -104,7 +104,7 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     value_weight: float = field(
-        default=8.0,
+        default=16.0,
         metadata={
             "help": "lambda: length of the value gradient against the task gradient's, at full trust and certainty."
         },
