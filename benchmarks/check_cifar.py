@@ -54,7 +54,7 @@ def make_trainer(seed: int, splits: cifar.Splits, max_steps: int, folder: str, *
         learning_rate=3e-3,
         lr_scheduler_type="constant",
         per_device_train_batch_size=64,
-        per_device_eval_batch_size=250,
+        per_device_eval_batch_size=100,
         metric_name_or_path=METRIC,
         greater_is_better=True,
         metric_start_ratio=0,

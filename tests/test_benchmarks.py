@@ -18,6 +18,7 @@ from transformers import EvalPrediction
 
 from benchmarks import (
     bench_report,
+    ceiling,
     conduct,
     measure,
     methods,
@@ -174,6 +175,15 @@ class Inline:
         future = Future()
         future.set_result(function(*arguments))
         return future
+
+
+def test_ceilings_are_of_the_start():
+    for seed in range(3):
+        plain, observed, _, itself = ceiling.ceilings(TOY, seed)
+        started = measure.run_one(TOY, "start", seed, {}, TINY, {})["variants"]
+        assert plain == pytest.approx(started[measure.PLAIN]["scores"]["report"], rel=1e-5)
+        assert observed == pytest.approx(started[measure.POST_HOC]["scores"]["report"], rel=1e-5)
+        assert itself >= plain
 
 
 def test_the_estimate():

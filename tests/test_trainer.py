@@ -115,12 +115,29 @@ def test_the_truth_improves_the_metric_that_the_loss_does_not_see(tmp_path):
     assert guided.selection.score < 0.5 * loss_only.selection.score
 
 
+def test_a_guide_is_followed_as_far_as_it_is_certain(tmp_path):
+    class Doubtful(Truth):
+        def certainty(self, phi):
+            return 0.25
+
+    def run(guide):
+        trainer = quadratic_trainer(tmp_path, guide)
+        trainer.train()
+        return trainer.phase
+
+    sure, unsure = run(Truth()), run(Doubtful())
+    told = [row for row in unsure.curve if row["trust"] > 0]
+    assert told and all(row["certainty"] == 0.25 for row in told) and unsure.log_scalars()["certainty"] == 0.25
+    assert unsure.direction.trust == pytest.approx(0.25 * told[-1]["trust"])
+    assert not torch.equal(sure.last_phi, unsure.last_phi)
+
+
 def test_a_guide_that_lies_is_not_followed(tmp_path):
     """Its predictions are the truth's, turned round: trust is zero at every step, and training is the loss's alone."""
     lied, loss_only = quadratic_trainer(tmp_path, Truth(-1)), quadratic_trainer(tmp_path, value_weight=0)
     lied.train()
     loss_only.train()
-    assert all(entry["trust"] == 0 for entry in lied.phase.curve)
+    assert all(entry["trust"] == 0 and entry["certainty"] is None for entry in lied.phase.curve)
     assert torch.equal(lied.phase.last_phi, loss_only.phase.last_phi)
 
 

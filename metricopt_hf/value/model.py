@@ -74,10 +74,7 @@ class ValueFunction(nn.Module):
                 bias.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Standardised predictions of every member. z: [n, k], or points of its own for each, [members, n, k]
-
-        -> [members, n].
-        """
+        """Standardised predictions of every member. z: [n, k], or for each its own [members, n, k] -> [members, n]."""
         h = ((z - self.z_mean) / self.z_std).expand(self.num_members, *z.shape[-2:])
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(bias, h, weight)
