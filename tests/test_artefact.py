@@ -284,7 +284,9 @@ def test_sizes_are_refused_before_anything_is_allocated(folder):
 def learned(tmp_path_factory):
     """Folder of a value function that knows the quadratic toy."""
     folder = tmp_path_factory.mktemp("learned")
-    run = quadratic_trainer(folder, max_steps=40, explore_std=0.3, metric_call_budget=None, observe_steps=4)
+    # a weight of its own, so that what it has seen, and how well it fits that, does not hang on the default
+    settings = {"value_weight": 3.0, "explore_std": 0.3, "metric_call_budget": None, "observe_steps": 4}
+    run = quadratic_trainer(folder, max_steps=40, **settings)
     run.train()
     run.save_model()
     return folder / "value_function"
