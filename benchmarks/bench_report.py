@@ -224,6 +224,10 @@ def conduct(all_rows: dict[str, dict], known: dict[str, Task]) -> Iterator[str]:
                 total[method, against] += worse
                 total[method, against, "runs"] += seeds
                 harmed.append(f"{worse} of {seeds}" if seeds else "")
+        for method in LOSS_ONLY:
+            worse, seeds = harm(task, rows.get((method, PLAIN)), reference(task, rows, PLAIN))
+            total[method, "loss"] += worse
+            total[method, "loss", "runs"] += seeds
         searcher, needed, spent = calls_needed(task, rows, OURS, BLACK_BOX)
         total["few calls"] += task.headline and needed is not None and FEW * needed <= spent
         inside, observations = coverage(ours)
@@ -259,7 +263,9 @@ def conduct(all_rows: dict[str, dict], known: dict[str, Task]) -> Iterator[str]:
         "Harmed: the run ends below the other by more than two standard errors of the paired difference (over items). "
         f"In all {harms(OURS, 'loss')} against loss only at its best, {harms(OURS, 'unguided')} against the same "
         f"without guidance; with the guide's predictions and directions negated {harms(NEGATED, 'loss')} and "
-        f"{harms(NEGATED, 'unguided')}. {total['inside'] / max(total['observations'], 1):.1%} of the new observations "
+        f"{harms(NEGATED, 'unguided')}. By the same count the loss alone, at one setting for all tasks, harms "
+        f"{harms(LOSS_ONLY[0], 'loss')} at its own and {harms(UNGUIDED, 'loss')} at MetricOpt's, against its best of "
+        f"the two. {total['inside'] / max(total['observations'], 1):.1%} of the new observations "
         "lay in the 90 % interval that the value function gave before it was told. Time: of a run, all of the "
         "guidance's calls in it, with the same cached evaluation, beside other processes. The searcher is the one that "
         "ends best on the selection split; MetricOpt reaches that score, also on the selection split, with at most "
