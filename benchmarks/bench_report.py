@@ -217,27 +217,27 @@ def conduct(all_rows: dict[str, dict], known: dict[str, Task]) -> Iterator[str]:
         task, ours = known[name], rows.get((OURS, PLAIN))
         if ours is None:
             continue
-        unguided, harmed = rows.get((UNGUIDED, PLAIN)), []
-        for method in (OURS, NEGATED):
-            for against, other in (("loss", reference(task, rows, PLAIN)), ("unguided", unguided)):
-                worse, seeds = harm(task, rows.get((method, PLAIN)), other)
-                total[method, against] += worse
-                total[method, against, "runs"] += seeds
-                harmed.append(f"{worse} of {seeds}" if seeds else "")
+        others = {"loss": reference(task, rows, PLAIN), "unguided": rows.get((UNGUIDED, PLAIN))}
+
+        def harmed(method: str, against: str, task=task, rows=rows, others=others) -> str:
+            worse, seeds = harm(task, rows.get((method, PLAIN)), others[against])
+            total[method, against] += worse
+            total[method, against, "runs"] += seeds
+            return f"{worse} of {seeds}" if seeds else ""
+
+        shown = [harmed(method, against) for method in (OURS, NEGATED) for against in others]
         for method in LOSS_ONLY:
-            worse, seeds = harm(task, rows.get((method, PLAIN)), reference(task, rows, PLAIN))
-            total[method, "loss"] += worse
-            total[method, "loss", "runs"] += seeds
+            harmed(method, "loss")
         searcher, needed, spent = calls_needed(task, rows, OURS, BLACK_BOX)
         total["few calls"] += task.headline and needed is not None and FEW * needed <= spent
         inside, observations = coverage(ours)
         total["inside"] += inside
         total["observations"] += observations
-        times = seconds_ratio(ours, unguided)
+        times = seconds_ratio(ours, others["unguided"])
         table.append(
             [
                 name + " *" * task.headline,
-                *harmed,
+                *shown,
                 f"{inside / observations:.1%}" if observations else "",
                 "" if times is None else f"{times:.1f}",
                 searcher and f"{RIVALS[searcher].title}: {'not in' if needed is None else f'{needed} of'} {spent}",
