@@ -65,8 +65,8 @@ class EvolutionGuide(Guide):
 class NegatedGuide(ValueFunctionGuide):
     """Says the opposite of all that MetricOpt's guide says: what trust is there to find out."""
 
-    def predict(self, z: np.ndarray) -> np.ndarray | None:
-        predicted = super().predict(z)
+    def predict_held_out(self, trajectory: Trajectory) -> np.ndarray | None:
+        predicted = super().predict_held_out(trajectory)
         return None if predicted is None else -predicted
 
     def ascent(self, phi: Tensor) -> Tensor:
@@ -134,7 +134,8 @@ def _formula(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _evolution(task, problem, seed, budget, folder, config) -> Outcome:
-    numbers = {name: value for name, value in config.items() if name != "memory"}
+    # it keeps no folds apart, so each of its calls sees the whole set
+    numbers = {"observation_folds": 1, **{name: value for name, value in config.items() if name != "memory"}}
     return train(task, problem, seed, budget, folder, numbers, guide=EvolutionGuide(config["memory"]))
 
 
@@ -168,7 +169,7 @@ RIVALS: dict[str, Rival] = {
     "metricopt": Rival(
         "MetricOpt",
         partial(_guided, "value_function"),
-        _grid(phi_learning_rate=(2e-3, 3e-3, 5e-3), value_weight=(8.0, 16.0)),
+        _grid(phi_learning_rate=(2e-3, 3e-3, 5e-3), value_weight=(32.0, 64.0)),
         soup=True,
         seeds=10,
     ),

@@ -17,7 +17,7 @@ from .value import ValueFunction
 
 LEVEL = 0.9  # of the intervals that `coverage` is about
 # Weight of a round against the next one: a short memory, since errors shrink as observations come in.
-DISCOUNT = 0.6
+DISCOUNT = 0.7
 
 
 @dataclass

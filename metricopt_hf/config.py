@@ -104,7 +104,7 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     value_weight: float = field(
-        default=16.0,
+        default=64.0,
         metadata={
             "help": "lambda: length of the value gradient against the task gradient's, at full trust and certainty."
         },
@@ -119,6 +119,14 @@ class MetricOptConfig(TrainingArguments):
     observations_per_step: int = field(
         default=8,
         metadata={"help": "Metric calls in a round: antithetic pairs, and, if odd, one at phi itself."},
+    )
+    observation_folds: int = field(
+        default=2,
+        metadata={
+            "help": "Disjoint parts of the observation set. Each metric call sees one of them; what was learned from "
+            "others says how far to trust it, so that a gain which holds for one part alone is not followed. "
+            "1: each call sees the whole set."
+        },
     )
     explore_std: float = field(
         default=0.3, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
@@ -161,6 +169,7 @@ class MetricOptConfig(TrainingArguments):
             ),
             "observe_steps": (self.observe_steps is None or self.observe_steps >= 1, "at least 1"),
             "observations_per_step": (self.observations_per_step >= 2, "at least 2, one antithetic pair"),
+            "observation_folds": (self.observation_folds >= 1, "at least 1"),
             "explore_std": (0 < self.explore_std < float("inf"), "positive"),
             "observation_size": (self.observation_size is None or self.observation_size >= 1, "at least 1"),
             "observation_cache_gb": (self.observation_cache_gb >= 0, "at least 0"),

@@ -37,6 +37,25 @@ def cut(dataset: Any, size: int | None, seed: int) -> tuple[Any, Any]:
     return take(dataset, order[:size]), take(dataset, order[size : 2 * size])
 
 
+def folds(dataset: Any, count: int, seed: int) -> list[Any]:
+    """Disjoint random parts of a data set, of equal size but for one example, each in its order.
+
+    One that is iterated, or has no length, cannot be divided: it is the only part.
+
+    Raises:
+        ConfigurationError: there are fewer examples than parts.
+    """
+    if count == 1 or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return [dataset]
+    if len(dataset) < count:
+        raise ConfigurationError(
+            f"The observation set has {len(dataset)} examples, too few for observation_folds={count}: give it more, or "
+            "set observation_folds=1."
+        )
+    parts = np.array_split(np.random.default_rng(seed).permutation(len(dataset)), count)
+    return [take(dataset, np.sort(part)) for part in parts]
+
+
 def take(dataset: Any, indices: np.ndarray) -> Any:
     """The examples at `indices` of a `datasets.Dataset` or a map-style torch data set, in this order."""
     indices = [int(i) for i in indices]

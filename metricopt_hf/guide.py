@@ -21,7 +21,7 @@ from .errors import ConfigurationError
 from .phi import Coordinates
 from .trajectory import Trajectory
 from .trust import Trust
-from .value import ValueFunction, fit
+from .value import ValueFunction, fit, learners, num_groups
 
 OFF = "switched off"
 
@@ -61,10 +61,10 @@ class Guide(ABC):
 
     def learn(self, trajectory: Trajectory) -> None:
         """Be judged on the last round of the trajectory, then learn from all of it."""
-        latest = trajectory.last_round
-        predicted = self.predict(latest.z)
+        trajectory = trajectory.aligned()
+        predicted = self.predict_held_out(trajectory)
         if predicted is not None:
-            self.trust.update(predicted, latest.scores)
+            self.trust.update(predicted, trajectory.last_round.scores)
         self.fit(trajectory)
 
     @property
@@ -87,6 +87,13 @@ class Guide(ABC):
     @abstractmethod
     def predict(self, z: np.ndarray) -> np.ndarray | None:
         """Scores expected at z: [n, k] -> [n], in any unit that rises with the metric; None before there is a fit."""
+
+    def predict_held_out(self, trajectory: Trajectory) -> np.ndarray | None:
+        """The same for the last round, each point by what was not learned from its fold: trust is judged by that.
+
+        A guide that does not keep the folds apart is judged by all that it knows.
+        """
+        return self.predict(trajectory.last_round.z)
 
     @abstractmethod
     def fit(self, trajectory: Trajectory) -> None:
@@ -117,6 +124,9 @@ class Guide(ABC):
 class ValueFunctionGuide(Guide):
     """Follows the gradient of a value function fitted online to the observations.
 
+    Of the observation set's folds each member learns from one. So the members of the others can be judged by it, and
+    what holds for the examples of one fold alone is neither trusted nor certain (cross-fitting).
+
     Args:
         value_function: a fitted one to start from, in the same coordinates; it is copied. None: a new one.
         shuffled: the control: fitted to the same observations with their scores shuffled anew at each fit.
@@ -134,7 +144,7 @@ class ValueFunctionGuide(Guide):
             raise ConfigurationError(
                 f"The value function given has {self._given.num_coordinates} coordinates, this phi {coordinates.dim}."
             )
-        self.fitted = self._given is not None
+        self.fitted, self.groups = self._given is not None, 1
         self.calibration = Calibration()
         self.value_function = copy.deepcopy(self._given) or ValueFunction(coordinates.dim)  # the given one stays
         if not self.fitted:
@@ -143,13 +153,22 @@ class ValueFunctionGuide(Guide):
     def predict(self, z: np.ndarray) -> np.ndarray | None:
         return self.value_function.predict(torch.as_tensor(z))[0].numpy() if self.fitted else None
 
+    def predict_held_out(self, trajectory: Trajectory) -> np.ndarray | None:
+        z = trajectory.last_round.z
+        held_out = ~learners(trajectory.folds, self.value_function.num_members)[:, -len(z) :]
+        if not self.fitted or not held_out.any():
+            return self.predict(z)
+        with torch.no_grad():
+            members = self.value_function(torch.as_tensor(z)).numpy()
+        return np.average(members, axis=0, weights=held_out)
+
     @property
     def coverage(self) -> float | None:
         return self.calibration.coverage
 
     def learn(self, trajectory: Trajectory) -> None:
         if self.fitted:
-            self.calibration.update(self.value_function, trajectory.last_round)
+            self.calibration.update(self.value_function, trajectory.aligned().last_round)
         super().learn(trajectory)
 
     def fit(self, trajectory: Trajectory) -> None:
@@ -161,29 +180,43 @@ class ValueFunctionGuide(Guide):
         steps = self.WARM_FIT_STEPS if self.fitted else self.FIRST_FIT_STEPS
         # measured: one given predicts best in the standardisation that its weights were learned in
         standardise = self._given is None
-        fit(self.value_function, trajectory.z, scores, trajectory.variances, self.generator, steps, standardise)
+        fit(
+            self.value_function,
+            trajectory.z,
+            scores,
+            trajectory.variances,
+            self.generator,
+            steps,
+            standardise,
+            trajectory.folds,
+        )
         self.calibration.apply(self.value_function)
-        self.fitted = True
+        self.fitted, self.groups = True, num_groups(trajectory.folds, self.value_function.num_members)
 
     def ascent(self, phi: Tensor) -> Tensor:
         gradient = self.value_function.gradient(self.coordinates.encode(phi).cpu())
         return self.coordinates.lift(gradient.to(phi.device))
 
     def certainty(self, phi: Tensor) -> float:
-        """Blending ignores a direction's length, and near an optimum of the metric nothing but noise is left of it."""
-        return float(self.value_function.agreement(self.coordinates.encode(phi).cpu()))
+        """How far the folds agree on the direction, or, where there is one fold, the members.
+
+        Blending ignores a direction's length, and near an optimum of the metric nothing but noise is left of it.
+        """
+        z = self.coordinates.encode(phi).cpu()
+        return float(self.value_function.agreement(z, self.groups if self.groups > 1 else None))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "fitted": self.fitted,
+            "groups": self.groups,
             "calibration": asdict(self.calibration),
             "value_function": self.value_function.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.fitted = state["fitted"]
+        self.fitted, self.groups = state["fitted"], state["groups"]
         self.calibration = Calibration(**state["calibration"])
         self.value_function.load_state_dict(state["value_function"])
 

@@ -12,9 +12,8 @@ PURPOSES = ("check", "observe", "select", "offline", "post-hoc")
 class Ledger:
     """Counts metric calls and their seconds by purpose.
 
-    Purposes: "check" (the one call before training that proves the metric works), "observe" (what the guidance learns
-    from), "select" (choosing the best phi), "offline" and "post-hoc" (before and after training, by the user or a
-    benchmark).
+    Purposes: "check" (before training, that the metric works), "observe" (what the guidance learns from), "select"
+    (choosing the best phi), "offline" and "post-hoc" (before and after training, by the user or a benchmark).
 
     Args:
         budget: the most calls of purpose "observe" that a run may make; None for no bound.

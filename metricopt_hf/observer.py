@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -33,7 +33,8 @@ class Observer:
 
     Args:
         phi: the space that is moved and put back.
-        evaluator: gives the metric on the observation set.
+        evaluators: give the metric on each fold of the observation set. A point is looked at on one of them, both of a
+            pair on the same.
         explore_std: standard deviation of the exploration on each coordinate.
         seed: of the private generator of the exploration, the same on every rank.
         rank, world_size: this process and how many there are; a round's points are dealt out in turn.
@@ -43,14 +44,14 @@ class Observer:
     def __init__(
         self,
         phi: PhiSpace,
-        evaluator: Evaluator,
+        evaluators: Sequence[Evaluator],
         explore_std: float,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         progress: bool = False,
     ):
-        self.phi, self.evaluator, self.explore_std = phi, evaluator, explore_std
+        self.phi, self.evaluators, self.explore_std = phi, evaluators, explore_std
         self.rank, self.world_size, self.progress = rank, world_size, progress
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -60,6 +61,13 @@ class Observer:
         pairs = torch.stack([draws, -draws], dim=1).reshape(-1, dim)
         return torch.cat([torch.zeros(count % 2, dim), pairs])
 
+    def folds(self, count: int) -> np.ndarray:
+        """[count] the fold on which each of the points of `offsets` is looked at: in turn, the first by lot."""
+        number = len(self.evaluators)
+        first = int(torch.randint(number, (), generator=self.generator)) if number > 1 else 0
+        pairs = np.arange(first, first + count // 2).repeat(2)
+        return np.concatenate([np.full(count % 2, first + count // 2), pairs]) % number
+
     def observe(self, coordinates: Coordinates, step: int, count: int) -> tuple[list[Observation], list[str]]:
         """One round of `count` metric calls over all ranks.
 
@@ -68,7 +76,7 @@ class Observer:
         """
         centre = self.phi.read()
         z = coordinates.encode(centre).cpu()
-        offsets = self.offsets(count, coordinates.dim)
+        offsets, folds = self.offsets(count, coordinates.dim), self.folds(count)
         mine = range(self.rank, count, self.world_size)
         taken: list[tuple[int, float, float, str | None]] = []
         with self.phi.restored():
@@ -76,19 +84,21 @@ class Observer:
                 self.phi.write(centre + coordinates.lift(offsets[i].to(centre.device)))
                 start = perf_counter()
                 try:
-                    score, error = self.evaluator.evaluate("observe"), None
+                    score, error = self.evaluators[folds[i]].evaluate("observe"), None
                 except MetricError as failure:
                     score, error = float("nan"), str(failure)
                 taken.append((i, score, perf_counter() - start, error))
         if self.world_size > 1:
             others = [t for t in gather_object(taken) if t[0] % self.world_size != self.rank]
-            self.evaluator.ledger.add("observe", len(others), sum(cost for _, _, cost, _ in others))
+            self.evaluators[0].ledger.add("observe", len(others), sum(cost for _, _, cost, _ in others))
             taken += others
         taken.sort(key=lambda t: t[0])
         scores = np.array([score for _, score, _, _ in taken])
-        variance = pair_variance(scores[count % 2 :].reshape(-1, 2))
+        pairs, fold_of_pair = scores[count % 2 :].reshape(-1, 2), folds[count % 2 :: 2]
+        known = [v for fold in np.unique(folds) if np.isfinite(v := pair_variance(pairs[fold_of_pair == fold]))]
+        variance = float(np.mean(known)) if known else float("nan")
         observations = [
-            Observation((z + offsets[i]).numpy(), score, variance, step, cost)
+            Observation((z + offsets[i]).numpy(), score, variance, step, cost, int(folds[i]))
             for i, score, cost, error in taken
             if error is None
         ]

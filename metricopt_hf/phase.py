@@ -84,7 +84,7 @@ class MetricPhase:
         self.make_coordinates, self.value_weight = make_coordinates, value_weight
         self.observe_steps, self.observations_per_step = observe_steps, observations_per_step
         self.max_failures, self.seed = max_failures, seed
-        self.ledger = observer.evaluator.ledger
+        self.ledger = observer.evaluators[0].ledger
         self.trajectory = Trajectory()
         self.selection = Selection()
         self.coordinates: Coordinates | None = None
@@ -123,7 +123,7 @@ class MetricPhase:
         self.coordinates = coordinates or self.make_coordinates()
         self.phi_description = self.phi.description  # of what folding takes out nothing could be said later
         self.guide.start(self.coordinates, self.metric.greater_is_better, self.seed)
-        for evaluator in (self.observer.evaluator, self.selector):
+        for evaluator in (*self.observer.evaluators, self.selector):
             if evaluator is not None:
                 evaluator.freeze(self.phi.names, lambda: self.observer.moved(self.coordinates))
 

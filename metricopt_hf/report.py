@@ -173,12 +173,12 @@ def table_note(num_seeds: int) -> str:
 
 
 def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
-    """What a trainer tells of its last run, as JSON values: selection, curve, observations, seconds by purpose."""
+    """What a trainer tells of its last run, as JSON values: selection, curve, aligned observations, seconds by purpose."""
     phase = trainer.phase
     return {
         "selected": {"step": phase.selection.step, "score": phase.selection.score},
         "curve": phase.curve,
-        "observations": [{"step": o.step, "score": o.score} for o in trainer.observations],
+        "observations": [{"step": o.step, "score": o.score} for o in phase.trajectory.aligned()],
         "calls": dict(trainer.ledger.calls),
         "seconds": dict(trainer.ledger.seconds),
     }

@@ -299,23 +299,23 @@ class MetricOptTrainer(SharingTrainer):
     def _build_phase(self, max_steps: int) -> MetricPhase:
         args = self.args
         ledger = Ledger(args.metric_call_budget)
-        evaluators = [
-            None if dataset is None else self._evaluator(dataset, ledger)
-            for dataset in (self.observation_dataset, self.selection_dataset)
-        ]
+        folds = data.folds(self.observation_dataset, args.observation_folds, args.seed)
+        if len(folds) < args.observation_folds:
+            logger.warning("The observation set cannot be divided: every call sees all of it (observation_folds=1).")
+        selection = self.selection_dataset
         return MetricPhase(
             phi=self.phi,
             metric=self.metric,
             observer=Observer(
                 self.phi,
-                evaluators[0],
+                [self._evaluator(fold, ledger, share=1 / len(folds)) for fold in folds],
                 args.explore_std,
                 args.seed,
                 args.process_index,
                 args.world_size,
                 progress=not args.disable_tqdm and self.is_local_process_zero(),
             ),
-            selector=evaluators[1],
+            selector=None if selection is None else self._evaluator(selection, ledger),
             guide=self._given_guide or guides.from_spec(args.guide, self._given_value_function),
             make_coordinates=self._make_coordinates,
             value_weight=args.value_weight,
@@ -325,11 +325,11 @@ class MetricOptTrainer(SharingTrainer):
             seed=args.seed,
         )
 
-    def _evaluator(self, dataset: Any, ledger: Ledger) -> Evaluator:
+    def _evaluator(self, dataset: Any, ledger: Ledger, share: float = 1) -> Evaluator:
         batches = data.in_order(
             *self._columns(dataset, self.args.eval_batch_size), num_workers=self.args.dataloader_num_workers
         )
-        memory = self.args.observation_cache_gb * 1e9
+        memory = self.args.observation_cache_gb * 1e9 * share
         return Evaluator(
             self.model, self._predict, batches, self.metric, ledger, memory, self.args.eval_do_concat_batches
         )
@@ -354,16 +354,18 @@ class MetricOptTrainer(SharingTrainer):
         )
 
     def _check_metric(self) -> None:
-        """The metric's first call, before any training time is spent."""
-        evaluator = self.phase.observer.evaluator
+        """The metric's first calls, one on each fold, before any training time is spent."""
+        evaluators = self.phase.observer.evaluators
         try:
-            score = on_main(evaluator, "check", self.args.process_index, self.args.world_size)
+            scores = [on_main(e, "check", self.args.process_index, self.args.world_size) for e in evaluators]
         except MetricError as error:
             raise MetricError(
                 f"{error}\nThis was the first call of the metric, on the observation set, before training; nothing "
-                "was trained. The metric is called with an EvalPrediction of the whole set (predictions, label_ids as "
-                "numpy arrays) and must return one finite number, or a dict that holds one."
+                "was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
+                "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite number, "
+                "or a dict that holds one."
             ) from error
+        score = sum(scores) / len(scores)
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
 

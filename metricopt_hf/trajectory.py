@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow
@@ -17,14 +18,14 @@ from .observation import Observation
 # what an `Observation` takes in memory, beside its numbers
 ROW_BYTES = 512
 # column of a parquet file -> attribute, beside z
-COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs"}
+COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs", "fold": "folds"}
 
 
 class Trajectory(Sequence[Observation]):
     """A growing list of observations, handed over round by round and read as arrays.
 
     Attributes of n observations in k coordinates: `z` [n, k] float32, `scores` [n], `variances` [n], `steps` [n] int64,
-    `costs` [n] float64.
+    `costs` [n] float64, `folds` [n] int64.
     """
 
     def __init__(self, observations: Sequence[Observation] = ()):
@@ -67,27 +68,33 @@ class Trajectory(Sequence[Observation]):
     def costs(self) -> np.ndarray:
         return np.array([o.cost for o in self])
 
+    @property
+    def folds(self) -> np.ndarray:
+        return np.array([o.fold for o in self], dtype=np.int64)
+
+    def aligned(self) -> Trajectory:
+        """The same with every fold's mean score moved to that of all: one holds harder examples than another."""
+        scores, folds = self.scores, self.folds
+        if len(np.unique(folds)) < 2:
+            return self
+        shift = {fold: scores.mean() - scores[folds == fold].mean() for fold in np.unique(folds)}
+        return Trajectory([replace(o, score=float(o.score + shift[o.fold])) for o in self])
+
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {
-            "z": self.z,
-            "scores": self.scores,
-            "variances": self.variances,
-            "steps": self.steps,
-            "costs": self.costs,
-        }
+        return {"z": self.z, **{name: getattr(self, name) for name in COLUMNS.values()}}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, np.ndarray]) -> Trajectory:
-        columns = (state[name] for name in ("z", "scores", "variances", "steps", "costs"))
+        rows = zip(state["z"], *(state[name] for name in COLUMNS.values()), strict=True)
         return cls(
             [
-                Observation(np.asarray(z, dtype=np.float32), float(score), float(variance), int(step), float(cost))
-                for z, score, variance, step, cost in zip(*columns, strict=True)
+                Observation(np.asarray(z, np.float32), float(score), float(variance), int(step), float(cost), int(fold))
+                for z, score, variance, step, cost, fold in rows
             ]
         )
 
     def to_parquet(self) -> bytes:
-        """A parquet file with one row per observation: z (list of float32), score, variance, step and cost."""
+        """A parquet file with one row per observation: z (list of float32), and `COLUMNS`."""
         state = self.state_dict()
         columns = {
             "z": pyarrow.array(list(state["z"]), pyarrow.list_(pyarrow.float32())),

@@ -101,7 +101,7 @@ def test_what_is_written_is_read_again(folder):
 
 def test_the_config_tells_people_what_it_is_of(folder):
     told, normalised = json.loads((folder / "config.json").read_text()), shared()
-    assert told["format_version"] == 1 and told["domain"]["phi"] == PHI
+    assert told["format_version"] == 2 and told["domain"]["phi"] == PHI
     assert told["domain"]["coordinates"] == {"kind": "random", "identity": False}
     assert told["domain"]["metric"] == {"name": "f1", "greater_is_better": True}
     assert told["normalisation"]["z_mean"] == normalised.z_mean.tolist()
@@ -156,7 +156,7 @@ STRANGE = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "JSONDecodeError"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not that of a value function"),
     "deep JSON": (lambda f: (f / "config.json").write_text("[" * 100_000), "RecursionError|JSONDecodeError"),
-    "a later version": (lambda f: config(f, format_version=2), "format version 2, .* reads 1: pip install --upgrade"),
+    "a later version": (lambda f: config(f, format_version=3), "format version 3, .* reads 2: pip install --upgrade"),
     "no version": (lambda f: config(f, format_version=None), "format version None"),
     "a size that is text": (lambda f: config(f, hidden_size="8"), "hidden_size='8'"),
     "a size that is a truth": (lambda f: config(f, num_members=True), "num_members=True"),
@@ -256,6 +256,7 @@ def test_a_bomb_in_the_observations_is_not_unpacked(folder, rows, k):
             "variance": pyarrow.array(np.zeros(rows)),
             "step": pyarrow.array(np.zeros(rows, np.int64)),
             "cost": pyarrow.array(np.zeros(rows)),
+            "fold": pyarrow.array(np.zeros(rows, np.int64)),
         }
     )
     path = folder / "observations.parquet"

@@ -59,6 +59,7 @@ def trainer(model, tmp_path, scenes=None, **changes):
         "metric_start_ratio": 0.0,
         "metric_call_budget": 4,
         "observations_per_step": 4,
+        "observation_folds": 1,
         "phi_dim": 1,
         "guide": "random",
         "per_device_train_batch_size": BATCH,
@@ -107,7 +108,7 @@ def test_observed_with_the_backbone_replayed_or_not_is_the_same(tmp_path):
         torch.manual_seed(0)
         mine = trainer(rt_detr(), tmp_path, observation_cache_gb=memory)
         mine.train()
-        prefix = mine.phase.observer.evaluator._prefix
+        prefix = mine.phase.observer.evaluators[0]._prefix
         assert prefix.active if memory else prefix is None
         scores.append([o.score for o in mine.observations])
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)

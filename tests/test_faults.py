@@ -64,10 +64,11 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("call", [0, 1])  # one on each fold
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault):
+def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault, call):
     function, message = FAULTS[fault]
-    trainer = make(tmp_path, Box(function, {0}), metric_key="score")
+    trainer = make(tmp_path, Box(function, {call}), metric_key="score")
     with pytest.raises(MetricError, match=message) as caught:
         trainer.train()
     assert "before training" in str(caught.value)
@@ -91,7 +92,7 @@ def test_a_later_fault_drops_the_observation_and_is_counted(tmp_path, fault, cap
 
 
 def test_after_many_in_a_row_guidance_is_switched_off_and_training_goes_on(tmp_path, caplog):
-    trainer = make(tmp_path, Box(raises, set(range(1, 1000))), max_metric_failures=5, metric_key="score")
+    trainer = make(tmp_path, Box(raises, set(range(2, 1000))), max_metric_failures=5, metric_key="score")
     trainer.train()
     assert trainer.state.global_step == 12
     assert "switched off" in caplog.text
@@ -134,7 +135,7 @@ def test_a_call_beyond_the_timeout_is_abandoned_and_none_is_made_before_it_is_ba
     assert box.calls == 7
     may_end.set()
     trainer.metric._abandoned.join()
-    trainer.phase.observer.evaluator.evaluate("offline")  # it is back: calls work again
+    trainer.phase.observer.evaluators[0].evaluate("offline")  # it is back: calls work again
     assert box.calls == 8
 
 
@@ -159,7 +160,7 @@ def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path)
 
 
 def test_a_selection_that_fails_costs_a_candidate_not_the_run(tmp_path):
-    trainer = make(tmp_path, Box(raises, {1}), metric_key="score")  # call 0 is the check, call 1 the first selection
+    trainer = make(tmp_path, Box(raises, {2}), metric_key="score")  # calls 0 and 1 are the checks, then it selects
     trainer.train()
     assert trainer.phase.curve[0]["selection"] is None
     assert trainer.phase.selection.step > 0

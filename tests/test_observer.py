@@ -31,7 +31,7 @@ def setting(fails=(), seed=0, **kwargs):
     phi.write(torch.linspace(-1, 1, D))
     score = Score(phi, fails)
     coordinates = Coordinates(torch.zeros(D), random_basis(D, K, torch.Generator().manual_seed(0)))
-    return Observer(phi, score, 0.1, seed, **kwargs), coordinates, score
+    return Observer(phi, [score], 0.1, seed, **kwargs), coordinates, score
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
@@ -102,6 +102,51 @@ def test_variance_is_the_scatter_of_the_pairs_means_twice():
     assert pair_variance(np.array([[1.0, 3.0], [2.0, 6.0], [0.0, 0.0]])) == pytest.approx(2 * 4.0)
     assert pair_variance(np.array([[1.0, 3.0], [2.0, np.nan], [0.0, 0.0]])) == pytest.approx(2 * 2.0)
     assert np.isnan(pair_variance(np.array([[1.0, 3.0]]))) and np.isnan(pair_variance(np.empty((0, 2))))
+
+
+class Shifted(Score):
+    """A fold of harder examples."""
+
+    def evaluate(self, purpose):
+        return super().evaluate(purpose) - 100
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 8])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_folds_take_turns_and_a_pair_is_looked_at_on_one(count, number):
+    taken, coordinates, score = setting()
+    taken.evaluators = [(Shifted if fold else Score)(taken.phi) for fold in range(number)]
+    for evaluator in taken.evaluators:
+        evaluator.ledger = score.ledger
+    seen = []
+    for step in range(12):
+        observations, _ = taken.observe(coordinates, step, count)
+        assert all((o.score < -50) == (o.fold > 0) for o in observations)
+        pairs = np.array([o.fold for o in observations[count % 2 :]]).reshape(-1, 2)
+        assert (pairs[:, 0] == pairs[:, 1]).all()
+        turns = [*pairs[:, 0], *[o.fold for o in observations[: count % 2]]]
+        assert all((b - a) % number == 1 % number for a, b in zip(turns, turns[1:], strict=False))
+        seen += turns
+    assert set(seen) == set(range(number))  # however few pairs there are in a round
+
+
+def test_one_fold_draws_no_lot():
+    taken, coordinates, score = setting()
+    expected = taken.observe(coordinates, 0, 4)[0]
+    again, *_ = setting()
+    z = coordinates.encode(again.phi.read()) + again.offsets(4, K)
+    assert np.allclose([o.z for o in expected], z)
+    following = [o.z for o in taken.observe(coordinates, 1, 4)[0]]
+    assert np.allclose(following, coordinates.encode(again.phi.read()) + again.offsets(4, K))
+
+
+def test_variance_is_not_that_between_folds():
+    taken, coordinates, score = setting()
+    harder = Shifted(taken.phi)
+    harder.ledger = score.ledger
+    taken.evaluators = [score, harder]
+    assert taken.observe(coordinates, 0, 8)[0][0].variance < 1e-6
+    assert np.isnan(taken.observe(coordinates, 1, 4)[0][0].variance)  # one pair each tells nothing
 
 
 def test_variance_estimates_the_noise_and_not_the_slope():

@@ -80,7 +80,7 @@ def test_the_metric_sees_what_is_generated(tmp_path, beams):
     assert all(name.endswith("film_scale") for name in trainer.phi.names)  # T5's norms have no bias to take a shift
     trainer.train()
     assert {p.dtype.kind for p in seen} == {"i"}
-    assert {len(p) for p in seen} == {40}
+    assert {len(p) for p in seen} == {20, 40}
     assert not any(p[:, 6:].any() for p in seen)  # generation_max_length holds; behind it Seq2SeqTrainer pads
     assert len(trainer.observations) == 16
     assert trainer.ledger.calls["observe"] == 16

@@ -6,8 +6,8 @@ import pytest
 from metricopt_hf import Observation, Trajectory
 
 
-def observation(step, score=0.5, variance=0.1):
-    return Observation(np.full(3, step, np.float32), score, variance, step, cost=0.25)
+def observation(step, score=0.5, variance=0.1, fold=0):
+    return Observation(np.full(3, step, np.float32), score, variance, step, cost=0.25, fold=fold)
 
 
 def test_it_reads_as_a_list_and_as_arrays():
@@ -25,6 +25,21 @@ def test_the_last_round_is_what_was_taken_at_the_latest_step():
     assert trajectory.last_round.scores.tolist() == [0.1, 0.2]
 
 
+def test_aligned_no_fold_scores_above_another_in_the_mean():
+    scores = [1.0, 2.0, 5.0, 6.0, 9.0]
+    trajectory = Trajectory([observation(i, s, fold=int(s > 4)) for i, s in enumerate(scores)])
+    aligned = trajectory.aligned()
+    mean = np.mean(scores)
+    assert np.allclose(aligned.scores, [mean - 0.5, mean + 0.5, *(mean + d for d in (-5 / 3, -2 / 3, 7 / 3))])
+    assert aligned.folds.tolist() == [0, 0, 1, 1, 1] and aligned.steps.tolist() == trajectory.steps.tolist()
+    assert trajectory.scores.tolist() == scores  # what was observed stays
+
+
+def test_one_fold_is_as_it_is():
+    trajectory = Trajectory([observation(0, 0.1), observation(1, 0.3)])
+    assert trajectory.aligned().scores.tolist() == [0.1, 0.3] and len(Trajectory().aligned()) == 0
+
+
 def test_it_can_be_empty():
     trajectory = Trajectory()
     assert len(trajectory) == len(trajectory.last_round) == 0
@@ -33,12 +48,13 @@ def test_it_can_be_empty():
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_its_state_gives_the_same_observations(count):
-    first = Trajectory([observation(step, variance=float("nan") if step else 0.1) for step in range(count)])
+    first = Trajectory([observation(s, variance=float("nan") if s else 0.1, fold=s % 2) for s in range(count)])
     second = Trajectory.from_state_dict(first.state_dict())
     assert len(second) == count
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a.z, b.z) and b.z.dtype == np.float32
-        assert (a.score, a.step, a.cost) == (b.score, b.step, b.cost) and type(b.step) is int
+        assert (a.score, a.step, a.cost, a.fold) == (b.score, b.step, b.cost, b.fold)
+        assert type(b.step) is type(b.fold) is int
         assert a.variance == b.variance or np.isnan([a.variance, b.variance]).all()
 
 

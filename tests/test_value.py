@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from metricopt_hf import ValueFunction, ValueFunctionError
-from metricopt_hf.value import fit
+from metricopt_hf.value import fit, learners
 
 K = 5
 SLOPE = np.array([1.0, -2.0, 0.5, 0.0, 1.5])
@@ -117,9 +117,51 @@ def test_agreement_is_what_the_members_gradients_have_in_common(slopes, agreemen
 
 
 def test_members_agree_on_a_slope_and_not_at_an_optimum():
-    value_function = fitted(*observed(quadratic))[0]
-    at_optimum, away = torch.as_tensor(OPTIMUM, dtype=torch.float32), torch.zeros(K)
-    assert value_function.agreement(away) > 0.8 > 2 * value_function.agreement(at_optimum)
+    made = [fitted(*observed(quadratic), seed=seed)[0] for seed in range(5)]
+    away, at_optimum = (
+        [float(value_function.agreement(torch.as_tensor(z, dtype=torch.float32))) for value_function in made]
+        for z in (np.zeros(K), OPTIMUM)
+    )
+    assert min(away) > 0.8 > 2 * np.mean(at_optimum)
+
+
+@pytest.mark.parametrize(
+    ("folds", "num_members", "expected"),
+    [
+        ([0, 0, 0], 3, [[1, 1, 1]] * 3),  # one fold: there is nothing to keep apart
+        ([0, 1, 1], 2, [[1, 0, 0], [0, 1, 1]]),
+        ([0, 1, 1], 4, [[1, 0, 0], [0, 1, 1]] * 2),
+        ([0, 1, 2], 2, [[1, 0, 1], [0, 1, 0]]),  # fewer members than folds
+        ([0, 1, 2], 1, [[1, 1, 1]]),
+        ([1, 1], 2, [[0, 0], [1, 1]]),  # nothing was seen of the first yet
+    ],
+)
+def test_a_member_learns_from_one_fold(folds, num_members, expected):
+    assert learners(np.array(folds), num_members).astype(int).tolist() == expected
+
+
+def test_what_a_member_does_not_learn_makes_no_difference_to_it():
+    z, scores, variances = observed()
+    folds = np.arange(len(z)) % 2
+    other = np.where(folds == 1, -scores, scores)
+    members = []
+    for told in (scores, other):
+        value_function = ValueFunction(K, num_members=4)
+        value_function.z_std.fill_(1.0), value_function.score_std.fill_(1.0)
+        fit(value_function, z, told, variances, generator(), 50, standardise=False, folds=folds)
+        members.append(value_function(torch.as_tensor(z)).detach())
+    first, second = members
+    assert torch.equal(first[[0, 2]], second[[0, 2]])
+    for member in (1, 3):
+        assert cosine(first[member], linear(z)) > 0.8 and cosine(second[member], linear(z)) < -0.8
+
+
+def test_with_one_fold_the_folds_make_no_difference():
+    z, scores, variances = observed()
+    plain, folded = ValueFunction(K), ValueFunction(K)
+    fit(plain, z, scores, variances, generator(), 20)
+    fit(folded, z, scores, variances, generator(), 20, folds=np.zeros(len(z), np.int64))
+    assert torch.equal(plain.gradient(torch.zeros(K)), folded.gradient(torch.zeros(K)))
 
 
 def test_one_point_and_many_give_the_same_numbers():

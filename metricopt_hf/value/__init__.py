@@ -1,7 +1,7 @@
 """The value function: from compact coordinates to the metric."""
 
 from .domain import Domain
-from .fit import FitReport, fit
+from .fit import FitReport, fit, learners, num_groups
 from .model import ValueFunction
 
-__all__ = ["Domain", "FitReport", "ValueFunction", "fit"]
+__all__ = ["Domain", "FitReport", "ValueFunction", "fit", "learners", "num_groups"]

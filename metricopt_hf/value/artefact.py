@@ -5,7 +5,7 @@ A folder holds
     config.json            format version, sizes, normalisation, domain: phi space, coordinates, metric and direction;
                            and the hashes of the next two, so that files of two moments are not taken for one
     model.safetensors      weights, origin phi_0 and basis Q, all float32
-    observations.parquet   what it was fitted to, so that others can refit: z, score, variance, step, cost
+    observations.parquet   what it was fitted to, so that others can refit: see `Trajectory.to_parquet`
     README.md              the card, for people; not read
 
 No file can hold code. Sizes are bounded, and the shapes that the config implies are compared with the header of the
@@ -32,7 +32,7 @@ from .domain import Domain
 
 CONFIG_FILE, TENSORS_FILE, OBSERVATIONS_FILE = "config.json", "model.safetensors", "observations.parquet"
 CARD_FILE = "README.md"
-LIBRARY, FORMAT_VERSION = "metricopt_hf", 1
+LIBRARY, FORMAT_VERSION = "metricopt_hf", 2  # 2: observations say their fold
 
 # The most that is read of a stranger: bytes of a file, and of each of the sizes in a config.
 MAX_BYTES = {CONFIG_FILE: 2**24, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}

@@ -31,6 +31,21 @@ class FitReport:
     ranking_loss: float
 
 
+def num_groups(folds: np.ndarray, num_members: int) -> int:
+    """Into how many groups of members the folds, numbered from 0, are kept apart; member m is in group m % groups."""
+    return min(int(folds.max(initial=0)) + 1, num_members)
+
+
+def learners(folds: np.ndarray, num_members: int) -> np.ndarray:
+    """[num_members, n] bool: which member learns which of n observations.
+
+    A group learns from its fold alone (where there are fewer members than folds, from several), so that all others are
+    news to it.
+    """
+    groups = num_groups(folds, num_members)
+    return np.arange(num_members)[:, None] % groups == folds[None] % groups
+
+
 def fit(
     value_function: ValueFunction,
     z: np.ndarray,
@@ -39,6 +54,7 @@ def fit(
     generator: torch.Generator,
     steps: int = 100,
     standardise: bool = True,
+    folds: np.ndarray | None = None,
 ) -> FitReport:
     """Fit in place, starting from the present weights (warm).
 
@@ -54,6 +70,7 @@ def fit(
         steps: optimizer steps.
         standardise: take the standardisation from these observations. False: keep the present one, and with it the
             function that the weights stand for.
+        folds: [n] of which part of the data each observation is, numbered from 0: see `learners`. None: all of one.
 
     Raises:
         ValueFunctionError: fewer than two observations, or something not finite.
@@ -81,7 +98,9 @@ def fit(
     weights = 1 / (noise + VARIANCE_FLOOR)
     n, members = len(targets), value_function.num_members
     bootstrap = torch.empty(members, n).exponential_(generator=generator)
-    weights = weights / weights.mean() * bootstrap
+    learns = torch.as_tensor(learners(np.zeros(n, np.int64) if folds is None else folds, members), dtype=torch.float32)
+    # what a member does not learn weighs nothing; the mean weight stays
+    weights = weights / weights.mean() * bootstrap * learns / learns.mean(1, keepdim=True).clamp_min(1 / n)
 
     # fused: these networks are so small that the optimizer's bookkeeping is a good part of a step
     optimizer = torch.optim.AdamW(value_function.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
