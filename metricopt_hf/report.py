@@ -173,7 +173,7 @@ def table_note(num_seeds: int) -> str:
 
 
 def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
-    """What a trainer tells of its last run, as JSON values: selection, curve, aligned observations, seconds by purpose."""
+    """What a trainer tells of its last run, as JSON values; observations are aligned (see `Trajectory`)."""
     phase = trainer.phase
     return {
         "selected": {"step": phase.selection.step, "score": phase.selection.score},
