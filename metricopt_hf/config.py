@@ -129,7 +129,7 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     explore_std: float = field(
-        default=0.3, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
+        default=0.4, metadata={"help": "Standard deviation of the exploration on each compact coordinate."}
     )
     observation_size: int | None = field(
         default=None,
