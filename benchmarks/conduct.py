@@ -13,15 +13,21 @@ def common_seeds(ours, other) -> list[int]:
     return [] if ours is None or other is None else sorted(set(ours.runs) & set(other.runs))
 
 
-def harm(task: Task, ours, other) -> tuple[int, int]:
-    """Runs that end below the other by more than two standard errors of the paired difference (items), and all."""
+def harm(task: Task, ours, other) -> tuple[int, int, int]:
+    """Runs that end below the other by more than two standard errors of the paired difference (items).
+
+    Returns:
+        How many; how many of them were at least as good on the selection split, so that nobody could know; and all.
+    """
     seeds = common_seeds(ours, other)
-    worse = 0
+    worse = unseen = 0
     for seed in seeds:
         a, b = ours.of(seed), other.of(seed)
         error = float(np.subtract(a["items"], b["items"]).std(ddof=1))
-        worse += task.sign * (a["scores"]["report"] - b["scores"]["report"]) < -2 * error
-    return worse, len(seeds)
+        if task.sign * (a["scores"]["report"] - b["scores"]["report"]) < -2 * error:
+            worse += 1
+            unseen += task.sign * (a["scores"]["selection"] - b["scores"]["selection"]) >= 0
+    return worse, unseen, len(seeds)
 
 
 def coverage(row) -> tuple[float, int]:

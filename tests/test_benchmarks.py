@@ -416,7 +416,18 @@ def test_verdicts():
     assert verdicts["loss_only", "plain"] == verdicts["loss_only", "post-hoc"] == ""  # the references
     # what reads labels is compared with what reads labels
     assert compared["random", "post-hoc"].difference.mean == pytest.approx(-0.102)
-    assert conduct.harm(tasks.tasks()["bank_f1"], rows["random", "plain"], rows["loss_only", "plain"]) == (5, 5)
+    assert conduct.harm(tasks.tasks()["bank_f1"], rows["random", "plain"], rows["loss_only", "plain"]) == (5, 0, 5)
+
+
+def test_harm_that_the_selection_split_shows_is_told_from_harm_that_nobody_sees():
+    lines = []
+    for seed in range(5):
+        lines.append(made_up("loss_only", seed, {"plain": 0.5}))
+        lines.append(made_up("random", seed, {"plain": 0.4 if seed else 0.6}))
+        lines[-1]["variants"]["plain"]["scores"]["selection"] = 0.6 if seed == 1 else 0.4
+    rows = bench_report.rows_of(lines)
+    harm = conduct.harm(tasks.tasks()["bank_f1"], rows["random", "plain"], rows["loss_only", "plain"])
+    assert harm == (4, 1, 5)
 
 
 def test_loss_only_is_taken_at_its_best():
