@@ -111,12 +111,13 @@ def main(argv: list[str] | None = None) -> int:
     trainer.evaluate(splits.observation)
     evaluate_seconds = perf_counter() - start
     probe_seconds = trainer.ledger.seconds["observe"] / trainer.ledger.calls["observe"]
+    images, folds = len(splits.observation), trainer.args.observation_folds
 
     print(f"\nCIFAR-10 (JPEG), ResNet-20, {METRIC}, {args.max_steps} steps\n")
     print(summary(runs, trainer) + "\n")
     print(
-        f"One observation takes {probe_seconds:.3f} s, trainer.evaluate() on the same 2,000 images "
-        f"{evaluate_seconds:.3f} s: {evaluate_seconds / probe_seconds:.1f} times as long.\n"
+        f"One observation, of {images // folds:,} images, takes {probe_seconds:.3f} s; trainer.evaluate() on {images:,} "
+        f"{evaluate_seconds:.3f} s: {evaluate_seconds / folds / probe_seconds:.1f} times as long per image.\n"
     )
     fine = True
     for method in (OURS, *CONTROLS):
