@@ -116,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nCIFAR-10 (JPEG), ResNet-20, {METRIC}, {args.max_steps} steps\n")
     print(summary(runs, trainer) + "\n")
     print(
-        f"One observation, of {images // folds:,} images, takes {probe_seconds:.3f} s; trainer.evaluate() on "
-        f"{images:,} {evaluate_seconds:.3f} s: {evaluate_seconds / folds / probe_seconds:.1f} times as long per image.\n"
+        f"One observation, of {images // folds} images, takes {probe_seconds:.3f} s; trainer.evaluate() on "
+        f"{images} {evaluate_seconds:.3f} s: {evaluate_seconds / folds / probe_seconds:.1f} times as long per image.\n"
     )
     fine = True
     for method in (OURS, *CONTROLS):
