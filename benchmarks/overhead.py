@@ -77,10 +77,10 @@ MODELS = {"ResNet-20": cifar.CifarResNet, "small ViT": small_vit}
 
 
 def observations(count: int, dim: int, seed: int = 0) -> Trajectory:
-    """Noisy values of a random quadratic."""
+    """Noisy values of a quadratic, whose optimum is not where phi starts: there no direction is certain."""
     generator = np.random.default_rng(seed)
     z = generator.normal(size=(count, dim)).astype(np.float32)
-    scores = -(z**2).sum(1) + generator.normal(size=count)
+    scores = -((z - 1) ** 2).sum(1) + generator.normal(size=count)
     return Trajectory([Observation(z[i], float(scores[i]), 1.0, i // 8, 0.0) for i in range(count)])
 
 
