@@ -117,6 +117,12 @@ def test_agreement_is_what_the_members_gradients_have_in_common(slopes, agreemen
 
 
 def test_members_agree_on_a_slope_and_not_at_an_optimum():
+    value_function = fitted(*observed(quadratic), num_members=5)[0]
+    at_optimum, away = torch.as_tensor(OPTIMUM, dtype=torch.float32), torch.zeros(K)
+    assert value_function.agreement(away) > 0.8 > 2 * value_function.agreement(at_optimum)
+
+
+def test_members_agree_on_a_slope_and_in_the_mean_over_fits_not_at_an_optimum():
     made = [fitted(*observed(quadratic), seed=seed)[0] for seed in range(5)]
     away, at_optimum = (
         [float(value_function.agreement(torch.as_tensor(z, dtype=torch.float32))) for value_function in made]
