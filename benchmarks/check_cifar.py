@@ -58,7 +58,7 @@ def make_trainer(seed: int, splits: cifar.Splits, max_steps: int, folder: str, *
         metric_name_or_path=METRIC,
         greater_is_better=True,
         metric_start_ratio=0,
-        observe_steps=10,
+        select_steps=10,
         save_strategy="no",
         logging_strategy="no",
         report_to=[],

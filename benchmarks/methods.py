@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -82,6 +82,7 @@ class Rival:
         run: (task, problem, seed, budget, folder, config) -> outcome.
         grid: settings to choose from; empty: it takes those of `settings_of`.
         settings_of: method whose setting it takes.
+        setting: its only one, where there is nothing to choose.
         soup: whether the mean of its last rounds is shown too.
         reads_labels: whether it is given the labels of the observation split, and not only the metric.
         seeds: of the final runs.
@@ -92,13 +93,16 @@ class Rival:
     run: Callable[[Task, Problem, int, Budget, str, Config], Outcome]
     grid: tuple[Config, ...] = ()
     settings_of: str | None = None
+    setting: Config = field(default_factory=dict)
     soup: bool = False
     reads_labels: bool = False
     knows_formula: bool = False
     seeds: int = 5
 
 
-NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}  # the cheapest; never looked at
+# The cheapest coordinates, as they are never looked at.
+NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
+ONE_PATH = {"loss_alone_ratio": 0.0}
 
 
 def _grid(**values: tuple) -> tuple[Config, ...]:
@@ -115,7 +119,7 @@ def _stay(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _loss_only(task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config})
+    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **ONE_PATH, **config})
 
 
 def _unguided(task, problem, seed, budget, folder, config) -> Outcome:
@@ -124,23 +128,33 @@ def _unguided(task, problem, seed, budget, folder, config) -> Outcome:
 
 def _train_and_observation(task, problem, seed, budget, folder, config) -> Outcome:
     both = ConcatDataset([problem.train, problem.observation])
-    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config}, train_dataset=both)
+    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **ONE_PATH, **config}, train_dataset=both)
 
 
 def _formula(task, problem, seed, budget, folder, config) -> Outcome:
-    numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
+    numbers = {**NO_GUIDE, **ONE_PATH, "phi_learning_rate": config["phi_learning_rate"]}
     loss = surrogate_loss(task.metric.__name__, config["task_loss_weight"])
     return train(task, problem, seed, budget, folder, numbers, loss=loss)
 
 
 def _evolution(task, problem, seed, budget, folder, config) -> Outcome:
     # it keeps no folds apart, so each of its calls sees the whole set
-    numbers = {"observation_folds": 1, **{name: value for name, value in config.items() if name != "memory"}}
+    numbers = {
+        "observation_folds": 1,
+        **ONE_PATH,
+        **{name: value for name, value in config.items() if name != "memory"},
+    }
     return train(task, problem, seed, budget, folder, numbers, guide=EvolutionGuide(config["memory"]))
 
 
 def _negated(task, problem, seed, budget, folder, config) -> Outcome:
     return train(task, problem, seed, budget, folder, config, guide=NegatedGuide())
+
+
+def _twice(task, problem, seed, budget, folder, config) -> Outcome:
+    """Guided for as many steps as the others have, then the loss alone for as many; as many calls, twice the looks."""
+    looks = {"select_steps": budget.steps // budget.rounds}
+    return train(task, problem, seed, replace(budget, steps=2 * budget.steps), folder, {**config, **looks})
 
 
 def _cma(flat: bool, task, problem, seed, budget, folder, config) -> Outcome:
@@ -166,16 +180,18 @@ LOSS_GRID = _grid(phi_learning_rate=(3e-3, 1e-2, 3e-2, 1e-1), lr_scheduler_type=
 RIVALS: dict[str, Rival] = {
     "start": Rival("pretrained", _stay, seeds=10),
     "loss_only": Rival("loss only", _loss_only, LOSS_GRID, soup=True, seeds=10),
+    "loss_small": Rival("loss only, small steps", _loss_only, setting={"phi_learning_rate": 3e-3}, seeds=10),
     "metricopt": Rival(
         "MetricOpt",
         partial(_guided, "value_function"),
-        _grid(phi_learning_rate=(3e-3,), value_weight=(32.0, 64.0, 128.0), explore_std=(0.3, 0.4)),
+        _grid(phi_learning_rate=(3e-3, 5e-3, 7e-3), value_weight=(64.0, 128.0), explore_std=(0.4,)),
         soup=True,
         seeds=10,
     ),
     "unguided": Rival("MetricOpt without guidance", _unguided, settings_of="metricopt", seeds=10),
     "shuffled": Rival("control: shuffled", partial(_guided, "shuffled"), settings_of="metricopt", seeds=10),
     "random": Rival("control: random", partial(_guided, "random"), settings_of="metricopt", seeds=10),
+    "twice": Rival("MetricOpt in twice the steps", _twice, settings_of="metricopt"),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "evolution": Rival(

@@ -32,7 +32,7 @@ class Protocol:
 
     def config(self, method: str) -> dict[str, Any]:
         rival = RIVALS[method]
-        return self.settings.get(rival.settings_of or method, {})
+        return self.settings.get(rival.settings_of or method, dict(rival.setting))
 
     def save(self, path: Path = FILE) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -46,10 +47,10 @@ class Outcome:
         step: at which it was met (black-box searchers: round times steps per round).
         selection: its score there.
         curve: per round "step", "calls" (to observe, before it), "seconds" (so far), "selection", and, where phi was
-            trained, "trust" and "coverage".
+            trained, "trust" and "coverage" (mean of the calls to observe until the next).
         ledger: metric calls and seconds by purpose.
         seconds: of the whole run.
-        soup: [d] the mean of phi over the last half of the rounds, where phi was trained.
+        soup: [d] the mean of phi over the last half of the rounds before the loss alone, where phi was trained.
     """
 
     phi: Tensor
@@ -87,7 +88,7 @@ def make_trainer(
     """A trainer on a copy of the model; `numbers` are of `MetricOptConfig`, `options` of the trainer."""
     numbers = {
         "max_steps": budget.steps,
-        "observe_steps": budget.steps // budget.rounds,
+        "select_steps": budget.steps // budget.rounds,
         "observations_per_step": budget.calls,
         "metric_call_budget": budget.rounds * budget.calls,
         "lr_scheduler_type": "constant",
@@ -155,22 +156,34 @@ def train(
     trainer.train()
     phase = trainer.phase
     seconds = perf_counter() - start
-    curve, calls = [], 0
-    for row in phase.curve:  # its calls are counted behind the look at the selection split, and so not that look's
-        ended = recorder.ends[row["step"] - 1] - start if row["step"] else 0.0
-        curve.append({"step": row["step"], "calls": calls, "seconds": round(ended, 2), "selection": row["selection"]})
-        curve[-1] |= {"trust": round(row["trust"], 3), "coverage": row["coverage"]}
-        calls = row["calls"]
-    visited = [*recorder.phis, phase.last_phi]
+    visited = [*recorder.phis[: phase.alone_step and phase.alone_step // recorder.every], phase.last_phi]
     return Outcome(
         phase.selection.phi,
         phase.selection.step,
         phase.selection.score,
-        curve,
+        per_look(phase.curve, [0.0, *(end - start for end in recorder.ends)]),
         trainer.ledger,
         seconds,
         torch.stack(visited[len(visited) // 2 :]).mean(0),
     )
+
+
+def per_look(curve: list[dict[str, Any]], ended: list[float]) -> list[dict[str, Any]]:
+    """The curve of a run with one row per look at the selection split; see `Outcome.curve`.
+
+    Args:
+        curve: of `MetricPhase`, in which there are rounds of observations between looks.
+        ended: seconds after so many steps.
+    """
+    rows, calls = [], 0
+    for entry in curve:
+        if entry["selection"] is not None:
+            seconds = round(ended[entry["step"]], 2)
+            rows.append({"step": entry["step"], "calls": calls, "seconds": seconds, "selection": entry["selection"]})
+            rows[-1] |= {"trust": round(entry["trust"], 3), "coverage": []}
+        calls = entry["calls"]  # its round came behind its look
+        rows[-1]["coverage"] += [entry["coverage"]] * (entry["coverage"] is not None)
+    return [{**row, "coverage": float(np.mean(row["coverage"])) if row["coverage"] else None} for row in rows]
 
 
 def coordinates(task: Task, problem: Problem, seed: int, folder: str) -> Coordinates:

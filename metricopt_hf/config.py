@@ -14,6 +14,9 @@ from .metric import INPUTS
 
 logger = logging.getLogger(__name__)
 
+CALLS = 160  # of the metric, to observe
+LOOKS = 20  # at the selection split, beside the last one
+
 COORDINATES = ("gradient_pca", "group_gradients", "random", "identity")
 
 # They take their step inside the backward pass, before there is a gradient that could be blended.
@@ -63,8 +66,23 @@ class MetricOptConfig(TrainingArguments):
             "metric phase begins. 0: the metric phase alone, for a model that is trained already."
         },
     )
+    loss_alone_ratio: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the metric phase, its last, in which phi starts anew from where that phase began and "
+            "follows the loss alone. What the selection split prefers of both is kept, so that guidance which does "
+            "less than the loss costs little. 0: guidance to the end."
+        },
+    )
+    loss_alone_learning_rate: float | None = field(
+        default=0.1,
+        metadata={
+            "help": "Where that part's learning rate ends: it rises from phi_learning_rate over a third of its steps. "
+            "None: it stays."
+        },
+    )
     metric_call_budget: int | None = field(
-        default=160,
+        default=CALLS,
         metadata={
             "help": "The most metric calls that the guidance may make to observe. None: no bound, 0: no guidance."
         },
@@ -89,7 +107,7 @@ class MetricOptConfig(TrainingArguments):
     )
     phi_dim: int = field(default=6, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
     phi_learning_rate: float | None = field(
-        default=3e-3,
+        default=5e-3,
         metadata={
             "help": "Peak learning rate of phi in the metric phase, which runs the schedule once of its own. "
             "None: learning_rate."
@@ -112,9 +130,16 @@ class MetricOptConfig(TrainingArguments):
     value_function_name_or_path: str | None = field(
         default=None, metadata={"help": "A value function to start from: a folder, or a name on the Hub."}
     )
+    select_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between looks at the selection split. Default: a 20th of the metric phase."},
+    )
     observe_steps: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps between rounds of observations. Default: spread the budget evenly."},
+        metadata={
+            "help": "Optimizer steps between rounds of observations. Default: spread the budget evenly over the "
+            "guided part of the metric phase."
+        },
     )
     observations_per_step: int = field(
         default=8,
@@ -157,6 +182,11 @@ class MetricOptConfig(TrainingArguments):
             "metric_inputs": (self.metric_inputs in INPUTS, f"one of {', '.join(INPUTS)}"),
             "metric_timeout": (self.metric_timeout is None or self.metric_timeout > 0, "positive"),
             "metric_start_ratio": (0 <= self.metric_start_ratio < 1, "in [0, 1)"),
+            "loss_alone_ratio": (0 <= self.loss_alone_ratio < 1, "in [0, 1)"),
+            "loss_alone_learning_rate": (
+                self.loss_alone_learning_rate is None or self.loss_alone_learning_rate > 0,
+                "positive",
+            ),
             "metric_call_budget": (self.metric_call_budget is None or self.metric_call_budget >= 0, "at least 0"),
             "max_metric_failures": (self.max_metric_failures >= 1, "at least 1"),
             "phi_coordinates": (self.phi_coordinates in COORDINATES, f"one of {', '.join(COORDINATES)}"),
@@ -167,6 +197,7 @@ class MetricOptConfig(TrainingArguments):
                 0 <= self.value_weight < float("inf"),
                 "at least 0 (the sign of the metric is greater_is_better's)",
             ),
+            "select_steps": (self.select_steps is None or self.select_steps >= 1, "at least 1"),
             "observe_steps": (self.observe_steps is None or self.observe_steps >= 1, "at least 1"),
             "observations_per_step": (self.observations_per_step >= 2, "at least 2, one antithetic pair"),
             "observation_folds": (self.observation_folds >= 1, "at least 1"),
@@ -190,13 +221,21 @@ class MetricOptConfig(TrainingArguments):
             return guess
         return self.greater_is_better
 
-    def rounds_every(self, metric_steps: int) -> int:
-        """Optimizer steps from one round to the next in a metric phase of `metric_steps`."""
+    def guided_steps(self, metric_steps: int) -> int:
+        """How many optimizer steps of a metric phase of `metric_steps` are guided, and not by the loss alone."""
+        return max(1, metric_steps - round(self.loss_alone_ratio * metric_steps))
+
+    def selects_every(self, metric_steps: int) -> int:
+        """Optimizer steps from one look at the selection split to the next in a metric phase of `metric_steps`."""
+        return max(1, metric_steps // LOOKS) if self.select_steps is None else self.select_steps
+
+    def observes_every(self, metric_steps: int) -> int:
+        """Optimizer steps from one round of observations to the next in a metric phase of `metric_steps`."""
         if self.observe_steps is not None:
             return self.observe_steps
-        calls = 160 if not self.metric_call_budget else self.metric_call_budget
+        calls = CALLS if not self.metric_call_budget else self.metric_call_budget
         rounds = -(-calls // self.observations_per_step)
-        return max(1, metric_steps // rounds)
+        return max(1, self.guided_steps(metric_steps) // rounds)
 
     def check_optimizer(self) -> None:
         """Raises ConfigurationError for an `optim` whose gradients cannot be blended."""

@@ -26,27 +26,57 @@ def give_own_learning_rate(optimizer: Optimizer, parameters: Sequence[nn.Paramet
 
 
 def restart_schedule(
-    scheduler: LRScheduler, parameters: Sequence[nn.Parameter], args: TrainingArguments, start: int, max_steps: int
+    scheduler: LRScheduler, parameters: Sequence[nn.Parameter], args: TrainingArguments, start: int, end: int
 ) -> None:
-    """Let the groups of `parameters` run the schedule once more, from `start` to `max_steps`.
+    """Let the groups of `parameters` run the schedule once more, from `start` to `end`.
 
     Before `start` they follow, as part of the whole model, the same learning rate as everything else. Schedules that
     react to evaluation instead of counting steps are left as they are.
     """
+    again = _schedule(args, end - start)
+
+    def change(before: Callable[[int], float], peak: float) -> Callable[[int], float]:
+        return lambda step: args.learning_rate / peak * before(step) if step < start else again(step - start)
+
+    _change_schedule(scheduler, parameters, change)
+
+
+def raise_learning_rate(
+    scheduler: LRScheduler, parameters: Sequence[nn.Parameter], start: int, end: int, learning_rate: float
+) -> None:
+    """From `start` to `end`, let the groups of `parameters` go from their own learning rate up to another.
+
+    It rises exponentially over the first third, as in a range test (Smith, 2017, "Cyclical learning rates"), so that
+    small steps are tried too, and stays there. Schedules that react to evaluation are left as they are.
+    """
+    rising = max(1, (end - start) // 3)
+
+    def change(before: Callable[[int], float], peak: float) -> Callable[[int], float]:
+        ratio = learning_rate / peak
+        return lambda step: before(step) if step < start else ratio ** min(1, (step - start) / rising)
+
+    _change_schedule(scheduler, parameters, change)
+
+
+def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Let the optimizer begin with `parameters` as if it had not moved them yet."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def _change_schedule(
+    scheduler: LRScheduler,
+    parameters: Sequence[nn.Parameter],
+    change: Callable[[Callable[[int], float], float], Callable[[int], float]],
+) -> None:
+    """Replace the step -> factor of the groups of `parameters`, given the old one and the group's peak learning rate."""
     if not isinstance(scheduler, LambdaLR):
         return
     mine = {id(p) for p in parameters}
-    second = _schedule(args, max_steps - start)
     for i, group in enumerate(scheduler.optimizer.param_groups):
         if any(id(p) in mine for p in group["params"]):
-            scheduler.lr_lambdas[i] = _two_phases(
-                scheduler.lr_lambdas[i], second, start, args.learning_rate / group["initial_lr"]
-            )
+            scheduler.lr_lambdas[i] = change(scheduler.lr_lambdas[i], group["initial_lr"])
             group["lr"] = group["initial_lr"] * scheduler.lr_lambdas[i](0)
-
-
-def _two_phases(first: Callable, second: Callable, start: int, ratio: float) -> Callable[[int], float]:
-    return lambda step: ratio * first(step) if step < start else second(step - start)
 
 
 def _schedule(args: TrainingArguments, steps: int) -> Callable[[int], float]:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 OUTLIER_RANGES = 20
 MIN_SCORES_FOR_OUTLIERS = 16
 OUTLIER = "The metric returned {}, far outside of everything that it returned so far."
+LOSS_ALONE = "the loss alone"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class MetricPhase:
         guide: follows or does not.
         make_coordinates: computes Q at the start of the phase.
         value_weight: lambda in `blend`.
-        observe_steps: optimizer steps from one round to the next.
+        select_steps: optimizer steps from one look at the selection split to the next.
+        observe_steps: the same from one round of observations to the next.
         observations_per_step: metric calls in a round.
         max_failures: metric calls failed in a row after which guidance is switched off.
         seed: of the guide.
@@ -75,6 +77,7 @@ class MetricPhase:
         guide: Guide,
         make_coordinates: Callable[[], Coordinates],
         value_weight: float,
+        select_steps: int,
         observe_steps: int,
         observations_per_step: int,
         max_failures: int,
@@ -82,16 +85,18 @@ class MetricPhase:
     ):
         self.phi, self.metric, self.observer, self.selector, self.guide = phi, metric, observer, selector, guide
         self.make_coordinates, self.value_weight = make_coordinates, value_weight
-        self.observe_steps, self.observations_per_step = observe_steps, observations_per_step
+        self.select_steps, self.observe_steps = select_steps, observe_steps
+        self.observations_per_step = observations_per_step
         self.max_failures, self.seed = max_failures, seed
         self.ledger = observer.evaluators[0].ledger
         self.trajectory = Trajectory()
         self.selection = Selection()
         self.coordinates: Coordinates | None = None
         self.start_step = -1
+        self.start_phi: Tensor | None = None
+        self.alone_step: int | None = None  # from here on the loss alone is followed
         self.failures, self.failures_in_a_row = 0, 0
-        self.curve_score: float | None = None
-        self.last_phi: Tensor | None = None  # where training ended, whichever phi was selected
+        self.last_phi: Tensor | None = None  # where guided training ended, whichever phi was selected
         self.direction: Direction | None = None  # of the last update
         self.curve: list[dict[str, Any]] = []  # one entry per round, for plots and logs
 
@@ -119,7 +124,7 @@ class MetricPhase:
 
     def start(self, step: int, coordinates: Coordinates | None = None) -> None:
         """Begin: everything outside phi stands still from here on."""
-        self.start_step = step
+        self.start_step, self.start_phi = step, self.phi.read()
         self.coordinates = coordinates or self.make_coordinates()
         self.phi_description = self.phi.description  # of what folding takes out nothing could be said later
         self.guide.start(self.coordinates, self.metric.greater_is_better, self.seed)
@@ -129,17 +134,21 @@ class MetricPhase:
 
     def advance(self, step: int) -> None:
         """Before the update of `step`: select, observe and learn, where it is time to."""
-        if (step - self.start_step) % self.observe_steps:
+        if step == self.alone_step:  # phi is where the phase began, and was looked at then
             return
-        self.select(step)
-        count = int(min(self.observations_per_step, self.ledger.remaining))
-        if count > 0 and self.guide.off is None:
-            self._observe(step, count)
-        self._record(step)
+        since = step - self.start_step
+        selects, observes = since % self.select_steps == 0, since % self.observe_steps == 0
+        score = self.select(step) if selects else None
+        if observes and self.alone_step is None:
+            count = int(min(self.observations_per_step, self.ledger.remaining))
+            if count > 0 and self.guide.off is None:
+                self._observe(step, count)
+        if selects or observes:
+            self._record(step, score)
 
     def correct(self) -> None:
         """Add the value gradient to the task gradient at phi."""
-        if self.value_weight == 0:
+        if self.value_weight == 0 or self.alone_step is not None:
             return
         self.direction = self.guide.direction(self.phi.read())
         if self.direction.trust > 0:
@@ -148,27 +157,36 @@ class MetricPhase:
                 blend.correction(task_grad, self.direction.vector, self.direction.trust, self.value_weight)
             )
 
-    def select(self, step: int) -> None:
-        """Measure the present phi on the selection split, and remember it if it is the best."""
-        self.curve_score = None
+    def begin_loss_alone(self, step: int) -> None:
+        """Before the forward pass of `step`: back to where the phase began, to go on by the loss alone.
+
+        The last guided phi is a candidate, and so are all that follow.
+        """
+        self.last_phi = self.phi.read()
+        self._record(step, self.select(step))
+        self.phi.write(self.start_phi)
+        self.alone_step = step
+
+    def select(self, step: int) -> float | None:
+        """Measure the present phi on the selection split, and remember it if it is the best; None if that failed."""
         if self.selector is None:
-            return
+            return None
         try:
             score = on_main(self.selector, "select", self.observer.rank, self.observer.world_size)
             if self._outlier(score):
                 raise MetricError(OUTLIER.format(score))
         except MetricError as error:
             self._failed([str(error)], succeeded=0)
-            return
-        self.curve_score = score
+            return None
         if self.selection.phi is None or self.metric.sign * (score - self.selection.score) > 0:
             self.selection = Selection(self.phi.read(), score, step)
+        return score
 
     def finish(self, step: int) -> None:
         """The last phi is a candidate too; then the best one is put in place."""
-        self.last_phi = self.phi.read()
-        self.select(step)
-        self._record(step)
+        if self.alone_step is None:
+            self.last_phi = self.phi.read()
+        self._record(step, self.select(step))
         if self.selection.phi is not None:
             self.phi.write(self.selection.phi)
             logger.info(
@@ -190,6 +208,8 @@ class MetricPhase:
         """Nested dict of tensors and JSON values."""
         return {
             "start_step": self.start_step,
+            "start_phi": self.start_phi,
+            "alone_step": self.alone_step,
             "origin": self.coordinates.origin,
             "basis": self.coordinates.basis,
             "coordinates": self.coordinates.kind,
@@ -207,6 +227,7 @@ class MetricPhase:
         basis = None if basis is None else basis.to(device)
         coordinates = Coordinates(state["origin"].to(device), basis, state["coordinates"])
         self.start(state["start_step"], coordinates)
+        self.start_phi, self.alone_step = state["start_phi"].to(device), state["alone_step"]
         self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})
         self.guide.load_state_dict(state["guide"])
         self.observer.generator.set_state(state["generator"].to(torch.uint8))
@@ -224,13 +245,13 @@ class MetricPhase:
             self.trajectory.extend(usable)
             self.guide.learn(self.trajectory)
 
-    def _record(self, step: int) -> None:
-        """One more entry of the curve."""
-        trust, reason = self.guide.standing
+    def _record(self, step: int, selection: float | None) -> None:
+        """One more entry of the curve; `selection`: the score on that split, where it was looked at."""
+        trust, reason = self.guide.standing if self.alone_step is None else (0.0, LOSS_ALONE)
         self.curve.append(
             {
                 "step": step,
-                "selection": self.curve_score,
+                "selection": selection,
                 "trust": trust,
                 "reason": reason,
                 "certainty": self.guide.certainty(self.phi.read()) if trust > 0 else None,

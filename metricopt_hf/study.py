@@ -204,7 +204,7 @@ def start(
     if first_steps is None:
         first_steps = round(args.metric_start_ratio * steps)
         steps -= first_steps
-    args = replace(args, max_steps=steps, metric_start_ratio=0.0, observe_steps=args.rounds_every(steps))
+    args = replace(args, max_steps=steps, metric_start_ratio=0.0)
     made = Start(model, args, splits, options, class_bias)
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
     logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")

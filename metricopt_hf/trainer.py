@@ -22,7 +22,7 @@ from .ledger import Ledger
 from .metric import Metric
 from .observation import Observation
 from .observer import Observer, on_main
-from .optimization import give_own_learning_rate, restart_schedule
+from .optimization import forget, give_own_learning_rate, raise_learning_rate, restart_schedule
 from .phase import MetricPhase
 from .phi import Coordinates, PhiSpace
 from .sharing import SharingTrainer
@@ -37,8 +37,9 @@ class MetricOptTrainer(SharingTrainer):
     A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
     and in eval mode (else batch statistics and dropout would move, and the metric would be no function of phi); the
     metric is observed at and around phi, a value function is fitted to it online, and its gradient is blended into the
-    task gradient as far as it has proved to predict. At the end the best phi by the selection split is put in place and
-    folded into plain weights. Without a metric this class is Trainer.
+    task gradient as far as it has proved to predict. Then phi starts anew and follows the loss alone
+    (`loss_alone_ratio`). At the end the best phi of all by the selection split is put in place and folded into plain
+    weights. Without a metric this class is Trainer.
 
     Takes all arguments of `Trainer`, with `args` a `MetricOptConfig`, and:
 
@@ -138,6 +139,7 @@ class MetricOptTrainer(SharingTrainer):
         self._outside_phi = [p for name, p in self.model.named_parameters() if name not in phi_names]
         self._requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self._metric_start = round(self.args.metric_start_ratio * max_steps)
+        self._alone_start = self._metric_start + self.args.guided_steps(max_steps - self._metric_start)
         for parameter in self.phi.parameters:
             parameter.requires_grad_(True)
         if self._metric_start == 0:
@@ -155,6 +157,9 @@ class MetricOptTrainer(SharingTrainer):
         self._training_phi = step >= self._metric_start
         if self._training_phi and not self._parallel:
             self._freeze()
+        if step == self._alone_start and self.phase.alone_step is None:
+            self.phase.begin_loss_alone(step)
+            forget(self.optimizer, self.phi.parameters)
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
@@ -209,11 +214,15 @@ class MetricOptTrainer(SharingTrainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Each phase runs the user's schedule once: the first over its own steps, as a shorter Trainer run would."""
-        start = self._metric_start if self.guided else 0
-        if start == 0 or self.lr_scheduler is not None:
+        if not self.guided or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        scheduler = super().create_scheduler(start, optimizer)
-        restart_schedule(scheduler, self.phi.parameters, self.args, start, num_training_steps)
+        args, start, alone = self.args, self._metric_start, self._alone_start
+        scheduler = super().create_scheduler(start or alone, optimizer)
+        if start:
+            restart_schedule(scheduler, self.phi.parameters, args, start, alone)
+        if alone < num_training_steps:
+            rate = args.loss_alone_learning_rate or args.phi_learning_rate or args.learning_rate
+            raise_learning_rate(scheduler, self.phi.parameters, alone, num_training_steps, rate)
         return scheduler
 
     # Saving, and going on
@@ -319,7 +328,8 @@ class MetricOptTrainer(SharingTrainer):
             guide=self._given_guide or guides.from_spec(args.guide, self._given_value_function),
             make_coordinates=self._make_coordinates,
             value_weight=args.value_weight,
-            observe_steps=args.rounds_every(max_steps - self._metric_start),
+            select_steps=args.selects_every(max_steps - self._metric_start),
+            observe_steps=args.observes_every(max_steps - self._metric_start),
             observations_per_step=args.observations_per_step,
             max_failures=args.max_metric_failures,
             seed=args.seed,

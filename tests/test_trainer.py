@@ -62,6 +62,8 @@ def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, **kwargs):
         "phi_coordinates": "identity",
         "phi_learning_rate": None,
         "metric_start_ratio": 0,
+        "loss_alone_ratio": 0,
+        "select_steps": 1,
         "observe_steps": 1,
         "greater_is_better": False,
         "save_strategy": "no",
