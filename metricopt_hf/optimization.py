@@ -69,7 +69,7 @@ def _change_schedule(
     parameters: Sequence[nn.Parameter],
     change: Callable[[Callable[[int], float], float], Callable[[int], float]],
 ) -> None:
-    """Replace the step -> factor of the groups of `parameters`, given the old one and the group's peak learning rate."""
+    """Replace the step -> factor of the groups of `parameters`, given the old one and the group's peak rate."""
     if not isinstance(scheduler, LambdaLR):
         return
     mine = {id(p) for p in parameters}

@@ -19,6 +19,8 @@ OTHERS = {
     "metric_kwargs": {"average": "macro", "k": 3},
     "metric_timeout": 2.5,
     "metric_start_ratio": 0.0,
+    "loss_alone_ratio": 0.0,
+    "loss_alone_learning_rate": 0.01,
     "metric_call_budget": 0,
     "max_metric_failures": 1,
     "phi": r"\.bias$",
@@ -28,6 +30,7 @@ OTHERS = {
     "guide": "random",
     "value_weight": 0.0,
     "value_function_name_or_path": "folder",
+    "select_steps": 4,
     "observe_steps": 5,
     "observations_per_step": 4,
     "observation_folds": 3,
@@ -88,6 +91,10 @@ BAD = [
     ("guide", "evolution"),
     ("value_weight", -1.0),
     ("value_weight", float("nan")),
+    ("loss_alone_ratio", 1.0),
+    ("loss_alone_ratio", -0.1),
+    ("loss_alone_learning_rate", 0.0),
+    ("select_steps", 0),
     ("observe_steps", 0),
     ("observations_per_step", 1),
     ("observation_folds", 0),
@@ -118,18 +125,30 @@ def test_where_nothing_is_the_default_it_can_be_given(name):
 @pytest.mark.parametrize(
     ("given", "metric_steps", "every"),
     [
-        ({}, 200, 10),  # 160 calls, 8 a round: 20 rounds
-        ({"metric_call_budget": 80}, 200, 20),
-        ({"metric_call_budget": 81}, 220, 20),  # the last round may be smaller
-        ({"observations_per_step": 16}, 200, 20),
-        ({"metric_call_budget": 0}, 200, 10),
-        ({"metric_call_budget": None}, 200, 10),
+        ({"loss_alone_ratio": 0}, 200, 10),  # 160 calls, 8 a round: 20 rounds
+        ({}, 200, 5),  # half of the steps are guided
+        ({"loss_alone_ratio": 0.4}, 200, 6),
+        ({"metric_call_budget": 80}, 200, 10),
+        ({"metric_call_budget": 81}, 220, 10),  # the last round may be smaller
+        ({"observations_per_step": 16}, 200, 10),
+        ({"metric_call_budget": 0}, 200, 5),
+        ({"metric_call_budget": None}, 200, 5),
         ({}, 5, 1),
         ({"observe_steps": 7}, 200, 7),
     ],
 )
-def test_rounds_are_spread_over_the_metric_phase(given, metric_steps, every):
-    assert MetricOptConfig("out", **given).rounds_every(metric_steps) == every
+def test_rounds_are_spread_over_the_guided_steps(given, metric_steps, every):
+    assert MetricOptConfig("out", **given).observes_every(metric_steps) == every
+
+
+@pytest.mark.parametrize(("given", "metric_steps", "every"), [({}, 200, 10), ({}, 5, 1), ({"select_steps": 3}, 200, 3)])
+def test_looks_are_spread_over_the_metric_phase(given, metric_steps, every):
+    assert MetricOptConfig("out", **given).selects_every(metric_steps) == every
+
+
+@pytest.mark.parametrize(("ratio", "metric_steps", "guided"), [(0, 7, 7), (0.5, 200, 100), (0.25, 8, 6), (0.99, 2, 1)])
+def test_the_loss_alone_has_its_share_of_the_metric_phase(ratio, metric_steps, guided):
+    assert MetricOptConfig("out", loss_alone_ratio=ratio).guided_steps(metric_steps) == guided
 
 
 @pytest.mark.parametrize("given", [{"greater_is_better": False}, {"greater_is_better": True}, {}])

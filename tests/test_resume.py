@@ -21,7 +21,9 @@ def make(folder, trainer_kwargs=None, **kwargs):
         "max_steps": 8,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
+        "loss_alone_ratio": 0.0,
         "metric_call_budget": 24,
+        "select_steps": 2,
         "observe_steps": 2,
         "observations_per_step": 8,
         "phi_learning_rate": 0.02,
@@ -71,6 +73,19 @@ def test_three_steps_and_resume_are_eight_in_one_go(tmp_path, ratio, guide):
     resumed = make(tmp_path / "resumed", metric_start_ratio=ratio, guide=guide)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same(outcome(whole), outcome(resumed))
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_resume_before_at_and_behind_the_start_of_the_loss_alone(tmp_path, step):
+    kwargs = {"metric_start_ratio": 0.0, "loss_alone_ratio": 0.5, "metric_call_budget": 16, "select_steps": 1}
+    whole = make(tmp_path / "whole", **kwargs)
+    whole.train()
+    resumed = make(tmp_path / "resumed", **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert resumed.phase.alone_step == whole.phase.alone_step == 4
+    curves = [[(r["step"], r["selection"], r["reason"]) for r in t.phase.curve] for t in (whole, resumed)]
+    assert curves[0] == curves[1]
+    assert_equal_weights(weights(whole.model), weights(resumed.model))
 
 
 def test_resume_with_accumulation_and_a_scheduler_of_either_phase(tmp_path):

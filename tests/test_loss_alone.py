@@ -1,0 +1,105 @@
+"""The last part of the metric phase: phi anew from where that phase began, by the loss alone, as a candidate."""
+
+import pytest
+import torch
+from helpers import Texts, tiny_bert, true_class_probability
+from test_trainer import Truth, quadratic_trainer
+
+from metricopt_hf import MetricOptConfig, MetricOptTrainer
+
+
+class Path(MetricOptTrainer):
+    """Keeps phi, its learning rate and the optimizer's count of updates, at each step's gradient."""
+
+    def _guide_update(self, step):
+        super()._guide_update(step)
+        group = next(g for g in self.optimizer.param_groups if any(p is self.phi.parameters[0] for p in g["params"]))
+        count = self.optimizer.state.get(self.phi.parameters[0], {}).get("step", 0)
+        self.path = [*getattr(self, "path", []), (self.phi.read(), group["lr"], int(count), self.phase.direction)]
+
+
+def make(folder, cls=Path, **kwargs):
+    defaults = {
+        "max_steps": 12,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 8,
+        "metric_start_ratio": 0.0,
+        "phi_learning_rate": 1e-3,
+        "loss_alone_learning_rate": 1e-1,
+        "metric_call_budget": 16,
+        "observations_per_step": 4,
+        "phi_dim": 2,
+        "greater_is_better": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return cls(
+        tiny_bert(),
+        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        train_dataset=Texts(160, seed=1),
+        observation_dataset=Texts(40, seed=3),
+        selection_dataset=Texts(40, seed=4),
+        metric=true_class_probability,
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("first_phase", [0.0, 0.5])
+def test_it_begins_where_the_metric_phase_began_with_an_optimizer_that_forgot(tmp_path, first_phase, accumulate):
+    trainer = make(tmp_path, metric_start_ratio=first_phase, gradient_accumulation_steps=accumulate)
+    trainer.train()
+    phis, rates, counts, _ = zip(*trainer.path, strict=True)
+    guided = 6 if first_phase == 0 else 3
+    assert trainer.phase.alone_step == trainer.phase.start_step + guided
+    assert torch.equal(phis[guided], phis[0]) and not torch.equal(phis[guided - 1], phis[0])
+    assert counts[guided] == 0 and counts[guided + 1] == 1
+    assert rates[:guided] == pytest.approx([1e-3] * guided)
+    if first_phase == 0:  # exponentially, over a third of six steps
+        assert rates[guided:] == pytest.approx([1e-3, 1e-2, 1e-1, 1e-1, 1e-1, 1e-1])
+
+
+def test_there_nothing_is_observed_or_followed(tmp_path):
+    trainer = quadratic_trainer(tmp_path, Truth(), max_steps=20, loss_alone_ratio=0.5, metric_call_budget=None)
+    trainer.train()
+    assert max(trainer.phase.trajectory.steps) == 9
+    alone = [row for row in trainer.phase.curve if row["step"] > 10]
+    assert len(alone) == 10 and all(row["trust"] == 0 and row["reason"] == "the loss alone" for row in alone)
+    assert any(row["trust"] > 0 for row in trainer.phase.curve)
+
+
+def test_it_is_the_run_that_nothing_guides(tmp_path):
+    """Also where guidance went before: the same batches from the same start."""
+
+    def alone(guide, **kwargs):
+        trainer = quadratic_trainer(tmp_path, guide, max_steps=20, loss_alone_ratio=0.5, **kwargs)
+        trainer.train()
+        return [row["selection"] for row in trainer.phase.curve if row["step"] > 10]
+
+    assert alone(Truth()) == alone(None, value_weight=0, metric_call_budget=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_better_of_both_is_kept(tmp_path, sign):
+    """Guidance where it helps, the loss alone where a guide that is trusted leads astray."""
+
+    class Guide(Truth):
+        def ascent(self, phi):
+            return sign * super().ascent(phi)
+
+    trainer = quadratic_trainer(tmp_path, Guide(), max_steps=40, value_weight=2.0, loss_alone_ratio=0.5)
+    trainer.train()
+    chosen = trainer.phase.selection
+    assert (chosen.step <= 20) is (sign == 1)
+    assert chosen.score == min(row["selection"] for row in trainer.phase.curve)
+    assert torch.equal(trainer.phi.read(), chosen.phi)
+
+
+def test_looks_are_counted_once(tmp_path):
+    """One at the start, one every so many steps and one at the end: not a second one at the start that it goes back to."""
+    trainer = make(tmp_path, MetricOptTrainer, select_steps=2)
+    trainer.train()
+    looked = [row["step"] for row in trainer.phase.curve if row["selection"] is not None]
+    assert looked == [0, 2, 4, 6, 8, 10, 12] and trainer.ledger.calls["select"] == 7
