@@ -98,7 +98,7 @@ def test_the_better_of_both_is_kept(tmp_path, sign):
 
 
 def test_looks_are_counted_once(tmp_path):
-    """One at the start, one every so many steps and one at the end: not a second one at the start that it goes back to."""
+    """At the start, every so many steps and at the end; not once more at the start that it goes back to."""
     trainer = make(tmp_path, MetricOptTrainer, select_steps=2)
     trainer.train()
     looked = [row["step"] for row in trainer.phase.curve if row["selection"] is not None]
