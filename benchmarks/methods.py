@@ -185,7 +185,7 @@ RIVALS: dict[str, Rival] = {
     "metricopt": Rival(
         "MetricOpt",
         partial(_guided, "value_function"),
-        _grid(phi_learning_rate=(5e-3,), value_weight=(16.0, 32.0, 64.0), explore_std=(0.3, 0.4)),
+        _grid(phi_learning_rate=(5e-3,), value_weight=(32.0, 64.0), explore_std=(0.3, 0.4, 0.5)),
         soup=True,
         seeds=10,
     ),
