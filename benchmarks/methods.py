@@ -185,7 +185,8 @@ RIVALS: dict[str, Rival] = {
     "metricopt": Rival(
         "MetricOpt",
         partial(_guided, "value_function"),
-        _grid(phi_learning_rate=(5e-3,), value_weight=(32.0, 64.0), explore_std=(0.3, 0.4, 0.5)),
+        _grid(phi_learning_rate=(5e-3,), value_weight=(32.0, 64.0), explore_std=(0.3, 0.4))
+        + _grid(phi_learning_rate=(3e-3, 7e-3), value_weight=(64.0,), explore_std=(0.4,)),
         soup=True,
         seeds=10,
     ),
