@@ -29,6 +29,8 @@ from . import cifar
 from .check_cifar import METRIC, make_trainer
 
 COLD, WARM = "cold", "warm"
+# to the end, with a round of observations at each look at the selection split
+GUIDED = {"loss_alone_ratio": 0.0, "observe_steps": 10}
 # rows of the table that is printed: one per so many rounds
 ROUNDS_PER_ROW = 2
 # the first run has seeds of its own
@@ -95,11 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     for seed in tqdm(args.seeds, desc="seeds"):
         first, second = two_users(train, test, seed)
         with tempfile.TemporaryDirectory() as folder:
-            shared = make_trainer(FIRST_RUN_SEEDS + seed, first, args.max_steps, folder)
+            shared = make_trainer(FIRST_RUN_SEEDS + seed, first, args.max_steps, folder, **GUIDED)
             shared.train()
             shared.value_function.save_pretrained(folder)
             for name, changes in ((COLD, {}), (WARM, {"value_function_name_or_path": folder})):
-                runs.append(run(name, make_trainer(seed, second, args.max_steps, folder, **changes), second))
+                trainer = make_trainer(seed, second, args.max_steps, folder, **GUIDED, **changes)
+                runs.append(run(name, trainer, second))
 
     selection, trust = ([curves(runs, name, key) for name in (COLD, WARM)] for key in ("selection", "trust"))
     reports = [np.array([run.scores["report"] for run in runs if run.method == name]) for name in (COLD, WARM)]

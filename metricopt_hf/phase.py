@@ -105,6 +105,16 @@ class MetricPhase:
         return self.coordinates is not None
 
     @property
+    def guides(self) -> bool:
+        """Whether it has begun, and phi does not yet follow the loss alone."""
+        return self.started and self.alone_step is None
+
+    @property
+    def guidance_is_kept(self) -> bool:
+        """Whether the best phi by the selection split, so far, is of the guided steps and not of the loss alone."""
+        return self.alone_step is None or self.selection.step <= self.alone_step
+
+    @property
     def value_function(self) -> ValueFunction | None:
         """The guide's value function, if it has one, with all that others need to use it."""
         value_function = getattr(self.guide, "value_function", None)
@@ -139,7 +149,7 @@ class MetricPhase:
         since = step - self.start_step
         selects, observes = since % self.select_steps == 0, since % self.observe_steps == 0
         score = self.select(step) if selects else None
-        if observes and self.alone_step is None:
+        if observes and self.guides:
             count = int(min(self.observations_per_step, self.ledger.remaining))
             if count > 0 and self.guide.off is None:
                 self._observe(step, count)
@@ -148,7 +158,7 @@ class MetricPhase:
 
     def correct(self) -> None:
         """Add the value gradient to the task gradient at phi."""
-        if self.value_weight == 0 or self.alone_step is not None:
+        if self.value_weight == 0 or not self.guides:
             return
         self.direction = self.guide.direction(self.phi.read())
         if self.direction.trust > 0:
@@ -184,14 +194,14 @@ class MetricPhase:
 
     def finish(self, step: int) -> None:
         """The last phi is a candidate too; then the best one is put in place."""
-        if self.alone_step is None:
+        if self.guides:
             self.last_phi = self.phi.read()
         self._record(step, self.select(step))
         if self.selection.phi is not None:
             self.phi.write(self.selection.phi)
             logger.info(
                 f"Best {self.metric.name} on the selection split: {self.selection.score:.4f} at step "
-                f"{self.selection.step}; this phi is kept."
+                f"{self.selection.step}{'' if self.guidance_is_kept else f', by {LOSS_ALONE}'}; this phi is kept."
             )
 
     def log_scalars(self) -> dict[str, float]:
@@ -247,7 +257,7 @@ class MetricPhase:
 
     def _record(self, step: int, selection: float | None) -> None:
         """One more entry of the curve; `selection`: the score on that split, where it was looked at."""
-        trust, reason = self.guide.standing if self.alone_step is None else (0.0, LOSS_ALONE)
+        trust, reason = self.guide.standing if self.guides else (0.0, LOSS_ALONE)
         self.curve.append(
             {
                 "step": step,
@@ -257,7 +267,7 @@ class MetricPhase:
                 "certainty": self.guide.certainty(self.phi.read()) if trust > 0 else None,
                 "rank_correlation": self.guide.trust.correlation,
                 "observation_mean": float(np.mean(self.trajectory.last_round.scores)) if len(self.trajectory) else None,
-                "predicted": self._predicted(),
+                "predicted": self._predicted() if self.guides else None,
                 "coverage": self.guide.coverage,
                 "calls": self.ledger.calls["observe"],
             }

@@ -177,6 +177,7 @@ def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
     phase = trainer.phase
     return {
         "selected": {"step": phase.selection.step, "score": phase.selection.score},
+        "alone_step": phase.alone_step,
         "curve": phase.curve,
         "observations": [{"step": o.step, "score": o.score} for o in phase.trajectory.aligned()],
         "calls": dict(trainer.ledger.calls),
@@ -231,6 +232,9 @@ def plot_run(
         above.plot(
             selected["step"], selected["score"], "*", color="tab:orange", markersize=14, label="selected, and kept"
         )
+    if details["alone_step"] is not None:
+        for axes, label in ((above, "from here on anew, by the loss alone"), (below, None)):
+            axes.axvline(details["alone_step"], color="tab:gray", linestyle=":", linewidth=1, label=label)
     above.set_ylabel(metric_name)
     above.legend(fontsize="small", framealpha=0.6)
     above.set_title(title or "")

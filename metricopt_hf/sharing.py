@@ -122,6 +122,7 @@ class SharingTrainer(Trainer):
             selected=phase.selection.score if chosen else None,
             before=selections[0] if selections else None,
             candidates=len(selections),
+            guidance_is_kept=phase.guidance_is_kept,
             evaluation={k: v for k, v in (summary.eval_results or {}).items() if isinstance(v, float)},
             comparison=comparison,
             calls={purpose: count for purpose, count in ledger.calls.items() if count},

@@ -154,12 +154,12 @@ class MetricOptTrainer(SharingTrainer):
         if not self.guided:
             return super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step
-        self._training_phi = step >= self._metric_start
-        if self._training_phi and not self._parallel:
-            self._freeze()
         if step == self._alone_start and self.phase.alone_step is None:
             self.phase.begin_loss_alone(step)
             forget(self.optimizer, self.phi.parameters)
+        self._training_phi = step >= self._metric_start
+        if self._training_phi and not self._parallel:
+            self._freeze()
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         finally:
@@ -178,7 +178,7 @@ class MetricOptTrainer(SharingTrainer):
         model.eval()
         batch = dict(inputs)  # Trainer takes the labels out for label smoothing
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        term = self.phase.guide.loss_term(model, batch, outputs) if self.phase.started else None
+        term = self.phase.guide.loss_term(model, batch, outputs) if self.phase.guides else None
         loss = loss if term is None else loss + term
         return (loss, outputs) if return_outputs else loss
 

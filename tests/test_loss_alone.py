@@ -103,3 +103,15 @@ def test_looks_are_counted_once(tmp_path):
     trainer.train()
     looked = [row["step"] for row in trainer.phase.curve if row["selection"] is not None]
     assert looked == [0, 2, 4, 6, 8, 10, 12] and trainer.ledger.calls["select"] == 7
+
+
+def test_a_guide_s_loss_term_is_not_part_of_the_loss_alone(tmp_path):
+    class Term(Truth):
+        def loss_term(self, model, inputs, outputs):
+            terms.append(trainer.state.global_step)
+            return None
+
+    terms = []
+    trainer = quadratic_trainer(tmp_path, Term(), max_steps=20, loss_alone_ratio=0.5)
+    trainer.train()
+    assert set(terms) == set(range(1, 10))  # the phase begins behind the first step's loss
