@@ -39,7 +39,8 @@ class Method:
     class_bias: bool = False
 
 
-# It never looks at its coordinates, so they may be the cheapest.
+# In both parts of the metric phase, so that it differs from MetricOpt by the guidance alone. It never looks at its
+# coordinates, so they may be the cheapest.
 LOSS_ONLY = Method("loss only", {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"})
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),

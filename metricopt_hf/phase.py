@@ -193,11 +193,13 @@ class MetricPhase:
         return score
 
     def finish(self, step: int) -> None:
-        """The last phi is a candidate too; then the best one is put in place."""
+        """The last phi is a candidate too; then the best is put in place, or `last_phi` where none could be measured."""
         if self.guides:
             self.last_phi = self.phi.read()
         self._record(step, self.select(step))
-        if self.selection.phi is not None:
+        if self.selection.phi is None:
+            self.phi.write(self.last_phi)
+        else:
             self.phi.write(self.selection.phi)
             logger.info(
                 f"Best {self.metric.name} on the selection split: {self.selection.score:.4f} at step "

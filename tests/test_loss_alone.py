@@ -18,7 +18,7 @@ class Path(MetricOptTrainer):
         self.path = [*getattr(self, "path", []), (self.phi.read(), group["lr"], int(count), self.phase.direction)]
 
 
-def make(folder, cls=Path, **kwargs):
+def make(folder, cls=Path, metric=true_class_probability, **kwargs):
     defaults = {
         "max_steps": 12,
         "learning_rate": 1e-3,
@@ -42,7 +42,7 @@ def make(folder, cls=Path, **kwargs):
         train_dataset=Texts(160, seed=1),
         observation_dataset=Texts(40, seed=3),
         selection_dataset=Texts(40, seed=4),
-        metric=true_class_probability,
+        metric=metric,
     )
 
 
@@ -115,3 +115,19 @@ def test_a_guide_s_loss_term_is_not_part_of_the_loss_alone(tmp_path):
     trainer = quadratic_trainer(tmp_path, Term(), max_steps=20, loss_alone_ratio=0.5)
     trainer.train()
     assert set(terms) == set(range(1, 10))  # the phase begins behind the first step's loss
+
+
+def test_where_nothing_can_be_selected_the_last_guided_phi_stays(tmp_path):
+    """The loss alone takes large steps, because it is looked at: unseen, it is not kept."""
+
+    def metric(prediction):
+        if len(prediction.label_ids) == 40:  # all of the selection set; a fold has 20
+            raise RuntimeError("not here")
+        return true_class_probability(prediction)
+
+    trainer = make(tmp_path, MetricOptTrainer, metric, max_metric_failures=100)
+    trainer.train()
+    assert trainer.phase.selection.phi is None and trainer.observations
+    folded = trainer.model.classifier.bias
+    assert torch.equal(folded, trainer.phase.last_phi[-len(folded) :])
+    assert not torch.equal(folded, trainer.phase.start_phi[-len(folded) :])
