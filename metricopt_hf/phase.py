@@ -193,7 +193,7 @@ class MetricPhase:
         return score
 
     def finish(self, step: int) -> None:
-        """The last phi is a candidate too; then the best is put in place, or `last_phi` where none could be measured."""
+        """The last phi is a candidate too; then the best is put in place, or `last_phi` where there is none."""
         if self.guides:
             self.last_phi = self.phi.read()
         self._record(step, self.select(step))
