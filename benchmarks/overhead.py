@@ -126,7 +126,14 @@ def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: 
     }
     if guided:
         config = MetricOptConfig(
-            folder, metric_start_ratio=0, observe_steps=10**9, metric_call_budget=0, greater_is_better=True, **common
+            folder,
+            metric_start_ratio=0,
+            loss_alone_ratio=0,  # every step is guided, and none is beside a look
+            select_steps=10**9,
+            observe_steps=10**9,
+            metric_call_budget=0,
+            greater_is_better=True,
+            **common,
         )
         trainer = MetricOptTrainer(
             model,
