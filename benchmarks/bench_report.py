@@ -227,12 +227,10 @@ def conduct(all_rows: dict[str, dict], known: dict[str, Task]) -> Iterator[str]:
             total[method, against, "runs"] += seeds
             return f"{worse} of {seeds}" if seeds else ""
 
-        shown = [harmed(method, against) for method in (OURS, NEGATED) for against in ("loss", "unguided")]
-        for method in (OURS, NEGATED, TWICE):
-            harmed(method, "one setting")
-        for method in (*LOSS_ONLY, TWICE):
+        cells = {(m, against): harmed(m, against) for m in (OURS, NEGATED, TWICE) for against in others}
+        shown = [cells[method, against] for method in (OURS, NEGATED) for against in ("loss", "unguided")]
+        for method in LOSS_ONLY:
             harmed(method, "loss")
-        harmed(TWICE, "unguided")
         searcher, needed, spent = calls_needed(task, rows, OURS, BLACK_BOX)
         total["few calls"] += task.headline and needed is not None and FEW * needed <= spent
         inside, observations = coverage(ours)

@@ -33,9 +33,9 @@ def restart_schedule(
     Before `start` they follow, as part of the whole model, the same learning rate as everything else. Schedules that
     react to evaluation instead of counting steps are left as they are.
     """
-    again = _schedule(args, end - start)
 
     def change(before: Callable[[int], float], peak: float) -> Callable[[int], float]:
+        again = _schedule(args, end - start)
         return lambda step: args.learning_rate / peak * before(step) if step < start else again(step - start)
 
     _change_schedule(scheduler, parameters, change)

@@ -11,7 +11,7 @@ from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probabili
 from metricopt_hf import MetricError, MetricOptConfig, MetricOptTrainer
 
 
-def make(folder, metric, **kwargs):
+def make(folder, metric, cls=MetricOptTrainer, **kwargs):
     defaults = {
         "max_steps": 12,
         "per_device_train_batch_size": 8,
@@ -29,7 +29,7 @@ def make(folder, metric, **kwargs):
         "greater_is_better": True,
         "phi_dim": 4,
     }
-    return MetricOptTrainer(
+    return cls(
         tiny_bert(),
         MetricOptConfig(str(folder), **{**defaults, **kwargs}),
         train_dataset=Texts(160, seed=1),

@@ -1,11 +1,15 @@
 """The last part of the metric phase: phi anew from where that phase began, by the loss alone, as a candidate."""
 
 import pytest
+import test_faults
 import torch
-from helpers import Texts, tiny_bert, true_class_probability
+from helpers import true_class_probability
 from test_trainer import Truth, quadratic_trainer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import TrainingArguments
 
-from metricopt_hf import MetricOptConfig, MetricOptTrainer
+from metricopt_hf import MetricOptTrainer
+from metricopt_hf.optimization import raise_learning_rate, restart_schedule
 
 
 class Path(MetricOptTrainer):
@@ -15,35 +19,13 @@ class Path(MetricOptTrainer):
         super()._guide_update(step)
         group = next(g for g in self.optimizer.param_groups if any(p is self.phi.parameters[0] for p in g["params"]))
         count = self.optimizer.state.get(self.phi.parameters[0], {}).get("step", 0)
-        self.path = [*getattr(self, "path", []), (self.phi.read(), group["lr"], int(count), self.phase.direction)]
+        self.path = [*getattr(self, "path", []), (self.phi.read(), group["lr"], int(count))]
 
 
 def make(folder, cls=Path, metric=true_class_probability, **kwargs):
-    defaults = {
-        "max_steps": 12,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "per_device_train_batch_size": 8,
-        "metric_start_ratio": 0.0,
-        "phi_learning_rate": 1e-3,
-        "loss_alone_learning_rate": 1e-1,
-        "metric_call_budget": 16,
-        "observations_per_step": 4,
-        "phi_dim": 2,
-        "greater_is_better": True,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return cls(
-        tiny_bert(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
-        train_dataset=Texts(160, seed=1),
-        observation_dataset=Texts(40, seed=3),
-        selection_dataset=Texts(40, seed=4),
-        metric=metric,
-    )
+    shared = {"loss_alone_ratio": 0.5, "select_steps": None, "observe_steps": None, "metric_call_budget": 16}
+    rates = {"lr_scheduler_type": "constant", "phi_learning_rate": 1e-3, "loss_alone_learning_rate": 1e-1}
+    return test_faults.make(folder, metric, cls, **{**shared, **rates, **kwargs})
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -51,7 +33,7 @@ def make(folder, cls=Path, metric=true_class_probability, **kwargs):
 def test_it_begins_where_the_metric_phase_began_with_an_optimizer_that_forgot(tmp_path, first_phase, accumulate):
     trainer = make(tmp_path, metric_start_ratio=first_phase, gradient_accumulation_steps=accumulate)
     trainer.train()
-    phis, rates, counts, _ = zip(*trainer.path, strict=True)
+    phis, rates, counts = zip(*trainer.path, strict=True)
     guided = 6 if first_phase == 0 else 3
     assert trainer.phase.alone_step == trainer.phase.start_step + guided
     assert torch.equal(phis[guided], phis[0]) and not torch.equal(phis[guided - 1], phis[0])
@@ -131,3 +113,14 @@ def test_where_nothing_can_be_selected_the_last_guided_phi_stays(tmp_path):
     folded = trainer.model.classifier.bias
     assert torch.equal(folded, trainer.phase.last_phi[-len(folded) :])
     assert not torch.equal(folded, trainer.phase.start_phi[-len(folded) :])
+
+
+def test_a_schedule_that_reacts_to_evaluation_is_left_as_it_is(tmp_path):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    scheduler = ReduceLROnPlateau(torch.optim.SGD([parameter], lr=0.5))
+    args = TrainingArguments(
+        str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1
+    )
+    restart_schedule(scheduler, [parameter], args, 2, 4)
+    raise_learning_rate(scheduler, [parameter], 2, 4, 1.0)
+    assert scheduler.optimizer.param_groups[0]["lr"] == 0.5
