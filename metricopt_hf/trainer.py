@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -351,7 +352,8 @@ class MetricOptTrainer(SharingTrainer):
         return dataset, batch_size, self._get_collator_with_removed_columns(self.data_collator, "observation")
 
     def _predict(self, batch: Any) -> BatchOutput:
-        loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
+        with self._own_token_count():
+            loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
         if self.preprocess_logits_for_metrics is not None:
             logits = self.preprocess_logits_for_metrics(logits, labels)
         wanted = self.args.include_for_metrics
@@ -362,6 +364,16 @@ class MetricOptTrainer(SharingTrainer):
             loss.repeat(len(batch[main_input])) if "loss" in wanted and loss is not None else None,
             self._prepare_input(batch[main_input]) if "inputs" in wanted else None,
         )
+
+    @contextmanager
+    def _own_token_count(self) -> Iterator[None]:
+        """Inside, Trainer's loss counts this rank's labels only: to count all, it would wait for the other ranks."""
+        across = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False
+        try:
+            yield
+        finally:
+            self.args.average_tokens_across_devices = across
 
     def _check_metric(self) -> None:
         """The metric's first calls, one on each fold, before any training time is spent."""

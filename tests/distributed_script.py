@@ -88,6 +88,33 @@ def run(name, folder, **kwargs):
             json.dump(result, file)
 
 
+def run_defaults(folder):
+    """An ordinary model and default arguments: Trainer averages tokens across the ranks, in evaluation too."""
+    args = MetricOptConfig(
+        folder,
+        max_steps=8,
+        metric_for_best_model="probability",
+        greater_is_better=True,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    assert args.average_tokens_across_devices
+    trainer = Checked(
+        tiny_bert(),
+        args,
+        train_dataset=Texts(160, seed=1),
+        eval_dataset=Texts(80, seed=3),
+        compute_metrics=lambda prediction: {"probability": true_class_probability(prediction)},
+    )
+    assert trainer.model_accepts_loss_kwargs
+    trainer.train()
+    same_on_all_ranks(dict(trainer.ledger.calls))
+    same_on_all_ranks(digest(*trainer.model.state_dict().values()))
+    assert trainer.ledger.calls["observe"] and trainer.args.average_tokens_across_devices
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -105,6 +132,7 @@ if __name__ == "__main__":
         max_grad_norm=0.1,
     )
     run("bf16", sys.argv[1], bf16=True, optim="adamw_torch")
+    run_defaults(os.path.join(sys.argv[1], "defaults"))
     dist.barrier()
     print(f"all asserts held on {dist.get_world_size()} ranks", flush=True)
     dist.destroy_process_group()
