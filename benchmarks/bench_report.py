@@ -15,7 +15,7 @@ from statistics import mean
 import numpy as np
 from transformers import HfArgumentParser
 
-from metricopt_hf.report import mean_and_error, require
+from metricopt_hf.comparison.report import mean_and_error, require
 
 from . import protocol
 from .conduct import calls_needed, common_seeds, coverage, harm, seconds_ratio

@@ -20,8 +20,8 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from metricopt_hf.comparison import METHODS, REFERENCE, in_order, run_method, run_start
-from metricopt_hf.report import MethodRun, comparison_table, table_note
+from metricopt_hf.comparison.methods import METHODS, REFERENCE, in_order, run_method, run_start
+from metricopt_hf.comparison.report import MethodRun, comparison_table, table_note
 
 from . import cifar
 from .check_cifar import interval, make_trainer

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser
 
 from metricopt_hf import ConfigurationError, FiLM, Ledger, Metric
+from metricopt_hf.comparison.report import mean_and_error, require
+from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.posthoc import add_bias, tune_bias
-from metricopt_hf.report import mean_and_error, require
-from metricopt_hf.splits import data_root
 
 from .measure import POST_HOC_CALLS, predictions
 from .problem import Task

@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
-from metricopt_hf.comparison import METHODS, run_method, run_start, summary
-from metricopt_hf.report import MethodRun, save_results
+from metricopt_hf.comparison.methods import METHODS, run_method, run_start, summary
+from metricopt_hf.comparison.report import MethodRun, save_results
 
 from . import cifar
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metricopt_hf.report import require
+from metricopt_hf.comparison.report import require
 
 from .measure import PLAIN
 from .methods import RIVALS

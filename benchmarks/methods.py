@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from metricopt_hf import FiLM, Guide, Ledger, Trajectory, ValueFunctionGuide
+from metricopt_hf import DirectionGuide, FiLM, GuideContext, Ledger, Trajectory, ValueFunctionGuide
 
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search
@@ -28,7 +28,7 @@ from .training import Budget, Outcome, coordinates, train
 Config = Mapping[str, Any]
 
 
-class EvolutionGuide(Guide):
+class EvolutionGuide(DirectionGuide):
     """Evolution with the loss blended in: follows the slopes of the last rounds' antithetic pairs, always as far.
 
     Args:
@@ -40,15 +40,15 @@ class EvolutionGuide(Guide):
     def __init__(self, rounds: int):
         self.rounds, self.slope = rounds, None
 
-    def start(self, coordinates, greater_is_better, seed):
-        super().start(coordinates, greater_is_better, seed)
+    def start(self, context: GuideContext) -> None:
+        super().start(context)
         self.slope = None
 
     def predict(self, z: np.ndarray) -> np.ndarray | None:
         return None if self.slope is None else z @ self.slope.numpy()
 
     def fit(self, trajectory: Trajectory) -> None:
-        steps, slope = trajectory.steps, torch.zeros(self.coordinates.dim)
+        steps, slope = trajectory.steps, torch.zeros(self.context.coordinates.dim)
         for step in np.unique(steps)[-self.rounds :]:
             z, scores = trajectory.z[steps == step], trajectory.scores[steps == step]
             slope += torch.as_tensor((scores - scores.mean()) @ (z - z.mean(0)), dtype=torch.float32)
@@ -59,7 +59,7 @@ class EvolutionGuide(Guide):
         return (0.0, "no slope yet") if self.slope is None or self.off else (self.TRUST, "fixed")
 
     def ascent(self, phi: Tensor) -> Tensor:
-        return self.coordinates.lift(self.slope)
+        return self.context.coordinates.lift(self.slope)
 
 
 class NegatedGuide(ValueFunctionGuide):
@@ -102,7 +102,7 @@ class Rival:
 
 # The cheapest coordinates, as they are never looked at.
 NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
-ONE_PATH = {"loss_alone_ratio": 0.0}
+ONE_PATH = {"unguided_ratio": 0.0}
 
 
 def _grid(**values: tuple) -> tuple[Config, ...]:
@@ -161,13 +161,14 @@ def _twice(task, problem, seed, budget, folder, config) -> Outcome:
 def _cma(flat: bool, task, problem, seed, budget, folder, config) -> Outcome:
     space = None if flat else coordinates(task, problem, seed, folder)
     population = config["population"] * budget.calls
-    make = partial(CMAES, explore_std=config["explore_std"], population=population, diagonal=flat, seed=seed)
+    make = partial(CMAES, perturbation_std=config["perturbation_std"], population=population, diagonal=flat, seed=seed)
     return search(task, problem, seed, budget, space, make)
 
 
 def _spsa(task, problem, seed, budget, folder, config) -> Outcome:
     space = None if config["space"] == "flat" else coordinates(task, problem, seed, folder)
-    make = partial(SPSA, explore_std=config["explore_std"], step=config["step"], rounds=budget.rounds, seed=seed)
+    numbers = {name: config[name] for name in ("perturbation_std", "step")}
+    make = partial(SPSA, **numbers, rounds=budget.rounds, seed=seed)
     return search(task, problem, seed, budget, space, make)
 
 
@@ -185,8 +186,8 @@ RIVALS: dict[str, Rival] = {
     "metricopt": Rival(
         "MetricOpt",
         partial(_guided, "value_function"),
-        _grid(phi_learning_rate=(5e-3,), value_weight=(32.0, 64.0), explore_std=(0.3, 0.4))
-        + _grid(phi_learning_rate=(3e-3, 7e-3), value_weight=(64.0,), explore_std=(0.4,)),
+        _grid(phi_learning_rate=(5e-3,), value_weight=(32.0, 64.0), perturbation_std=(0.3, 0.4))
+        + _grid(phi_learning_rate=(3e-3, 7e-3), value_weight=(64.0,), perturbation_std=(0.4,)),
         soup=True,
         seeds=10,
     ),
@@ -202,16 +203,16 @@ RIVALS: dict[str, Rival] = {
         _grid(value_weight=(3.0, 8.0), memory=(3, 6, 12)),
     ),
     "cma": Rival(
-        "CMA-ES, same coordinates", partial(_cma, False), _grid(explore_std=(0.06, 0.2, 0.6), population=(1, 2))
+        "CMA-ES, same coordinates", partial(_cma, False), _grid(perturbation_std=(0.06, 0.2, 0.6), population=(1, 2))
     ),
     "cma_flat": Rival(
-        "separable CMA-ES, flat phi", partial(_cma, True), _grid(explore_std=(0.03, 0.1, 0.3), population=(1, 2))
+        "separable CMA-ES, flat phi", partial(_cma, True), _grid(perturbation_std=(0.03, 0.1, 0.3), population=(1, 2))
     ),
     "spsa": Rival(
         "SPSA",
         _spsa,
-        _grid(space=("coordinates",), explore_std=(0.06, 0.2), step=(0.5, 1.5))
-        + _grid(space=("flat",), explore_std=(0.1,), step=(0.5, 1.5)),
+        _grid(space=("coordinates",), perturbation_std=(0.06, 0.2), step=(0.5, 1.5))
+        + _grid(space=("flat",), perturbation_std=(0.1,), step=(0.5, 1.5)),
     ),
     "formula": Rival(
         "surrogate of the formula",

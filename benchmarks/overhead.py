@@ -28,8 +28,18 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
-from metricopt_hf import FiLM, MetricOptConfig, MetricOptTrainer, Observation, Subset, Trajectory, ValueFunctionGuide
-from metricopt_hf.blend import correction
+from metricopt_hf import (
+    FiLM,
+    GuideContext,
+    MetricOptConfig,
+    MetricOptTrainer,
+    Observation,
+    Round,
+    Subset,
+    Trajectory,
+    ValueFunctionGuide,
+)
+from metricopt_hf.guides.blend import correction
 from metricopt_hf.phi import Coordinates, random_basis
 
 from . import cifar
@@ -84,12 +94,17 @@ def observations(count: int, dim: int, seed: int = 0) -> Trajectory:
     return Trajectory([Observation(z[i], float(scores[i]), 1.0, i // 8, 0.0) for i in range(count)])
 
 
+def context(coordinates: Coordinates) -> GuideContext:
+    """Of a guide that never calls the metric."""
+    return GuideContext(coordinates, True, torch.Generator().manual_seed(0), lambda prediction: float("nan"))
+
+
 class ReadyGuide(ValueFunctionGuide):
     """Fitted and trusted from the start, so that every step is blended and none observes."""
 
-    def start(self, coordinates, greater_is_better, seed):
-        super().start(coordinates, greater_is_better, seed)
-        self.fit(observations(160, coordinates.dim))
+    def start(self, context: GuideContext) -> None:
+        super().start(context)
+        self.fit(observations(160, context.coordinates.dim))
         self.trust.evidence, self.trust.correlation_sum = 1000.0, 500.0
 
 
@@ -128,7 +143,7 @@ def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: 
         config = MetricOptConfig(
             folder,
             metric_start_ratio=0,
-            loss_alone_ratio=0,  # every step is guided, and none is beside a look
+            unguided_ratio=0,  # every step is guided, and none is beside a look
             select_steps=10**9,
             observe_steps=10**9,
             metric_call_budget=0,
@@ -183,7 +198,7 @@ def blending_milliseconds(size: int) -> float:
     model.phi.grad = torch.randn(size)
     phi, guide = Subset(model, "phi"), ReadyGuide()
     basis = random_basis(size, min(MetricOptConfig.phi_dim, size), torch.Generator().manual_seed(0))
-    guide.start(Coordinates(phi.read(), basis), True, 0)
+    guide.start(context(Coordinates(phi.read(), basis)))
     times = []
     for _ in range(30):
         start = perf_counter()
@@ -196,10 +211,10 @@ def blending_milliseconds(size: int) -> float:
 def fit_seconds(count: int) -> float:
     """A warm refit of the value function, as after each round."""
     guide = ReadyGuide()
-    guide.start(Coordinates(torch.zeros(MetricOptConfig.phi_dim), None), True, 0)
+    guide.start(context(Coordinates(torch.zeros(MetricOptConfig.phi_dim), None)))
     trajectory = observations(count, MetricOptConfig.phi_dim)
     start = perf_counter()
-    guide.learn(trajectory)
+    guide.observe(Round(trajectory))
     return perf_counter() - start
 
 

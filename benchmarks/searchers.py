@@ -11,10 +11,11 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.trainer_utils import set_seed
 
 from metricopt_hf import FiLM, Ledger, Metric
-from metricopt_hf.evaluator import BatchOutput, Evaluator
+from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
 from metricopt_hf.phi import Coordinates
 
 from .problem import Problem, Task
@@ -45,17 +46,17 @@ class CMAES(Searcher):
 
     Args:
         dim: k.
-        explore_std: initial step size.
+        perturbation_std: initial step size.
         population: points of a generation, a multiple of what a round asks for.
         diagonal: whether the covariance stays diagonal (separable CMA-ES), as it must for hundreds of coordinates.
         seed: of its own generator.
     """
 
-    def __init__(self, dim: int, explore_std: float, population: int, diagonal: bool, seed: int):
+    def __init__(self, dim: int, perturbation_std: float, population: int, diagonal: bool, seed: int):
         import cma
 
         options = {"popsize": population, "CMA_diagonal": diagonal, "seed": seed + 1, "verbose": -9}
-        self.strategy = cma.CMAEvolutionStrategy(np.zeros(dim), explore_std, options)
+        self.strategy = cma.CMAEvolutionStrategy(np.zeros(dim), perturbation_std, options)
         self.waiting, self.points, self.scores = [], [], []
 
     def ask(self, count: int) -> np.ndarray:
@@ -84,24 +85,25 @@ class SPSA(Searcher):
 
     Args:
         dim: k.
-        explore_std: standard deviation of a probe on each coordinate.
+        perturbation_std: standard deviation of a probe on each coordinate.
         step: length of the first step, in lengths of a probe.
         rounds: of the whole search.
         seed: of its own generator.
     """
 
-    def __init__(self, dim: int, explore_std: float, step: float, rounds: int, seed: int):
+    def __init__(self, dim: int, perturbation_std: float, step: float, rounds: int, seed: int):
         self.generator = np.random.default_rng(seed)
-        self.z, self.explore_std, self.step, self.rounds, self.done = np.zeros(dim), explore_std, step, rounds, 0
+        self.z, self.perturbation_std, self.step = np.zeros(dim), perturbation_std, step
+        self.rounds, self.done = rounds, 0
 
     def ask(self, count: int) -> np.ndarray:
-        draws = self.generator.normal(size=(count // 2, len(self.z))) * self.explore_std
+        draws = self.generator.normal(size=(count // 2, len(self.z))) * self.perturbation_std
         return self.z + np.concatenate([draws, -draws])
 
     def tell(self, points: np.ndarray, scores: np.ndarray) -> None:
         plus, minus = np.split(scores, 2)
         slope = (plus - minus) @ (points[: len(plus)] - self.z)
-        length = self.step * self.explore_std * len(self.z) ** 0.5 * (1 - self.done / self.rounds)
+        length = self.step * self.perturbation_std * len(self.z) ** 0.5 * (1 - self.done / self.rounds)
         if norm := np.linalg.norm(slope):
             self.z = self.z + length * slope / norm
         self.done += 1
@@ -128,16 +130,16 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
     searcher = make(space.dim)
     metric, ledger = Metric(task.metric, task.metric_name, task.greater_is_better), Ledger()
     observation, selection = (
-        _evaluator(model, phi, space, partial(rows.batches, problem.eval_batch), metric, ledger)
+        _evaluator(phi, space, partial(rows.batches, problem.eval_batch), metric, ledger)
         for rows in (problem.observation, problem.selection)
     )
 
-    def go_to(z: np.ndarray) -> None:
-        phi.write(space.origin + space.lift(torch.as_tensor(z, dtype=torch.float32)))
+    def place(z: np.ndarray) -> Tensor:
+        return space.origin + space.lift(torch.as_tensor(z, dtype=torch.float32))
 
     every, curve, best = budget.steps // budget.rounds, [], None
     for turn in range(budget.rounds + 1):
-        go_to(searcher.centre)
+        phi.write(place(searcher.centre))
         spent = round(perf_counter() - start, 2)
         score = selection.evaluate("select")
         step = turn * every
@@ -146,20 +148,17 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
             best = (phi.read(), score, step)
         if turn < budget.rounds:
             points = searcher.ask(budget.calls)
-            scores = np.empty(len(points))
-            for i, point in enumerate(points):
-                go_to(point)
-                scores[i] = metric.sign * observation.evaluate("observe")
-            searcher.tell(points, scores)
+            phis = torch.stack([place(point) for point in points])
+            searcher.tell(points, metric.sign * observation.evaluate_many(phis, "observe").values)
     return Outcome(best[0], best[2], best[1], curve, ledger, perf_counter() - start)
 
 
-def _evaluator(model, phi: FiLM, space: Coordinates, batches: Callable, metric: Metric, ledger: Ledger) -> Evaluator:
+def _evaluator(phi: FiLM, space: Coordinates, batches: Callable, metric: Metric, ledger: Ledger) -> Evaluator:
     """With the frozen prefix cached, as the trainer's own evaluators have it."""
 
     def predict(batch) -> BatchOutput:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return BatchOutput(model(**inputs)["logits"], batch["labels"])
+        return BatchOutput(phi.model(**inputs)["logits"], batch["labels"])
 
     @contextmanager
     def moved():
@@ -167,6 +166,6 @@ def _evaluator(model, phi: FiLM, space: Coordinates, batches: Callable, metric: 
             phi.write(phi.read() + space.lift(0.1 * torch.ones(space.dim)))
             yield
 
-    evaluator = Evaluator(model, predict, batches, metric, ledger, CACHE_BYTES)
-    evaluator.freeze(phi.names, moved)
+    evaluator = Evaluator(phi, predict, [batches], metric, ledger, CACHE_BYTES)
+    evaluator.freeze(moved)
     return evaluator

@@ -12,7 +12,7 @@ from sklearn.compose import make_column_transformer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor, nn
 
-from metricopt_hf.splits import data_root
+from metricopt_hf.comparison.splits import data_root
 
 LEAK = "duration"  # of the call: known only when its outcome is known
 HIDDEN, EPOCHS, BATCH, LEARNING_RATE = 64, 5, 256, 1e-3

@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from metricopt_hf import ConfigurationError
-from metricopt_hf.splits import data_root
+from metricopt_hf.comparison.splits import data_root
 
 from . import scores
 from .problem import Problem, Rows, Task, cached

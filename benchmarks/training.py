@@ -154,14 +154,14 @@ def train(
         **options,
     )
     trainer.train()
-    phase = trainer.phase
+    result = trainer.result
     seconds = perf_counter() - start
-    visited = [*recorder.phis[: phase.alone_step and phase.alone_step // recorder.every], phase.last_phi]
+    visited = [*recorder.phis[: result.unguided_step and result.unguided_step // recorder.every], result.last_phi]
     return Outcome(
-        phase.selection.phi,
-        phase.selection.step,
-        phase.selection.score,
-        per_look(phase.curve, [0.0, *(end - start for end in recorder.ends)]),
+        result.best_phi,
+        result.best_step,
+        result.best_score,
+        per_look(result.curve, [0.0, *(end - start for end in recorder.ends)]),
         trainer.ledger,
         seconds,
         torch.stack(visited[len(visited) // 2 :]).mean(0),
@@ -191,4 +191,4 @@ def coordinates(task: Task, problem: Problem, seed: int, folder: str) -> Coordin
     budget = Budget(steps=1, rounds=1, calls=2)
     trainer = make_trainer(task, problem, seed, budget, folder, {"value_weight": 0.0, "metric_call_budget": 0})
     trainer.train()
-    return trainer.phase.coordinates
+    return trainer.result.coordinates

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError, FiLM
-from metricopt_hf.splits import data_root
+from metricopt_hf.comparison.splits import data_root
 
 from . import protocol
 from .measure import item_bootstrap, predictions

@@ -22,15 +22,15 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import MetricOptTrainer
-from metricopt_hf.comparison import predictions
-from metricopt_hf.report import MethodRun, details_of, paired_difference, save_results
+from metricopt_hf.comparison.methods import predictions
+from metricopt_hf.comparison.report import MethodRun, details_of, paired_difference, save_results
 
 from . import cifar
 from .check_cifar import METRIC, make_trainer
 
 COLD, WARM = "cold", "warm"
 # to the end, with a round of observations at each look at the selection split
-GUIDED = {"loss_alone_ratio": 0.0, "observe_steps": 10}
+GUIDED = {"unguided_ratio": 0.0, "observe_steps": 10}
 # rows of the table that is printed: one per so many rounds
 ROUNDS_PER_ROW = 2
 # the first run has seeds of its own

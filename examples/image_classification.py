@@ -35,11 +35,11 @@ from sklearn.datasets import load_digits
 from transformers import set_seed
 
 from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison import METHODS
-from metricopt_hf.images import image_column, load_model, new_model, processing_class, with_pixels
-from metricopt_hf.report import MethodRun
-from metricopt_hf.splits import DataArguments, Splits, class_names, find_column, load_splits
-from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_study, start
+from metricopt_hf.comparison.images import image_column, load_model, new_model, processing_class, with_pixels
+from metricopt_hf.comparison.methods import METHODS
+from metricopt_hf.comparison.report import MethodRun
+from metricopt_hf.comparison.splits import DataArguments, Splits, class_names, find_column, load_splits
+from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
 DEMO_NOTE = (
     "This is a small model on 400 images per split, some 40 of the worst class: it shows how the library is used and "

@@ -35,11 +35,11 @@ import torch
 from transformers import set_seed
 
 from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison import LOSS_ONLY, METHODS, Method
-from metricopt_hf.images import image_column, load_model, new_model, processing_class, with_pixels
-from metricopt_hf.report import MethodRun, require
-from metricopt_hf.splits import Splits, class_names, default_dataset, find_column, load_dataset, sample
-from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_study, start
+from metricopt_hf.comparison.images import image_column, load_model, new_model, processing_class, with_pixels
+from metricopt_hf.comparison.methods import LOSS_ONLY, METHODS, Method
+from metricopt_hf.comparison.report import MethodRun, require
+from metricopt_hf.comparison.splits import Splits, class_names, default_dataset, find_column, load_dataset, sample
+from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
 DEFAULTS = {
     "output_dir": "out/image_retrieval",

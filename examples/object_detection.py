@@ -55,11 +55,11 @@ from transformers import (
 )
 
 from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison import METHODS
-from metricopt_hf.images import image_column
-from metricopt_hf.report import MethodRun, require
-from metricopt_hf.splits import DataArguments, Splits, default_dataset, find_column, load_splits
-from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_study, start
+from metricopt_hf.comparison.images import image_column
+from metricopt_hf.comparison.methods import METHODS
+from metricopt_hf.comparison.report import MethodRun, require
+from metricopt_hf.comparison.splits import DataArguments, Splits, default_dataset, find_column, load_splits
+from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
 logger = logging.getLogger(__name__)
 

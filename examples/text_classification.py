@@ -45,10 +45,10 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_sq
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, set_seed
 
 from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison import METHODS
-from metricopt_hf.report import MethodRun, require
-from metricopt_hf.splits import DataArguments, class_names, default_dataset, find_column, load_splits
-from metricopt_hf.study import ModelArguments, Start, parse, run_script, run_study, start
+from metricopt_hf.comparison.methods import METHODS
+from metricopt_hf.comparison.report import MethodRun, require
+from metricopt_hf.comparison.splits import DataArguments, class_names, default_dataset, find_column, load_splits
+from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
 # whether greater is better
 CLASS_METRICS = {"matthews_correlation": True, "accuracy": True, "f1": True}

@@ -1,6 +1,5 @@
 """Fine-tune a model for the metric that it is judged by: MetricOpt as an extension of the Hugging Face Trainer."""
 
-from .config import MetricOptConfig
 from .errors import (
     CheckpointError,
     ConfigurationError,
@@ -10,15 +9,17 @@ from .errors import (
     PhiError,
     ValueFunctionError,
 )
-from .guide import Direction, Guide, RandomGuide, ValueFunctionGuide
-from .ledger import Ledger
-from .metric import Metric
-from .observation import Observation
+from .evaluation.ledger import Ledger
+from .evaluation.metric import Metric
+from .evaluation.observation import Observation
+from .evaluation.trajectory import Trajectory
+from .guides import Direction, DirectionGuide, Guide, GuideContext, RandomGuide, Round, ValueFunctionGuide
+from .hub import ValueFunction
 from .phi import FiLM, PhiSpace, Subset
-from .seq2seq import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
-from .trainer import MetricOptTrainer
-from .trajectory import Trajectory
-from .value import ValueFunction
+from .training.config import MetricOptConfig
+from .training.result import RunResult
+from .training.seq2seq import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
+from .training.trainer import MetricOptTrainer
 
 __version__ = "0.1.0"
 
@@ -26,8 +27,10 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "Direction",
+    "DirectionGuide",
     "FiLM",
     "Guide",
+    "GuideContext",
     "HubError",
     "Ledger",
     "Metric",
@@ -41,6 +44,8 @@ __all__ = [
     "PhiError",
     "PhiSpace",
     "RandomGuide",
+    "Round",
+    "RunResult",
     "Subset",
     "Trajectory",
     "ValueFunction",

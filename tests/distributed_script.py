@@ -54,7 +54,7 @@ def run(name, folder, **kwargs):
         "observations_per_step": 5,
         "observe_steps": 1,
         "metric_start_ratio": 0.25,
-        "loss_alone_ratio": 0.15,  # a step or two of it
+        "unguided_ratio": 0.15,  # a step or two of it
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,

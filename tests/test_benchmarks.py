@@ -36,7 +36,7 @@ from benchmarks.searchers import CMAES, SPSA
 from benchmarks.tabular import MLP
 from benchmarks.training import Budget
 from metricopt_hf import ConfigurationError
-from metricopt_hf.splits import data_root
+from metricopt_hf.comparison.splits import data_root
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("cifar10", "resnet_cifar10", "a9a", "bank_marketing", "glue_cola", "glue_stsb")

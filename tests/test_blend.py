@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metricopt_hf.blend import correction
+from metricopt_hf.guides.blend import correction
 
 G, V = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, -0.2, 0.0])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from metricopt_hf import Observation, Trajectory, ValueFunction, ValueFunctionGuide
-from metricopt_hf.calibration import LEVEL, Calibration
+from metricopt_hf.guides.calibration import LEVEL, Calibration
 from metricopt_hf.phi import Coordinates
 
 K = 3

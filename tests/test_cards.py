@@ -137,7 +137,7 @@ def test_figures_are_those_of_the_run(run):
     assert "| observations, a metric call each | 16 |" in theirs
     assert "| folds of the examples, of which a call sees one | 2 |" in theirs
     assert ModelCard(theirs).data.eval_results[0].metric_value == pytest.approx(learned.correlation)
-    assert json.loads(Path(run.args.output_dir, "value_function", "config.json").read_text())["domain"]
+    assert json.loads(Path(run.args.output_dir, "value_function", "config.json").read_text())["signature"]
 
 
 def test_without_task_and_data_set_there_is_no_index(run):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metricopt_hf import CheckpointError
-from metricopt_hf.checkpoint import JSON_FILE, TENSORS_FILE, check, load, readable, save
+from metricopt_hf.training.checkpoint import JSON_FILE, TENSORS_FILE, check, load, readable, save
 
 SHARED = torch.arange(6.0)
 

@@ -19,8 +19,8 @@ OTHERS = {
     "metric_kwargs": {"average": "macro", "k": 3},
     "metric_timeout": 2.5,
     "metric_start_ratio": 0.0,
-    "loss_alone_ratio": 0.0,
-    "loss_alone_learning_rate": 0.01,
+    "unguided_ratio": 0.0,
+    "unguided_learning_rate": 0.01,
     "metric_call_budget": 0,
     "max_metric_failures": 1,
     "phi": r"\.bias$",
@@ -34,7 +34,7 @@ OTHERS = {
     "observe_steps": 5,
     "observations_per_step": 4,
     "observation_folds": 3,
-    "explore_std": 0.5,
+    "perturbation_std": 0.5,
     "observation_size": 100,
     "observation_cache_gb": 0.0,
 }
@@ -91,15 +91,15 @@ BAD = [
     ("guide", "evolution"),
     ("value_weight", -1.0),
     ("value_weight", float("nan")),
-    ("loss_alone_ratio", 1.0),
-    ("loss_alone_ratio", -0.1),
-    ("loss_alone_learning_rate", 0.0),
+    ("unguided_ratio", 1.0),
+    ("unguided_ratio", -0.1),
+    ("unguided_learning_rate", 0.0),
     ("select_steps", 0),
     ("observe_steps", 0),
     ("observations_per_step", 1),
     ("observation_folds", 0),
-    ("explore_std", 0.0),
-    ("explore_std", float("nan")),
+    ("perturbation_std", 0.0),
+    ("perturbation_std", float("nan")),
     ("observation_size", 0),
     ("observation_cache_gb", -1.0),
 ]
@@ -125,9 +125,9 @@ def test_where_nothing_is_the_default_it_can_be_given(name):
 @pytest.mark.parametrize(
     ("given", "metric_steps", "every"),
     [
-        ({"loss_alone_ratio": 0}, 200, 10),  # 160 calls, 8 a round: 20 rounds
+        ({"unguided_ratio": 0}, 200, 10),  # 160 calls, 8 a round: 20 rounds
         ({}, 200, 5),  # half of the steps are guided
-        ({"loss_alone_ratio": 0.4}, 200, 6),
+        ({"unguided_ratio": 0.4}, 200, 6),
         ({"metric_call_budget": 80}, 200, 10),
         ({"metric_call_budget": 81}, 220, 10),  # the last round may be smaller
         ({"observations_per_step": 16}, 200, 10),
@@ -148,7 +148,7 @@ def test_looks_are_spread_over_the_metric_phase(given, metric_steps, every):
 
 @pytest.mark.parametrize(("ratio", "metric_steps", "guided"), [(0, 7, 7), (0.5, 200, 100), (0.25, 8, 6), (0.99, 2, 1)])
 def test_the_loss_alone_has_its_share_of_the_metric_phase(ratio, metric_steps, guided):
-    assert MetricOptConfig("out", loss_alone_ratio=ratio).guided_steps(metric_steps) == guided
+    assert MetricOptConfig("out", unguided_ratio=ratio).guided_steps(metric_steps) == guided
 
 
 @pytest.mark.parametrize("given", [{"greater_is_better": False}, {"greater_is_better": True}, {}])

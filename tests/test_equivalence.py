@@ -93,7 +93,7 @@ def test_weight_zero_is_trainer_on_the_same_wrapped_and_frozen_model(tmp_path, b
             tmp_path,
             optim=optim,
             metric_start_ratio=0,
-            loss_alone_ratio=0,
+            unguided_ratio=0,
             value_weight=0,
             phi_learning_rate=None,
             metric_call_budget=budget,

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import BatchEncoding
 
-from metricopt_hf import data
 from metricopt_hf.errors import ConfigurationError, MetricError
-from metricopt_hf.evaluator import BatchOutput, Evaluator, undisturbed
-from metricopt_hf.ledger import Ledger
-from metricopt_hf.metric import Metric
+from metricopt_hf.evaluation import data
+from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator, undisturbed
+from metricopt_hf.evaluation.ledger import Ledger
+from metricopt_hf.evaluation.metric import Metric
 from metricopt_hf.phi import FiLM
 
 SIZE, BATCH = 11, 4

@@ -12,9 +12,9 @@ from helpers import TINY, example, save_dataset
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
 from metricopt_hf import ConfigurationError, MetricError, PhiError
-from metricopt_hf.images import new_model
+from metricopt_hf.comparison.images import new_model
+from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.metrics import path
-from metricopt_hf.splits import data_root
 
 for needed in ("tabulate", "matplotlib", "pytorch_metric_learning"):
     pytest.importorskip(needed)

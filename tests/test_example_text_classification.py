@@ -10,7 +10,7 @@ from helpers import TINY, example, load_without_norms, save_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from metricopt_hf import ConfigurationError, MetricError, PhiError
-from metricopt_hf.splits import data_root
+from metricopt_hf.comparison.splits import data_root
 
 WORDS = ["red", "green", "blue", "big", "small"]
 

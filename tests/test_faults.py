@@ -17,7 +17,7 @@ def make(folder, metric, cls=MetricOptTrainer, **kwargs):
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "metric_start_ratio": 0,
-        "loss_alone_ratio": 0,
+        "unguided_ratio": 0,
         "metric_call_budget": 24,
         "select_steps": 2,
         "observe_steps": 2,

@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 
 from metricopt_hf import metrics
 from metricopt_hf.errors import ConfigurationError, MetricError
-from metricopt_hf.metric import Metric, from_evaluate, resolve, whole_set
+from metricopt_hf.evaluation.metric import Metric, from_evaluate, resolve, whole_set
 
 LOGITS = np.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.1, 0.0, 3.0], [1.0, 0.0, 0.9]], np.float32)
 LABELS = np.array([0, 1, 2, 2])

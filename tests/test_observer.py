@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from metricopt_hf import Ledger, MetricError, Subset, observer
-from metricopt_hf.observer import Observer, on_main, pair_variance
+from metricopt_hf.evaluation.observer import Observer, on_main, pair_variance
 from metricopt_hf.phi import Coordinates, random_basis
 
 D, K = 10, 4

@@ -101,7 +101,7 @@ ZOO = {
         ["stages.3.downsample.0", "stages.3.blocks.0.norm", "stages.3.blocks.1.norm", "head.norm"],
         "head.fc.bias",
     ),
-    "timm convnextv2": (  # its blocks also hold GlobalResponseNorm, which does not fold
+    "timm convnextv2": (  # its blocks also hold GlobalResponseNorm, which does not merge
         lambda: timm_model("convnextv2_atto"),
         images,
         ["stages.3.blocks.1.norm", "head.norm"],
@@ -204,14 +204,14 @@ def test_film_is_the_identity_at_first_and_folds_into_plain_weights(name):
     phi.write(somewhere(phi))
     tuned = outputs(model, inputs)
     assert (tuned - before).abs().max() > 1e-3
-    folded = phi.folded_state_dict(model.state_dict())
-    phi.fold()
+    merged = phi.merged_state_dict(model.state_dict())
+    phi.merge()
     assert torch.allclose(outputs(model, inputs), tuned, rtol=1e-5, atol=1e-5)
-    assert list(model.state_dict()) == keys == list(folded)
-    assert all(torch.equal(folded[key], tensor) for key, tensor in model.state_dict().items())
+    assert list(model.state_dict()) == keys == list(merged)
+    assert all(torch.equal(merged[key], tensor) for key, tensor in model.state_dict().items())
 
     fresh = ZOO[name][0]().eval()
-    fresh.load_state_dict(folded, strict=True)
+    fresh.load_state_dict(merged, strict=True)
     assert torch.equal(outputs(fresh, inputs), outputs(model, inputs))
 
 
@@ -246,7 +246,7 @@ def test_building_film_leaves_modes_weights_and_random_state_alone():
     phi = FiLM(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
-    after = phi.folded_state_dict(model.state_dict())
+    after = phi.merged_state_dict(model.state_dict())
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
 
 
@@ -259,7 +259,7 @@ def test_a_copy_of_a_modulated_model_is_independent():
 
     phi.write(somewhere(phi))
     assert torch.equal(outputs(twin.model, inputs), before)
-    twin.fold()
+    twin.merge()
     assert torch.allclose(outputs(twin.model, inputs), before, atol=1e-6)
     assert phi.inserted and not torch.allclose(outputs(model, inputs), before, atol=1e-3)
 
@@ -271,7 +271,7 @@ def test_the_saved_weights_fold_with_the_phi_that_was_saved_with_them():
     saved, then = copy.deepcopy(model.state_dict()), outputs(model, inputs)
     phi.write(somewhere(phi))
     fresh = tiny_bert().eval()
-    fresh.load_state_dict(phi.folded_state_dict(saved))
+    fresh.load_state_dict(phi.merged_state_dict(saved))
     assert torch.allclose(outputs(fresh, inputs), then, atol=1e-5)
 
 
@@ -279,11 +279,11 @@ def test_folding_twice_changes_nothing_more():
     model, inputs = build("bert")
     phi = FiLM(model)
     phi.write(somewhere(phi))
-    phi.fold()
+    phi.merge()
     once = outputs(model, inputs)
-    phi.fold()
+    phi.merge()
     assert torch.equal(outputs(model, inputs), once)
-    assert list(phi.folded_state_dict(model.state_dict())) == list(model.state_dict())
+    assert list(phi.merged_state_dict(model.state_dict())) == list(model.state_dict())
     assert FiLM(model).inserted  # and another can be built
 
 
@@ -312,7 +312,7 @@ def no_norms():
 
 
 class OffsetNorm(nn.LayerNorm):
-    """(1 + weight) * x + bias, as Gemma's: a scale behind it does not fold into the weight."""
+    """(1 + weight) * x + bias, as Gemma's: a scale behind it does not merge into the weight."""
 
     def forward(self, x):
         return nn.functional.layer_norm(x, self.normalized_shape, 1 + self.weight, self.bias)
@@ -340,7 +340,7 @@ def test_what_film_cannot_reach_is_answered_with_what_could_be_used(make, layers
 def test_two_films_on_one_layer_are_refused():
     model = tiny_bert()
     FiLM(model)
-    with pytest.raises(PhiError, match="fold the first FiLM"):
+    with pytest.raises(PhiError, match="merge the first FiLM"):
         FiLM(model)
 
 
@@ -495,10 +495,10 @@ def test_the_saved_state_puts_everything_back_on_a_folded_checkpoint(name):
     phi, inputs = space(name), tokens()
     phi.write(somewhere(phi))
     expected, state = outputs(phi.model, inputs), phi.state_dict()
-    folded = phi.folded_state_dict(phi.model.state_dict())
+    merged = phi.merged_state_dict(phi.model.state_dict())
 
     other = space(name)
-    other.model.load_state_dict(folded, strict=not other.inserted)
+    other.model.load_state_dict(merged, strict=not other.inserted)
     other.load_state_dict(state)
     assert torch.equal(outputs(other.model, inputs), expected)
     assert torch.equal(other.read(), phi.read())
@@ -522,7 +522,7 @@ def test_fold_leaves_the_function_and_the_names_of_a_plain_model(name):
     phi, inputs = space(name), tokens()
     phi.write(somewhere(phi))
     expected = outputs(phi.model, inputs)
-    phi.fold()
+    phi.merge()
     assert torch.allclose(outputs(phi.model, inputs), expected, atol=1e-5)
     assert list(phi.model.state_dict()) == list(make().state_dict())
 

@@ -6,7 +6,7 @@ from accelerate.utils import DistributedType
 from test_trainer import Recorder, Truth, bert_trainer, quadratic_trainer
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.preflight import check_supported
+from metricopt_hf.training.preflight import check_supported
 
 
 class Scaled(MetricOptTrainer):

@@ -11,8 +11,8 @@ from helpers import tiny_bert
 from torch import nn
 from transformers import BatchEncoding
 
+from metricopt_hf.evaluation.prefix_cache import PrefixCache, nbytes
 from metricopt_hf.phi import FiLM, Subset
-from metricopt_hf.prefix_cache import PrefixCache, nbytes
 
 
 class PlainCNN(nn.Sequential):

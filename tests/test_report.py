@@ -10,8 +10,7 @@ from helpers import Texts, tiny_bert, worst_class_recall
 from transformers import EvalPrediction
 
 from metricopt_hf import ConfigurationError, Ledger, Metric, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.posthoc import add_bias, tune_bias
-from metricopt_hf.report import (
+from metricopt_hf.comparison.report import (
     Difference,
     MethodRun,
     compare,
@@ -24,6 +23,7 @@ from metricopt_hf.report import (
     save_results,
     table_note,
 )
+from metricopt_hf.posthoc import add_bias, tune_bias
 
 
 def test_mean_and_error_by_hand():
@@ -109,7 +109,7 @@ def trainer(tmp_path_factory):
         select_steps=2,
         observe_steps=2,
         metric_start_ratio=0.0,
-        loss_alone_ratio=0.0,
+        unguided_ratio=0.0,
         metric_call_budget=12,
         observations_per_step=4,
         phi_dim=2,

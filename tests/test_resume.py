@@ -13,7 +13,7 @@ from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probabili
 from transformers import TrainerCallback
 
 from metricopt_hf import CheckpointError, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.checkpoint import JSON_FILE, TENSORS_FILE
+from metricopt_hf.training.checkpoint import JSON_FILE, TENSORS_FILE
 
 
 def make(folder, trainer_kwargs=None, **kwargs):
@@ -21,7 +21,7 @@ def make(folder, trainer_kwargs=None, **kwargs):
         "max_steps": 8,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
-        "loss_alone_ratio": 0.0,
+        "unguided_ratio": 0.0,
         "metric_call_budget": 24,
         "select_steps": 2,
         "observe_steps": 2,
@@ -77,12 +77,12 @@ def test_three_steps_and_resume_are_eight_in_one_go(tmp_path, ratio, guide):
 
 @pytest.mark.parametrize("step", [3, 4, 5])
 def test_resume_before_at_and_behind_the_start_of_the_loss_alone(tmp_path, step):
-    kwargs = {"metric_start_ratio": 0.0, "loss_alone_ratio": 0.5, "metric_call_budget": 16, "select_steps": 1}
+    kwargs = {"metric_start_ratio": 0.0, "unguided_ratio": 0.5, "metric_call_budget": 16, "select_steps": 1}
     whole = make(tmp_path / "whole", **kwargs)
     whole.train()
     resumed = make(tmp_path / "resumed", **kwargs)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-    assert resumed.phase.alone_step == whole.phase.alone_step == 4
+    assert resumed.phase.unguided_step == whole.phase.unguided_step == 4
     curves = [[(r["step"], r["selection"], r["reason"]) for r in t.phase.curve] for t in (whole, resumed)]
     assert curves[0] == curves[1]
     assert_equal_weights(weights(whole.model), weights(resumed.model))

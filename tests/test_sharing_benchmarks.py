@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from benchmarks import cards, check_cifar, cifar, warm_start
-from metricopt_hf.comparison import METHODS
+from metricopt_hf.comparison.methods import METHODS
 
 
 def images(split):

@@ -6,7 +6,7 @@ import pytest
 from helpers import save_dataset
 
 from metricopt_hf import ConfigurationError
-from metricopt_hf.splits import (
+from metricopt_hf.comparison.splits import (
     DataArguments,
     Splits,
     class_names,

@@ -62,7 +62,7 @@ def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, **kwargs):
         "phi_coordinates": "identity",
         "phi_learning_rate": None,
         "metric_start_ratio": 0,
-        "loss_alone_ratio": 0,
+        "unguided_ratio": 0,
         "select_steps": 1,
         "observe_steps": 1,
         "greater_is_better": False,
@@ -119,7 +119,7 @@ def test_the_truth_improves_the_metric_that_the_loss_does_not_see(tmp_path):
 
 def test_a_guide_is_followed_as_far_as_it_is_certain(tmp_path):
     class Doubtful(Truth):
-        def certainty(self, phi):
+        def gradient_agreement(self, phi):
             return 0.25
 
     def run(guide):
@@ -129,7 +129,8 @@ def test_a_guide_is_followed_as_far_as_it_is_certain(tmp_path):
 
     sure, unsure = run(Truth()), run(Doubtful())
     told = [row for row in unsure.curve if row["trust"] > 0]
-    assert told and all(row["certainty"] == 0.25 for row in told) and unsure.log_scalars()["certainty"] == 0.25
+    assert told and all(row["gradient_agreement"] == 0.25 for row in told)
+    assert unsure.log_scalars()["gradient_agreement"] == 0.25
     assert unsure.direction.trust == pytest.approx(0.25 * told[-1]["trust"])
     assert not torch.equal(sure.last_phi, unsure.last_phi)
 
@@ -139,12 +140,12 @@ def test_a_guide_that_lies_is_not_followed(tmp_path):
     lied, loss_only = quadratic_trainer(tmp_path, Truth(-1)), quadratic_trainer(tmp_path, value_weight=0)
     lied.train()
     loss_only.train()
-    assert all(entry["trust"] == 0 and entry["certainty"] is None for entry in lied.phase.curve)
+    assert all(entry["trust"] == 0 and entry["gradient_agreement"] is None for entry in lied.phase.curve)
     assert torch.equal(lied.phase.last_phi, loss_only.phase.last_phi)
 
 
 def test_the_value_function_finds_the_way_by_itself(tmp_path):
-    guided = quadratic_trainer(tmp_path, max_steps=60, explore_std=0.3, metric_call_budget=None, observe_steps=4)
+    guided = quadratic_trainer(tmp_path, max_steps=60, perturbation_std=0.3, metric_call_budget=None, observe_steps=4)
     loss_only = quadratic_trainer(tmp_path, max_steps=60, value_weight=0, metric_call_budget=0)
     guided.train()
     loss_only.train()
@@ -300,7 +301,7 @@ def test_everything_but_phi_is_frozen_in_eval_mode_and_comes_back(tmp_path):
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     assert moved and all("LayerNorm" in name or name == "classifier.bias" for name in moved)
     assert any("film" in name for name in names)
-    assert set(before) == set(weights(model))  # folded: an ordinary model again
+    assert set(before) == set(weights(model))  # merged: an ordinary model again
     assert all(p.requires_grad for p in model.parameters())
 
 

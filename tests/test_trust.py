@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from metricopt_hf.trust import DISCOUNT, NO_EVIDENCE, NOT_PREDICTIVE, PREDICTIVE, Trust
+from metricopt_hf.guides.trust import DISCOUNT, NO_EVIDENCE, NOT_PREDICTIVE, PREDICTIVE, Trust
 
 
 def judged(predict, rounds=20, size=8, seed=0):

@@ -164,10 +164,10 @@ def test_what_a_member_does_not_learn_makes_no_difference_to_it():
 
 def test_with_one_fold_the_folds_make_no_difference():
     z, scores, variances = observed()
-    plain, folded = ValueFunction(K), ValueFunction(K)
+    plain, merged = ValueFunction(K), ValueFunction(K)
     fit(plain, z, scores, variances, generator(), 20)
-    fit(folded, z, scores, variances, generator(), 20, folds=np.zeros(len(z), np.int64))
-    assert torch.equal(plain.gradient(torch.zeros(K)), folded.gradient(torch.zeros(K)))
+    fit(merged, z, scores, variances, generator(), 20, folds=np.zeros(len(z), np.int64))
+    assert torch.equal(plain.gradient(torch.zeros(K)), merged.gradient(torch.zeros(K)))
 
 
 def test_one_point_and_many_give_the_same_numbers():

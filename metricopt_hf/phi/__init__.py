@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from .coordinates import Coordinates, gradient_pca, group_gradients, random_basis
+from .coordinates import Coordinates, gradient_pca, group_gradients, make_coordinates, random_basis
 from .film import FiLM
 from .space import PhiSpace
-from .subset import Subset, adapter
+from .subset import Subset, adapter, trainable
 
 __all__ = [
     "Coordinates",
@@ -16,7 +16,9 @@ __all__ = [
     "from_spec",
     "gradient_pca",
     "group_gradients",
+    "make_coordinates",
     "random_basis",
+    "trainable",
 ]
 
 

@@ -1,7 +1,7 @@
-"""FiLM: a scale and a shift per channel behind norm layers, plus the output layer's bias, that fold into plain weights.
+"""FiLM: a scale and a shift per channel behind norm layers, and the output layer's bias; they merge into plain weights.
 
 After FiLM (Perez et al., 2018): y = (1 + scale) * norm(x) + shift, with scale = shift = 0, the identity, at the start.
-Because norm(x) ends in `weight * x + bias`, the modulation folds: weight <- (1 + scale) * weight and
+Because norm(x) ends in `weight * x + bias`, the modulation merges: weight <- (1 + scale) * weight and
 bias <- (1 + scale) * bias + shift. The tuned model is then an ordinary model that needs nothing of ours.
 """
 
@@ -33,7 +33,7 @@ def _modulate(host: nn.Module, args, output: Tensor) -> Tensor:
     return modulated.to(output.dtype)
 
 
-def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _merged(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a norm layer with the modulation behind it multiplied in, in their own dtype."""
     weight = (weight * (1 + scale)).to(weight.dtype)
     return weight, None if bias is None else (bias * (1 + scale) + shift).to(bias.dtype)
@@ -58,7 +58,7 @@ def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
     """The dimension of the output that weight and bias act on, or None where the layer is not `weight * x + bias`.
 
     Found by trying: a change of the weights must change the output as a modulation would. That also settles which
-    layers fold exactly, without a list of the norm classes of every library.
+    layers merge exactly, without a list of the norm classes of every library.
     """
     weight, bias = norm.weight, getattr(norm, "bias", None)
     n = weight.numel()
@@ -87,7 +87,7 @@ def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
                     weight.mul_(1 + scale)
                     if bias is not None:
                         bias.mul_(1 + scale).add_(shift)
-                    folded = run(x)
+                    merged = run(x)
                 except (RuntimeError, ValueError, IndexError, AssertionError):
                     continue  # not an input of this layer's rank
                 finally:
@@ -100,7 +100,7 @@ def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
                 if bias is not None:
                     modulated = modulated + shift.double().reshape(broadcast)
                 tolerance = 1e-4 if weight.dtype == torch.float32 else 5e-2
-                if torch.allclose(folded, modulated, rtol=tolerance, atol=tolerance):
+                if torch.allclose(merged, modulated, rtol=tolerance, atol=tolerance):
                     return dim
     finally:
         handle.remove()
@@ -166,7 +166,7 @@ def _output_layer(model: nn.Module) -> str | None:
 class FiLM(PhiSpace):
     """Scale and shift behind norm layers of `model`, and the bias of its output layer (one number per logit).
 
-    Built means attached: the model computes the same as before until phi is moved. `fold` takes it out again.
+    Built means attached: the model computes the same as before until phi is moved. `merge` takes it out again.
 
     Args:
         model: any CNN or transformer whose norm layers have per-channel weights (timm, transformers, torchvision, own).
@@ -183,7 +183,7 @@ class FiLM(PhiSpace):
         >>> phi = FiLM(model)
         >>> phi.names
         ('1.film_scale', '1.film_shift', '3.bias')
-        >>> phi.fold(); [name for name, _ in model.named_parameters()]
+        >>> phi.merge(); [name for name, _ in model.named_parameters()]
         ['0.weight', '0.bias', '1.weight', '1.bias', '3.weight', '3.bias']
     """
 
@@ -204,14 +204,14 @@ class FiLM(PhiSpace):
             _join(site.host_name, part) for site in self._sites for part in (SCALE, SHIFT) if hasattr(site.host, part)
         )
 
-    def fold(self) -> None:
+    def merge(self) -> None:
         with torch.no_grad():
             for site in self._sites:
                 if not hasattr(site.host, SCALE):
                     continue
                 weight, bias = site.norm.weight, getattr(site.norm, "bias", None)
-                folded = _folded(weight, bias, getattr(site.host, SCALE), getattr(site.host, SHIFT, None))
-                for tensor, value in zip((weight, bias), folded, strict=True):
+                merged = _merged(weight, bias, getattr(site.host, SCALE), getattr(site.host, SHIFT, None))
+                for tensor, value in zip((weight, bias), merged, strict=True):
                     if tensor is not None:
                         tensor.copy_(value)
                 for part in (SCALE, SHIFT, "film_dim"):
@@ -221,15 +221,15 @@ class FiLM(PhiSpace):
             handle.remove()
         self._handles.clear()
 
-    def folded_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def merged_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result = dict(state_dict)
         for site in self._sites:
             scale, shift = (result.pop(_join(site.host_name, part), None) for part in (SCALE, SHIFT))
-            if scale is None:  # folded already
+            if scale is None:  # merged already
                 continue
             weight, bias = (_join(site.norm_name, part) for part in ("weight", "bias"))
-            folded = _folded(result[weight], result.get(bias), scale, shift)
-            for name, value in zip((weight, bias), folded, strict=True):
+            merged = _merged(result[weight], result.get(bias), scale, shift)
+            for name, value in zip((weight, bias), merged, strict=True):
                 if value is not None:
                     result[name] = value
         return result
@@ -250,7 +250,7 @@ class FiLM(PhiSpace):
             # float32 whatever the model's dtype: steps of 1e-3 vanish in bfloat16
             parameter = torch.zeros(weight.numel(), device=weight.device, dtype=torch.float32)
             site.host.register_parameter(SCALE, nn.Parameter(parameter))
-            if getattr(site.norm, "bias", None) is not None:  # without a bias, a shift could not fold
+            if getattr(site.norm, "bias", None) is not None:  # without a bias, a shift could not merge
                 site.host.register_parameter(SHIFT, nn.Parameter(parameter.clone()))
             self._handles.append(site.host.register_forward_hook(_modulate))
 
@@ -270,14 +270,14 @@ class FiLM(PhiSpace):
             if hasattr(norm, "act") and isinstance(getattr(norm, "drop", None), nn.Module):
                 host, host_name = norm.drop, f"{name}.drop"
             if hasattr(host, SCALE):
-                raise PhiError(f"{name} is modulated already: fold the first FiLM before building another.")
+                raise PhiError(f"{name} is modulated already: merge the first FiLM before building another.")
             dim = _channel_dim(norm, host)
             if dim is None:
                 if layers is None:
-                    continue  # by default, those that fold
+                    continue  # by default, those that merge
                 raise PhiError(
                     f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so a FiLM behind it would not "
-                    'fold into plain weights. Choose others with `layers="..."`; norm layers here: '
+                    'merge into plain weights. Choose others with `layers="..."`; norm layers here: '
                     f"{', '.join(norms)}."
                 )
             sites.append(_Site(name, norm, host_name, host, dim))

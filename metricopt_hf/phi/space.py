@@ -1,7 +1,7 @@
 """PhiSpace: a few parameters of a model as one flat vector phi, read, written and restored in place.
 
 Extension point: a new space says which parameters it is made of (`names`), and, if it inserted something into the
-model, how that folds back into plain weights (`fold`, `folded_state_dict`, `state_dict`).
+model, how that merges back into plain weights (`merge`, `merged_state_dict`, `state_dict`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PhiSpace(ABC):
 
     @property
     def inserted(self) -> tuple[str, ...]:
-        """Those of `names` that the space itself put into the model and that `fold` removes."""
+        """Those of `names` that the space itself put into the model and that `merge` removes."""
         return ()
 
     @property
@@ -95,15 +95,15 @@ class PhiSpace(ABC):
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
 
-    def fold(self) -> None:  # noqa: B027, where nothing was inserted there is nothing to do
+    def merge(self) -> None:  # noqa: B027, where nothing was inserted there is nothing to do
         """Turn whatever was inserted into plain weights and take it out; the outputs stay the same. Once only."""
 
-    def folded_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state_dict` of the attached model as it would be after `fold`; the model is not touched."""
+    def merged_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state_dict` of the attached model as it would be after `merge`; the model is not touched."""
         return dict(state_dict)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that has to be put back, beside a folded checkpoint, to go on exactly."""
+        """Every tensor that has to be put back, beside a merged checkpoint, to go on exactly."""
         return {name: p.detach().cpu().clone() for name, p in zip(self.names, map(whole, self.parameters), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -148,12 +148,12 @@ class Union(PhiSpace):
     def inserted(self) -> tuple[str, ...]:
         return self.parts[0].inserted + self.parts[1].inserted
 
-    def fold(self) -> None:
+    def merge(self) -> None:
         for part in self.parts:
-            part.fold()
+            part.merge()
 
-    def folded_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.parts[1].folded_state_dict(self.parts[0].folded_state_dict(state_dict))
+    def merged_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.parts[1].merged_state_dict(self.parts[0].merged_state_dict(state_dict))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**self.parts[0].state_dict(), **self.parts[1].state_dict()}

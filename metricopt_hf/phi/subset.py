@@ -56,7 +56,12 @@ def adapter(model: nn.Module) -> Subset:
             'phi="adapter" needs a PEFT model: wrap yours with `peft.get_peft_model(model, LoraConfig(...))`, '
             'or use phi="film" or a regular expression over parameter names.'
         )
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    if not names:
+    if not any(p.requires_grad for p in model.parameters()):
         raise PhiError("The PEFT model has no trainable parameter; was it loaded with `is_trainable=False`?")
+    return trainable(model)
+
+
+def trainable(model: nn.Module) -> Subset:
+    """Every parameter of the model that is trained."""
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
     return Subset(model, "^(" + "|".join(map(re.escape, names)) + ")$")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import ValueFunctionError
-from .model import ValueFunction
+from .model import ValueNetwork
 
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.1
@@ -47,7 +47,7 @@ def learners(folds: np.ndarray, num_members: int) -> np.ndarray:
 
 
 def fit(
-    value_function: ValueFunction,
+    network: ValueNetwork,
     z: np.ndarray,
     scores: np.ndarray,
     variances: np.ndarray,
@@ -64,7 +64,7 @@ def fit(
     with the same weights.
 
     Args:
-        value_function: changed in place.
+        network: changed in place.
         z: [n, k]. scores: [n]. variances: [n], nan where unknown (then the mean of the known ones is taken).
         generator: the only source of randomness.
         steps: optimizer steps.
@@ -83,31 +83,31 @@ def fit(
     noise = np.where(known, variances, variances[known].mean() if known.any() else 0.0)
     if standardise:
         with torch.no_grad():
-            value_function.z_mean.copy_(torch.as_tensor(z.mean(0)))
+            network.z_mean.copy_(torch.as_tensor(z.mean(0)))
             # one scale for all coordinates: they are one orthonormal system, and a scale each would bend its gradient
-            value_function.z_std.fill_(max(float(z.std(0).mean()), 1e-8))
-            value_function.score_mean.fill_(float(scores.mean()))
-            value_function.score_std.fill_(max(float(scores.std()), 1e-8))
+            network.z_std.fill_(max(float(z.std(0).mean()), 1e-8))
+            network.score_mean.fill_(float(scores.mean()))
+            network.score_std.fill_(max(float(scores.std()), 1e-8))
         score_mean, score_std = scores.mean(), max(float(scores.std()), 1e-8)
     else:
-        score_mean, score_std = float(value_function.score_mean), float(value_function.score_std)
+        score_mean, score_std = float(network.score_mean), float(network.score_std)
 
     inputs = torch.as_tensor(z, dtype=torch.float32)
     targets = torch.as_tensor((scores - score_mean) / score_std, dtype=torch.float32)
     noise = torch.as_tensor(noise / score_std**2, dtype=torch.float32)
     weights = 1 / (noise + VARIANCE_FLOOR)
-    n, members = len(targets), value_function.num_members
+    n, members = len(targets), network.num_members
     bootstrap = torch.empty(members, n).exponential_(generator=generator)
     learns = torch.as_tensor(learners(np.zeros(n, np.int64) if folds is None else folds, members), dtype=torch.float32)
     # what a member does not learn weighs nothing; the mean weight stays
     weights = weights / weights.mean() * bootstrap * learns / learns.mean(1, keepdim=True).clamp_min(1 / n)
 
     # fused: these networks are so small that the optimizer's bookkeeping is a good part of a step
-    optimizer = torch.optim.AdamW(value_function.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     for _ in range(steps):
         rows = torch.arange(n) if n <= BATCH_SIZE else torch.randint(n, (BATCH_SIZE,), generator=generator)
         target, weight = targets[rows], weights[:, rows]
-        predicted = value_function(inputs[rows])
+        predicted = network(inputs[rows])
         regression = (weight * (predicted - target) ** 2).mean()
         first, second = torch.randint(len(rows), (2, PAIRS_PER_STEP), generator=generator)
         order = torch.sign(target[first] - target[second])
@@ -118,6 +118,6 @@ def fit(
         optimizer.step()
 
     with torch.no_grad():
-        residual = value_function(inputs).mean(0) - targets
-        value_function.noise_std.fill_(float(residual.std(correction=0)))
+        residual = network(inputs).mean(0) - targets
+        network.noise_std.fill_(float(residual.std(correction=0)))
     return FitReport(steps, float(regression.detach()), float(ranking.detach()))

@@ -1,45 +1,30 @@
-"""ValueFunction: a small ensemble that maps compact coordinates to the metric, with a mean, a spread and a gradient."""
+"""ValueNetwork: a small ensemble that maps compact coordinates to the metric, with a mean, a spread and a gradient."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from ..errors import ValueFunctionError
-from ..trajectory import Trajectory
-from . import artefact, card, hub
-from .domain import Domain
 
 
-class ValueFunction(nn.Module):
+class ValueNetwork(nn.Module):
     """An ensemble of MLPs over z: R^k -> the metric, standardised in and out.
 
     The paper (MetricOpt, CVPR 2021) learns one network; its layer sizes are not published. Size, ensemble and
     standardisation are this library's design.
-
-    Of `PyTorchModelHubMixin` only the names are here: it loads what fits, falls back to pickle and never renews a card,
-    while a stranger's file must be whole and as it says (`value/artefact.py`).
 
     Args:
         num_coordinates: k.
         hidden_size: width of the two hidden layers.
         num_members: networks in the ensemble.
 
-    Attributes:
-        domain: what z and the metric are; None for one that was never part of a run.
-        observations: what it was fitted to.
-
     Example:
         >>> import torch
-        >>> value_function = ValueFunction(num_coordinates=3)
-        >>> mean, std = value_function.predict(torch.zeros(5, 3))
-        >>> mean.shape, std.shape, value_function.gradient(torch.zeros(3)).shape
+        >>> network = ValueNetwork(num_coordinates=3)
+        >>> mean, std = network.predict(torch.zeros(5, 3))
+        >>> mean.shape, std.shape, network.gradient(torch.zeros(3)).shape
         (torch.Size([5]), torch.Size([5]), torch.Size([3]))
     """
 
@@ -51,8 +36,6 @@ class ValueFunction(nn.Module):
                 f"got {num_coordinates}, {hidden_size} and {num_members}."
             )
         self.num_coordinates, self.hidden_size, self.num_members = num_coordinates, hidden_size, num_members
-        self.domain: Domain | None = None
-        self.observations = Trajectory()
         sizes = [num_coordinates, hidden_size, hidden_size, 1]
         shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_members, i, o)) for i, o in shapes)
@@ -130,77 +113,6 @@ class ValueFunction(nn.Module):
             total = self(points.reshape(self.num_members, -1, self.num_coordinates)).sum()
             (gradients,) = torch.autograd.grad(total, points)
         return gradients * self.score_std
-
-    # Sharing
-
-    def save_pretrained(self, folder: str | os.PathLike, model_card_kwargs: dict[str, Any] | None = None) -> None:
-        """Write weights, domain, observations and a card into `folder`.
-
-        Args:
-            model_card_kwargs: figures for the card, see `card.render`. A card that somebody has written stays.
-        """
-        sizes = {name: getattr(self, name) for name in artefact.MAX_SIZES}
-        artefact.write(folder, sizes, self.state_dict(), self.domain, self.observations)
-        card.write(os.path.join(folder, artefact.CARD_FILE), self, **(model_card_kwargs or {}))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-    ) -> ValueFunction:
-        """Read a value function from a folder or from the Hub. No code is run, and nothing is read that is not whole.
-
-        Args:
-            name_or_path: its folder or repository, or that of a model which was pushed together with it.
-            revision: branch, tag or commit.
-            token: for private repositories; default: the one that `hf auth login` stored, or HF_TOKEN.
-            cache_dir, local_files_only: as for all downloads from the Hub.
-
-        Raises:
-            ValueFunctionError: what is wrong with it, or why it cannot be had, and what to do.
-        """
-        folder = hub.fetch(name_or_path, revision, token, cache_dir, local_files_only)
-        sizes, state, domain, observations = artefact.read(folder, str(name_or_path))
-        value_function = cls(**sizes)
-        value_function.load_state_dict(state)
-        points = torch.as_tensor(observations.z[-64:]) if len(observations) else value_function.z_mean
-        answers = (*value_function.predict(points), value_function.gradient(points))
-        if not all(answer.isfinite().all() for answer in answers):  # finite weights can overflow
-            raise ValueFunctionError(
-                f"{name_or_path} predicts numbers that are not finite where it was learned. {artefact.REMEDY}"
-            )
-        value_function.domain, value_function.observations = domain, observations
-        return value_function.eval()
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str = "Value function",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        model_card_kwargs: dict[str, Any] | None = None,
-    ) -> str:
-        """Push to a repository of its own, which is made where there is none. Returns the URL of the commit.
-
-        Raises:
-            HubError: why it failed, and what to do.
-        """
-
-        def upload():
-            api = HfApi(token=token)
-            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            self.save_pretrained(folder, {"repo": name, **(model_card_kwargs or {})})
-            message = {"commit_message": commit_message, "revision": revision, "create_pr": create_pr}
-            return api.upload_folder(repo_id=name, folder_path=folder, **message)
-
-        with tempfile.TemporaryDirectory() as folder:
-            return hub.push(upload, repo_id, "the value function is as it was; save_pretrained(folder) keeps it")
 
     def _checked(self, z: Tensor) -> Tensor:
         if z.dim() not in (1, 2) or z.shape[-1] != self.num_coordinates:

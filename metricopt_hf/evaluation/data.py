@@ -1,0 +1,114 @@
+"""Which data the guidance sees: the splits, and batches of them as Trainer would make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from ..errors import ConfigurationError
+
+
+def cut(dataset: Any, size: int | None, seed: int) -> tuple[Any, Any]:
+    """Two disjoint random parts of a data set of known length, for observation and for selection.
+
+    Args:
+        size: examples of each; None: half of the data set each.
+
+    Raises:
+        ConfigurationError: it is too small, or it has no length.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ConfigurationError(
+            "eval_dataset has no length, so no observation and selection split can be cut from it: "
+            "pass observation_dataset=... and selection_dataset=..."
+        )
+    size = len(dataset) // 2 if size is None else size
+    if size < 1 or 2 * size > len(dataset):
+        raise ConfigurationError(
+            f"eval_dataset has {len(dataset)} examples, too few to cut {max(size, 1)} for observation and as many for "
+            "selection: pass observation_dataset and selection_dataset, or a smaller observation_size."
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return take(dataset, order[:size]), take(dataset, order[size : 2 * size])
+
+
+def folds(dataset: Any, count: int, seed: int) -> list[Any]:
+    """Disjoint random parts of a data set, of equal size but for one example, each in its order.
+
+    One that is iterated, or has no length, cannot be divided: it is the only part.
+
+    Raises:
+        ConfigurationError: there are fewer examples than parts.
+    """
+    if count == 1 or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        return [dataset]
+    if len(dataset) < count:
+        raise ConfigurationError(
+            f"The observation set has {len(dataset)} examples, too few for observation_folds={count}: give it more, or "
+            "set observation_folds=1."
+        )
+    parts = np.array_split(np.random.default_rng(seed).permutation(len(dataset)), count)
+    return [take(dataset, np.sort(part)) for part in parts]
+
+
+def take(dataset: Any, indices: np.ndarray) -> Any:
+    """The examples at `indices` of a `datasets.Dataset` or a map-style torch data set, in this order."""
+    indices = [int(i) for i in indices]
+    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
+
+
+def in_order(dataset: Any, batch_size: int, collate: Callable, num_workers: int = 0) -> Callable[[], Iterator[Any]]:
+    """Makes a fresh iteration over all of `dataset` in its order, the last batch as small as it is."""
+    return lambda: iter(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=num_workers))
+
+
+def random_batches(
+    dataset: Any, batch_size: int, count: int, collate: Callable, generator: torch.Generator
+) -> Iterator[Any]:
+    """`count` batches drawn at random; of an iterable data set the first `count`, from a fresh iteration."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        yield from islice(DataLoader(dataset, batch_size, collate_fn=collate), count)
+        return
+    for _ in range(count):
+        rows = torch.randint(len(dataset), (min(batch_size, len(dataset)),), generator=generator)
+        yield collate([dataset[int(i)] for i in rows])
+
+
+def group_batches(
+    dataset: Dataset, label_name: str, batch_size: int, collate: Callable, generator: torch.Generator
+) -> Iterator[Any]:
+    """One batch per class, drawn from the examples with that label.
+
+    Raises:
+        ConfigurationError: the labels cannot be read as classes.
+    """
+    labels = _labels(dataset, label_name)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        chosen = rows[torch.randperm(len(rows), generator=generator).numpy()[:batch_size]]
+        yield collate([dataset[int(i)] for i in chosen])
+
+
+def _labels(dataset: Any, label_name: str) -> np.ndarray:
+    hint = 'phi_coordinates="group_gradients" needs a training set of known length with one class label per example'
+    if not hasattr(dataset, "__len__"):
+        raise ConfigurationError(f'{hint}; this one has no length. Use "gradient_pca".')
+    columns = getattr(dataset, "column_names", None)
+    names = [n for n in (label_name, "label", "labels") if columns is None or n in columns]
+    try:
+        if columns is not None:
+            labels = np.asarray(dataset.with_format("numpy")[names[0]][:])
+        else:
+            labels = np.asarray([next(dataset[i][n] for n in names if n in dataset[i]) for i in range(len(dataset))])
+    except (IndexError, KeyError, StopIteration, TypeError) as error:
+        raise ConfigurationError(f'{hint}; no column {label_name!r} found. Use "gradient_pca".') from error
+    if labels.ndim != 1 or labels.dtype.kind not in "iub" or len(np.unique(labels)) > 1000:
+        raise ConfigurationError(
+            f'{hint}; found {labels.dtype} labels of shape {list(labels.shape)}. Use "gradient_pca".'
+        )
+    return labels

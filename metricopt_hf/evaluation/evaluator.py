@@ -1,0 +1,235 @@
+"""Evaluator: the metric at points of phi, on one data set, without disturbing the training around it.
+
+Whoever asks for scores does not know how they are computed: here point by point, dealt out to the ranks in turn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+from transformers.trainer_pt_utils import EvalLoopContainer
+
+from ..errors import ConfigurationError, MetricError
+from ..phi import PhiSpace
+from .ledger import Ledger
+from .metric import Metric
+from .prefix_cache import PrefixCache, nbytes
+
+
+class BatchOutput(NamedTuple):
+    """What the model says of one batch: tensors or nested tuples of them; `loss` [batch], `inputs` on demand."""
+
+    logits: Any
+    labels: Any
+    loss: Any = None
+    inputs: Any = None
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; on leaving, every RNG and every module's mode is what it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        # the model's own devices: other processes own the others
+        with torch.random.fork_rng(devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `Evaluator.evaluate_many` answers for n points, the same on every rank.
+
+    Attributes:
+        values: [n] the metric; nan where the call failed.
+        errors: [n] why it failed; None where it did not.
+        seconds: [n] that the forward passes and the call took.
+        predictions: [n] predictions and labels, where they were asked for (None where the call failed); else None.
+    """
+
+    values: np.ndarray
+    errors: Sequence[str | None]
+    seconds: np.ndarray
+    predictions: Sequence[EvalPrediction | None] | None = None
+
+
+class Evaluator:
+    """Predicts a data set and calls the metric on it.
+
+    Args:
+        phi: what is moved, and put back.
+        predict: batch -> `BatchOutput`; runs the model. It must not wait for other ranks.
+        parts: the data set's parts, of which each evaluation sees one: each makes a fresh iteration over its collated
+            batches, always in the same order. One part is the usual case.
+        metric: the black box.
+        ledger: charged with the calls and all seconds, forward passes included.
+        max_bytes: memory for keeping batches (else they are collated anew each time) and, beyond those, the frozen
+            prefix's outputs.
+        concat: whether batches are joined, as with Trainer's `eval_do_concat_batches`; else the metric sees lists.
+        rank, world_size: this process, and how many there are.
+        progress: whether to show a bar for evaluations that take more than a few seconds.
+    """
+
+    def __init__(
+        self,
+        phi: PhiSpace,
+        predict: Callable[[Any], BatchOutput],
+        parts: Sequence[Callable[[], Iterable[Any]]],
+        metric: Metric,
+        ledger: Ledger,
+        max_bytes: float,
+        concat: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: bool = False,
+    ):
+        self.phi, self.metric, self.ledger = phi, metric, ledger
+        self.rank, self.world_size, self.progress = rank, world_size, progress
+        self.parts = [_Part(phi.model, predict, batches, max_bytes / len(parts), concat) for batches in parts]
+
+    def freeze(self, moved: Callable[[], AbstractContextManager]) -> None:
+        """From now on nothing outside phi changes: replay the rest (see `PrefixCache`).
+
+        Args:
+            moved: context inside which phi is another one.
+        """
+        for part in self.parts:
+            part.freeze(self.phi.names, moved)
+
+    def predictions(self, part: int = 0) -> EvalPrediction:
+        """Predictions and labels of a part at the present phi, as numpy arrays, in its order."""
+        with undisturbed(self.phi.model):
+            return self.parts[part].predictions()
+
+    def evaluate(self, purpose: str, part: int = 0) -> float:
+        """The metric at the present phi, charged to `purpose`. All ranks predict, and rank 0 calls the metric.
+
+        Raises:
+            MetricError: see `Metric`; the same on every rank.
+        """
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            with self.ledger.charge(purpose), undisturbed(self.phi.model):
+                try:
+                    outcome = [self.metric(self.parts[part].predictions())]
+                except MetricError as error:
+                    outcome = [error]
+        else:  # nobody predicts behind a test of its rank: a model's loss may wait for all of them
+            self.predictions(part)
+            self.ledger.add(purpose, 1, 0.0)
+        if self.world_size > 1:
+            broadcast_object_list(outcome)
+        if isinstance(outcome[0], MetricError):
+            raise outcome[0]
+        return outcome[0]
+
+    def evaluate_many(
+        self, points: Tensor, purpose: str, parts: Sequence[int] | None = None, predictions: bool = False
+    ) -> Scores:
+        """The metric at other phi, with phi left as it was.
+
+        Args:
+            points: [n, d].
+            purpose: what the n calls are charged to.
+            parts: [n] which part of the data set each point is evaluated on; default: the first.
+            predictions: whether to return them too.
+        """
+        count = len(points)
+        parts = [0] * count if parts is None else parts
+        taken: list[tuple[int, float, str | None, float, EvalPrediction | None]] = []
+        turns = range(self.rank, count + -count % self.world_size, self.world_size)  # as many on every rank
+        with self.phi.restored():
+            for i in tqdm(turns, desc="observing the metric", leave=False, delay=3, disable=not self.progress):
+                self.phi.write(points[min(i, count - 1)])
+                if i >= count:
+                    self.predictions(parts[-1])
+                    continue
+                start, score, error, prediction = perf_counter(), float("nan"), None, None
+                with self.ledger.charge(purpose), undisturbed(self.phi.model):
+                    try:
+                        prediction = self.parts[parts[i]].predictions()
+                        score = self.metric(prediction)
+                    except MetricError as failure:
+                        prediction, error = None, str(failure)
+                taken.append((i, score, error, perf_counter() - start, prediction if predictions else None))
+        if self.world_size > 1:
+            others = [entry for entry in gather_object(taken) if entry[0] % self.world_size != self.rank]
+            self.ledger.add(purpose, len(others), sum(entry[3] for entry in others))
+            taken += others
+        taken.sort(key=lambda entry: entry[0])
+        _, values, errors, seconds, predicted = zip(*taken, strict=True)
+        return Scores(np.array(values), errors, np.array(seconds), predicted if predictions else None)
+
+
+class _Part:
+    """One part of a data set: its batches, kept where there is room, and its predictions."""
+
+    def __init__(self, model: nn.Module, predict: Callable, batches: Callable, max_bytes: float, concat: bool):
+        self.model, self.predict, self.max_bytes, self.concat = model, predict, max_bytes, concat
+        self._batches, self._kept = batches, None
+        self._prefix: PrefixCache | None = None
+
+    def freeze(self, phi_names: tuple[str, ...], moved: Callable[[], AbstractContextManager]) -> None:
+        with undisturbed(self.model):  # a loader draws its seed from the global RNG
+            batches = self._kept_batches()
+        if batches is not None:
+            self._prefix = PrefixCache(self.model, phi_names, self.max_bytes - nbytes(batches), moved)
+
+    def predictions(self) -> EvalPrediction:
+        columns = {name: EvalLoopContainer(self.concat, padding_index=-100) for name in BatchOutput._fields}
+        batches = self._kept_batches()
+        for index, batch in enumerate(self._batches() if batches is None else batches):
+            if self._prefix is None or batches is None:
+                output = self.predict(batch)
+            else:
+                output = self._prefix.forward(index, lambda i: self.predict(batches[i]), len(batches))
+            self._check_joinable(output.labels)
+            for name, value in output._asdict().items():
+                if value is not None:
+                    columns[name].add(value)
+        arrays = {name: column.get_arrays() for name, column in columns.items()}
+        if arrays["logits"] is None:
+            raise ConfigurationError(
+                "The set on which the metric is observed is empty, or the model returns no logits."
+            )
+        return EvalPrediction(arrays["logits"], arrays["labels"], inputs=arrays["inputs"], losses=arrays["loss"])
+
+    def _check_joinable(self, labels: Any) -> None:
+        """Batches of lists of dicts would be joined row by row, the first image with the first, and say nothing."""
+        if self.concat and isinstance(labels, (list, tuple)) and any(isinstance(row, Mapping) for row in labels):
+            raise ConfigurationError(
+                "The labels are a dict per example, as of object detection, which cannot be joined over batches: set "
+                "eval_do_concat_batches=False. The metric then gets lists of batches."
+            )
+
+    def _kept_batches(self) -> list[Any] | None:
+        """The collated batches if they fit into memory, else None."""
+        if self._kept is None:
+            kept, size = [], 0
+            for batch in self._batches():
+                kept.append(batch)
+                size += nbytes(batch)
+                if size > self.max_bytes:
+                    self._kept = False
+                    break
+            else:
+                self._kept = kept
+        return self._kept or None

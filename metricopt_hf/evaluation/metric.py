@@ -1,0 +1,274 @@
+"""Metric: the user's black box, called with predictions and labels, answering one finite number.
+
+Nobody looks inside. What is checked is what comes out, and what goes in is a copy, so that a metric that changes its
+inputs, prints, or reseeds cannot disturb the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import evaluate
+import numpy as np
+import torch
+from scipy.special import expit, softmax
+from transformers import EvalPrediction
+
+from .. import metrics as shipped_metrics
+from ..errors import ConfigurationError, MetricError
+
+INPUTS = ("auto", "argmax", "scores", "identity")
+
+
+class Metric:
+    """A black box with a name, a direction and checks.
+
+    Args:
+        function: `EvalPrediction -> number or dict`; what Trainer's `compute_metrics` is.
+        name: the key to read from a dict (with or without Trainer's "eval_" prefix), and the name in logs and cards.
+        greater_is_better: which way is better.
+        timeout: seconds after which a call is given up, None for never. With it, calls run in a thread of their own,
+            which cannot be killed: it is abandoned, and no other call is made until it has come back.
+        exact: the dict must have that key; else a single entry will do, whatever it is called.
+
+    Example:
+        >>> import numpy as np
+        >>> accuracy = Metric(lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}, "accuracy")
+        >>> accuracy(EvalPrediction(predictions=np.eye(2), label_ids=np.array([0, 0])))
+        0.5
+    """
+
+    def __init__(
+        self,
+        function: Callable[[EvalPrediction], Any],
+        name: str,
+        greater_is_better: bool = True,
+        timeout: float | None = None,
+        exact: bool = False,
+    ):
+        self.function, self.name, self.greater_is_better, self.timeout = function, name, greater_is_better, timeout
+        self.exact = exact
+        self._abandoned: threading.Thread | None = None
+
+    @property
+    def sign(self) -> int:
+        """+1 where greater is better, else -1."""
+        return 1 if self.greater_is_better else -1
+
+    def __call__(self, prediction: EvalPrediction) -> float:
+        """The metric of `prediction`.
+
+        Raises:
+            MetricError: it raised, timed out, or answered something that is not one finite number.
+        """
+        prediction = copy.deepcopy(prediction)
+        try:
+            result = self.function(prediction) if self.timeout is None else self._call_apart(prediction)
+        except MetricError:
+            raise
+        except Exception as error:
+            raise MetricError(f"The metric {self.name!r} raised {type(error).__name__}: {error}") from error
+        return self._number(result)
+
+    def _call_apart(self, prediction: EvalPrediction) -> Any:
+        if self._abandoned is not None:
+            if self._abandoned.is_alive():
+                raise MetricError(
+                    f"The metric {self.name!r} has not come back from an earlier call that was given up after "
+                    f"{self.timeout} s; it is not called again before that."
+                )
+            self._abandoned = None
+        outcome: dict[str, Any] = {}
+
+        def work():
+            try:
+                outcome["result"] = self.function(prediction)
+            except BaseException as error:  # handed over to the caller's thread
+                outcome["error"] = error
+
+        thread = threading.Thread(target=work, name=f"metric {self.name}", daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        if thread.is_alive():
+            self._abandoned = thread
+            raise MetricError(f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s.")
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["result"]
+
+    def _number(self, result: Any) -> float:
+        if isinstance(result, dict):
+            bare = self.name.removeprefix("eval_")
+            key = next((k for k in (self.name, bare, f"eval_{bare}") if k in result), None)
+            if key is None and len(result) == 1 and not self.exact:
+                key = next(iter(result))
+            if key is None:
+                raise MetricError(
+                    f"The metric returned the keys {list(result)}, none of which is {self.name!r}: name one of them "
+                    "with metric_for_best_model (or metric_key)."
+                )
+            result = result[key]
+        if isinstance(result, torch.Tensor):
+            result = result.detach().cpu().float().numpy()
+        try:
+            array = np.asarray(result)
+        except ValueError:  # nested lists of unequal lengths
+            array = np.empty(0)
+        if array.size != 1 or array.dtype.kind not in "fiub":
+            raise MetricError(
+                f"The metric {self.name!r} must return one number, got {result!r}. Of one number per class, return the "
+                'mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
+            )
+        value = float(array.reshape(()))
+        if not np.isfinite(value):
+            raise MetricError(
+                f"The metric {self.name!r} returned {value}, which is not a finite number. Return one also where it is "
+                "not defined, as for a class without examples or without predictions (scikit-learn: zero_division=0)."
+            )
+        return value
+
+
+def from_evaluate(
+    module: evaluate.EvaluationModule,
+    greater_is_better: bool = True,
+    inputs: str | Callable[[EvalPrediction], dict[str, Any]] = "auto",
+    key: str | None = None,
+    kwargs: dict[str, Any] | None = None,
+    timeout: float | None = None,
+) -> Metric:
+    """A metric from an `evaluate` module.
+
+    Args:
+        module: for instance `evaluate.load("f1")`.
+        inputs: how predictions become the module's inputs.
+            "argmax": class indices; token labels of -100 are left out. Multi-label: 1 where the logit is positive.
+            "scores": softmax over the last axis (of two classes the second column; of a single logit, and multi-label,
+            the sigmoid).
+            "identity": predictions as they are, a trailing axis of 1 dropped.
+            A function `EvalPrediction -> dict` gives the arguments of `module.compute` itself.
+            "auto" reads the module's features: "scores" if it takes `prediction_scores`, "argmax" if it takes
+            integer predictions, else "identity".
+        key: which number of the module's result; default: the module's name, or the only one there is.
+        kwargs: passed on to `module.compute`, for instance `{"average": "macro"}`.
+
+    Raises:
+        ConfigurationError: `inputs` is unknown, or the module takes texts and `inputs` is no function.
+    """
+    features = module.features[0] if isinstance(module.features, list) else module.features
+    if not callable(inputs) and inputs not in INPUTS:
+        raise ConfigurationError(f"metric_inputs={inputs!r} is none of {', '.join(INPUTS)}, nor a function.")
+    wants = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+    argument = "prediction_scores" if "prediction_scores" in wants else "predictions"
+    dtype = str(getattr(wants.get(argument), "dtype", ""))
+    if inputs == "auto":
+        if dtype == "string":
+            raise ConfigurationError(
+                f"The evaluate module {module.name!r} compares texts: pass metric_inputs as a function "
+                "EvalPrediction -> {'predictions': [...], 'references': [...]} that decodes them, "
+                "or use a compute_metrics of your own."
+            )
+        if argument == "prediction_scores":
+            inputs = "scores"
+        else:
+            inputs = "argmax" if dtype.startswith("int") else "identity"
+
+    def function(prediction: EvalPrediction) -> dict[str, float]:
+        if callable(inputs):
+            arguments = inputs(prediction)
+        else:
+            predictions, labels = _select(prediction, inputs)
+            arguments = {argument: predictions, "references": labels}
+        return module.compute(**arguments, **(kwargs or {}))
+
+    return Metric(function, key or module.name, greater_is_better, timeout, exact=key is not None)
+
+
+def _select(prediction: EvalPrediction, how: str) -> tuple[np.ndarray, np.ndarray]:
+    predictions, labels = prediction.predictions, prediction.label_ids
+    if isinstance(predictions, (tuple, list)):
+        predictions = predictions[0]  # models that also return hidden states put the logits first
+    floating = np.issubdtype(predictions.dtype, np.floating)
+    # a row of answers per example and a logit for each
+    multilabel = floating and predictions.ndim > 1 < predictions.shape[-1] and predictions.shape == np.shape(labels)
+    if how == "argmax":
+        if multilabel:
+            return (predictions > 0).astype(np.int64), labels.astype(np.int64)
+        if predictions.ndim == labels.ndim + 1 and predictions.shape[-1] > 1:
+            predictions = predictions.argmax(-1)
+        elif floating:  # one logit
+            predictions = (predictions.reshape(labels.shape) > 0).astype(np.int64)
+        kept = labels != -100
+        return predictions[kept], labels[kept]
+    if how == "scores":
+        if predictions.ndim == 1 or predictions.shape[-1] == 1:
+            return expit(predictions.reshape(-1)), labels
+        if multilabel:
+            return expit(predictions), labels
+        scores = softmax(predictions, axis=-1)
+        return (scores[..., 1] if scores.shape[-1] == 2 else scores), labels
+    if predictions.ndim > 1 and predictions.shape[-1] == 1:
+        predictions = predictions.squeeze(-1)
+    return predictions, labels
+
+
+def resolve(
+    metric: Any,
+    greater_is_better: bool,
+    inputs: str | Callable[[EvalPrediction], dict[str, Any]] = "auto",
+    key: str | None = None,
+    kwargs: dict[str, Any] | None = None,
+    timeout: float | None = None,
+) -> Metric:
+    """A `Metric` from whatever a user may name: one, an `evaluate` module, a callable, or a module's name or path.
+
+    A name is looked up as a path, among the modules shipped with this package, then on the Hub.
+
+    Raises:
+        ConfigurationError: nothing of that name can be loaded, or `metric` is none of these.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if isinstance(metric, (str, os.PathLike)):
+        metric = _load(os.fspath(metric))
+    if isinstance(metric, evaluate.EvaluationModule):
+        return from_evaluate(metric, greater_is_better, inputs, key, kwargs, timeout)
+    if callable(metric):
+        name = key or getattr(metric, "__name__", type(metric).__name__)
+        return Metric(metric, name, greater_is_better, timeout, exact=key is not None)
+    raise ConfigurationError(
+        f"metric={metric!r} must be an evaluate module, its name or path, or a callable EvalPrediction -> number."
+    )
+
+
+def whole_set(compute_metrics: Callable) -> Callable[[EvalPrediction], Any]:
+    """A `compute_metrics` written for Trainer's `batch_eval_metrics`, given the whole set as its one and last batch."""
+    if "compute_result" not in inspect.signature(compute_metrics).parameters:
+        return compute_metrics
+
+    def function(prediction: EvalPrediction) -> Any:
+        tensors = {
+            name: value if value is None else torch.utils._pytree.tree_map(torch.as_tensor, value)
+            for name, value in vars(prediction).items()
+            if name != "elements"
+        }
+        return compute_metrics(EvalPrediction(**tensors), compute_result=True)
+
+    return function
+
+
+def _load(name: str) -> evaluate.EvaluationModule:
+    if not os.path.exists(name) and name in shipped_metrics.names():
+        name = shipped_metrics.path(name)
+    try:
+        # in memory: the lock of a cache file would outlive an error, and hold up the next call
+        return evaluate.load(name, keep_in_memory=True)
+    except Exception as error:
+        raise ConfigurationError(
+            f"The evaluate module {name!r} could not be loaded ({type(error).__name__}: {error}). Give a path to a "
+            f"local module, a name on the Hub, or one of those that come along: {', '.join(shipped_metrics.names())}."
+        ) from error

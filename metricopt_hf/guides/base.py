@@ -1,0 +1,188 @@
+"""Guide: which way the metric improves, and how far to follow. The one extension point of the trainer.
+
+A guide goes through `start`, then `observe` once a round, and between rounds is asked at every optimizer step: for a
+`direction` of phi, or for a `loss` instead of the task's. How far it is followed is not its own to say: every guide,
+ours, the controls and yours, is judged by the same `Trust`, by what it predicted before a score was known.
+
+`DirectionGuide` is the usual kind: it says what it predicts (`predict`), what it makes of the observations (`fit`), and
+in which direction of phi the metric rises (`ascent`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+
+from ..evaluation.trajectory import Trajectory
+from ..phi import Coordinates
+from ..value import ValueNetwork
+from .trust import Trust
+
+OFF = "switched off"
+
+
+@dataclass(frozen=True)
+class GuideContext:
+    """What a guide is given at the start of a phase.
+
+    Attributes:
+        coordinates: of the metric phase; their origin is phi at its start.
+        greater_is_better: which way the metric is better.
+        generator: the guide's only randomness, the same on every rank.
+        metric: the black box, on predictions that the guide has from a `Round` or has made of them; every call is
+            charged as an observation. Raises `MetricError`.
+    """
+
+    coordinates: Coordinates
+    greater_is_better: bool
+    generator: torch.Generator
+    metric: Callable[[EvalPrediction], float]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of observations, as a guide gets it.
+
+    Attributes:
+        trajectory: all observations so far; the new ones are its `last_round`.
+        predictions: predictions and labels behind each of the new ones, where the guide `wants_predictions`.
+    """
+
+    trajectory: Trajectory
+    predictions: Sequence[EvalPrediction] | None = None
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A guide's answer.
+
+    Attributes:
+        vector: v, [d], in phi; a step *against* it improves the metric, as with a loss gradient. Its length is ignored.
+        trust: in [0, 1]; how far to follow the guide here.
+        reason: why the trust is what it is, in a few words.
+    """
+
+    vector: Tensor
+    trust: float
+    reason: str
+
+
+class Guide(ABC):
+    """Is shown observations, answers a direction of phi or a loss.
+
+    Class attributes that a guide may set:
+        scope: "phi", or "all" for a guide whose loss shall move every trainable parameter.
+        in_first_phase: whether it is started with the run and asked in its first phase too, before phi alone is tuned.
+        wants_predictions: whether rounds bring predictions and labels.
+
+    `coverage` is the share of the last round inside the 90 % intervals predicted for it, None without intervals.
+    """
+
+    scope: Literal["phi", "all"] = "phi"
+    in_first_phase = False
+    wants_predictions = False
+
+    context: GuideContext
+    trust: Trust
+    off: str | None = None
+    coverage: float | None = None
+
+    def start(self, context: GuideContext) -> None:
+        """Begin a phase, forgetting any earlier one."""
+        self.context, self.trust, self.off = context, Trust(), None
+
+    def observe(self, observed: Round) -> None:
+        """Be judged on a round, then learn from it."""
+        observed = Round(observed.trajectory.aligned(), observed.predictions)
+        predicted = self.predict_held_out(observed.trajectory)
+        if predicted is not None:
+            self.trust.update(predicted, observed.trajectory.last_round.scores)
+        self.learn(observed)
+
+    @abstractmethod
+    def predict(self, z: np.ndarray) -> np.ndarray | None:
+        """Scores expected at z: [n, k] -> [n], in any unit that rises with the metric; None before there is a fit."""
+
+    def predict_held_out(self, trajectory: Trajectory) -> np.ndarray | None:
+        """The same for the last round, each point by what was not learned from its fold: trust is judged by that.
+
+        A guide that does not keep the folds apart is judged by all that it knows.
+        """
+        return self.predict(trajectory.last_round.z)
+
+    @abstractmethod
+    def learn(self, observed: Round) -> None:
+        """Learn from a round, and from all that came before it."""
+
+    @property
+    def standing(self) -> tuple[float, str]:
+        """Trust in [0, 1], 0 when switched off, and its reason."""
+        return self.trust.value() if self.off is None else (0.0, self.off)
+
+    def direction(self, phi: Tensor) -> Direction | None:
+        """Where to go from phi: [d]; None of a guide that speaks through the loss."""
+        return None
+
+    def loss(self, inputs: dict[str, Any], outputs: Any, task_loss: Tensor) -> Tensor | None:
+        """What to minimise instead of the task's loss, a mean over the batch as that is; None of one that does not.
+
+        The trainer goes from the one to the other by trust: `task_loss + trust * (loss - task_loss)`.
+
+        Args:
+            inputs: the batch, labels included.
+            outputs: of the model.
+            task_loss: of the batch, differentiable.
+        """
+        return None
+
+    def gradient_agreement(self, phi: Tensor) -> float:
+        """How sure it is of its direction at phi: [d] -> [0, 1], by which its trust is multiplied."""
+        return 1.0
+
+    def switch_off(self, reason: str) -> None:
+        """Follow this guide no more; `reason` is what it answers from now on."""
+        self.off = f"{OFF}: {reason}"
+
+    @property
+    def network(self) -> ValueNetwork | None:
+        """What it has fitted to the metric and can be shared, once it is fitted; None without such a thing."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts and lists of tensors and JSON values; with `load_state_dict` after `start`, all to go on."""
+        return {"trust": self.trust.state_dict(), "generator": self.context.generator.get_state(), "off": self.off}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.trust.load_state_dict(state["trust"])
+        self.context.generator.set_state(state["generator"].to(torch.uint8))
+        self.off = state["off"]
+
+
+class DirectionGuide(Guide):
+    """A guide that is fitted to the observations and answers the direction in which its fit improves."""
+
+    def learn(self, observed: Round) -> None:
+        self.fit(observed.trajectory)
+
+    @abstractmethod
+    def fit(self, trajectory: Trajectory) -> None:
+        """Learn from all observations so far."""
+
+    @abstractmethod
+    def ascent(self, phi: Tensor) -> Tensor:
+        """A direction of phi, [d] -> [d], in which the metric's value rises (whether or not that is better)."""
+
+    def direction(self, phi: Tensor) -> Direction:
+        trust, reason = self.standing
+        if trust == 0:
+            return Direction(torch.zeros_like(phi), 0.0, reason)
+        ascent = self.ascent(phi)
+        vector = -ascent if self.context.greater_is_better else ascent
+        return Direction(vector, trust * self.gradient_agreement(phi), reason)

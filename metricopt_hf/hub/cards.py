@@ -1,0 +1,90 @@
+"""Cards: what people are told of a value function or a tuned model, filled from templates with measured figures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..value.serialization import LIBRARY, replace_file
+
+if TYPE_CHECKING:
+    from .value_function import ValueFunction
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+TAG = "metricopt"
+# Stands in every value function's card that was made here: one without it was written by a person, and stays.
+MARKER = "<!-- Made by metricopt_hf. Remove this line to keep your own words when the card is made anew. -->"
+
+
+def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
+    """The card that a template in `templates/` gives with these metadata and fields."""
+    citation = (TEMPLATES / "citation.md").read_text(encoding="utf-8").strip()
+    path = str(TEMPLATES / f"{template}.md")
+    return ModelCard.from_template(data, template_path=path, marker=MARKER, citation=citation, **fields)
+
+
+def write(
+    path: str | os.PathLike,
+    value_function: ValueFunction,
+    repo: str = "user/name",
+    rank_correlation: float | None = None,
+    trust: float | None = None,
+    comparison: str | None = None,
+    task: str | None = None,
+    dataset: tuple[str, str] | None = None,
+    license: str | None = None,
+) -> None:
+    """Write the card of a value function, unless somebody has written one.
+
+    Args:
+        repo: by which name it is loaded.
+        rank_correlation, trust: at the end of its run; a nan counts as unknown.
+        comparison: Markdown on what it was good for, such as a table of methods.
+        task, dataset: the Hub's names of both, (type, name) of the data set; with them the figures get a `model-index`.
+        license: the Hub's name of it.
+    """
+    path = Path(path)
+    if path.exists() and MARKER not in path.read_text(encoding="utf-8"):
+        return
+    if rank_correlation is None or not np.isfinite(rank_correlation):
+        rank_correlation = trust = None
+    signature, observations = value_function.signature, value_function.observations
+    name = repo.rpartition("/")[2]
+    results = None
+    if rank_correlation is not None and task is not None and dataset is not None:
+        metric = "Prequential rank correlation" + (f" with {signature.metric}" if signature else "")
+        results = [EvalResult(task, *dataset, "spearmanr", rank_correlation, metric_name=metric)]
+    data = ModelCardData(
+        library_name=LIBRARY,
+        tags=[TAG, "value-function"],
+        metrics=[signature.metric] if signature else None,
+        datasets=[dataset[0]] if dataset else None,
+        license=license,
+        model_name=name if results else None,
+        eval_results=results,
+    )
+    scores = observations.scores
+    fields = {
+        "name": name,
+        "repo": repo,
+        "task": task,
+        "dataset": dataset,
+        "signature": signature,
+        "phi_dim": signature.origin.numel() if signature else None,
+        "num_coordinates": value_function.num_coordinates,
+        "num_members": value_function.num_members,
+        "hidden_size": value_function.hidden_size,
+        "num_observations": len(scores),
+        "num_folds": len(np.unique(observations.folds)),
+        "lowest": scores.min() if len(scores) else None,
+        "highest": scores.max() if len(scores) else None,
+        "seconds": float(observations.costs.sum()),
+        "rank_correlation": rank_correlation,
+        "trust": trust,
+        "comparison": comparison,
+    }
+    replace_file(path, str(render("value_function", data, **fields)).encode())

@@ -1,0 +1,1 @@
+"""The run: Trainer with a metric phase."""

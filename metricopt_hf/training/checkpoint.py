@@ -1,0 +1,142 @@
+"""State on disk: nested dicts and lists of tensors and JSON values, without pickle, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..errors import CheckpointError
+
+TENSORS_FILE, JSON_FILE = "metricopt_state.safetensors", "metricopt_state.json"
+FORMAT_VERSION = 2  # 2: dicts as pairs, lists of tensors
+
+
+def save(state: dict[str, Any], folder: str | os.PathLike) -> None:
+    """Write `state` into `folder`. The JSON file comes last and vouches for the tensors by their hash."""
+    tensors: dict[str, Tensor] = {}
+
+    def strip(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            name = f"{len(tensors)}{path}"  # numbered, because keys may hold a slash
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # no two share memory
+            return {"tensor": name}
+        if isinstance(value, dict):  # as pairs, because JSON would make every key a string
+            return {"dict": [[key, strip(item, f"{path}/{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)) and any(isinstance(item, (Tensor, dict, list, tuple)) for item in value):
+            return {"list": [strip(item, f"{path}/{i}") for i, item in enumerate(value)]}
+        return {"value": value}
+
+    tree = strip(state, "")
+    blob = save_tensors(tensors)
+    document = {"format_version": FORMAT_VERSION, "sha256": hashlib.sha256(blob).hexdigest(), "state": tree}
+    text = json.dumps(document)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / TENSORS_FILE, blob)
+    _write(folder / JSON_FILE, text.encode())
+
+
+def load(folder: str | os.PathLike) -> dict[str, Any]:
+    """Read what `save` wrote.
+
+    Raises:
+        CheckpointError: a file is missing, cut off, or does not belong to the other.
+    """
+    folder = Path(folder)
+
+    def fill(node: dict[str, Any]) -> Any:
+        if "tensor" in node:
+            return tensors[node["tensor"]]
+        if "dict" in node:
+            return {key: fill(item) for key, item in node["dict"]}
+        if "list" in node:
+            return [fill(item) for item in node["list"]]
+        return node["value"]
+
+    try:
+        document = json.loads((folder / JSON_FILE).read_bytes())
+        blob = (folder / TENSORS_FILE).read_bytes()
+        if document["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder / JSON_FILE} has format version {document['format_version']}, this version of metricopt_hf "
+                f"reads {FORMAT_VERSION}."
+            )
+        if hashlib.sha256(blob).hexdigest() != document["sha256"]:
+            raise CheckpointError(f"{folder / TENSORS_FILE} is damaged or from another moment than {JSON_FILE}.")
+        tensors = load_tensors(blob)
+        return fill(document["state"])
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"The guidance state in {folder} cannot be read ({type(error).__name__}: {error})."
+        ) from error
+
+
+def check(folder: str | os.PathLike) -> None:
+    """Before a resume: is the checkpoint whole?
+
+    Raises:
+        CheckpointError: it was not written to its end, is damaged, or holds no guidance state; names the one before.
+    """
+    folder = Path(folder)
+    problem = None
+    if not (folder / JSON_FILE).exists():
+        problem = (
+            f"holds no guidance state ({JSON_FILE}): it was written by a plain Trainer, with save_only_model, or "
+            "not to its end. To start from its weights, load them into the model and begin a new run"
+        )
+    elif not (folder / TRAINER_STATE_NAME).exists():  # what Trainer writes last
+        problem = f"was not written to its end: {TRAINER_STATE_NAME} is missing"
+    else:
+        with readable(folder):
+            load(folder)
+    if problem is not None:
+        raise CheckpointError(f"{folder} {problem}. {_before(folder)}")
+
+
+@contextmanager
+def readable(folder: str | os.PathLike | None) -> Iterator[None]:
+    """Turn whatever goes wrong while reading a checkpoint's files into a `CheckpointError` that says what to do."""
+    try:
+        yield
+    except (CheckpointError, OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        if folder is None:
+            raise
+        raise CheckpointError(
+            f"{folder} cannot be read ({type(error).__name__}: {error}). {_before(Path(folder))}"
+        ) from error
+
+
+def _before(folder: Path) -> str:
+    """The remedy: the last checkpoint in front of this one."""
+
+    def step(path: Path) -> int:
+        number = path.name.removeprefix("checkpoint-")
+        return int(number) if number.isdigit() else -1
+
+    earlier = [path for path in folder.parent.glob("checkpoint-*") if 0 <= step(path) < step(folder)]
+    return f"Resume from {max(earlier, key=step)}." if earlier else "There is no earlier one beside it; start anew."
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write to a file beside it first: a process that dies leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

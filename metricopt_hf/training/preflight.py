@@ -1,0 +1,164 @@
+"""What is settled before any training: which metric, on which data, and whether this run can be guided at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from accelerate.utils import DistributedType
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+
+from ..errors import ConfigurationError
+from ..evaluation import data
+from ..evaluation import metric as metrics
+from ..evaluation.metric import Metric
+from ..hub import ValueFunction
+from ..phi import PhiSpace
+from .config import MetricOptConfig
+
+logger = logging.getLogger(__name__)
+
+UNSUPPORTED = {
+    DistributedType.DEEPSPEED: "its engine steps inside the backward pass, before gradients can be blended",
+    DistributedType.FSDP: "ranks observe different phi at once, which a sharded model cannot compute",
+}
+
+
+def resolve_metric(
+    given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any
+) -> Metric | None:
+    """The metric to optimise: the one given, the one that `args` names, Trainer's own, or None.
+
+    Raises:
+        ConfigurationError: there is one, and `args` is no `MetricOptConfig`; or it cannot be loaded.
+    """
+    name = metric_name(args, eval_dataset)
+    if not isinstance(args, MetricOptConfig):
+        if given is not None or (compute_metrics is not None and name is not None):
+            raise ConfigurationError(
+                f"MetricOptTrainer needs its arguments as MetricOptConfig, got {type(args).__name__}: "
+                "change the class name there too; all fields stay."
+            )
+        return None
+    given = args.metric_name_or_path if given is None else given
+    if given is not None:
+        better = True if isinstance(given, Metric) else args.resolved_greater_is_better
+        return metrics.resolve(
+            given, better, args.metric_inputs, args.metric_key, args.metric_kwargs, args.metric_timeout
+        )
+    if compute_metrics is None or name is None:
+        return None
+    function = metrics.whole_set(compute_metrics) if args.batch_eval_metrics else compute_metrics
+    return Metric(function, name, args.resolved_greater_is_better, args.metric_timeout, exact=True)
+
+
+def metric_name(args: TrainingArguments, eval_dataset: Any) -> str | None:
+    """`metric_for_best_model` without the name of an eval set; None where it is the loss, which is trained anyway."""
+    name = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if (part := eval_part(args, eval_dataset)) is not None:
+        name = name.removeprefix(f"{part}_")
+    return None if name == "loss" else name
+
+
+def eval_part(args: TrainingArguments, eval_dataset: Any) -> str | None:
+    """Which of a dict of eval sets `metric_for_best_model` speaks of; the first where it names none."""
+    if not isinstance(eval_dataset, dict):
+        return None
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    named = [part for part in eval_dataset if name.startswith(f"{part}_")]
+    return max(named, key=len) if named else next(iter(eval_dataset))
+
+
+def split(observation: Any, selection: Any, eval_dataset: Any, args: MetricOptConfig) -> tuple[Any, Any]:
+    """The observation and the selection set: those given, else cut from the eval set (and said so).
+
+    Raises:
+        ConfigurationError: there is nothing to cut from, or it is too small.
+    """
+    if observation is not None and selection is not None:
+        return observation, selection
+    part = eval_part(args, eval_dataset)
+    source = eval_dataset if part is None else eval_dataset[part]
+    if source is None:
+        raise ConfigurationError(
+            "The metric has to be observed somewhere: pass eval_dataset, or observation_dataset and selection_dataset."
+        )
+    logger.warning(
+        "eval_dataset serves the metric guidance (observation, selection), so what evaluate() reports on it is not "
+        "held out. Pass observation_dataset and selection_dataset, or report on another set."
+    )
+    if observation is None and selection is None:
+        return data.cut(source, args.observation_size, args.seed)
+    return (source, selection) if observation is None else (observation, source)
+
+
+def check_supported(args: MetricOptConfig, distributed_type: DistributedType) -> None:
+    """Refuse by name what cannot work or was never tested.
+
+    Raises:
+        ConfigurationError: with the reason and what to do instead.
+    """
+    args.check_optimizer()
+    if distributed_type in UNSUPPORTED:
+        raise ConfigurationError(
+            f"{distributed_type.value} cannot be guided: {UNSUPPORTED[distributed_type]}. Use DDP, or no metric."
+        )
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            "Several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
+            "`torchrun --nproc_per_node N script.py`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+
+
+def check_holds_phi(optimizer: Optimizer | None, phi: PhiSpace) -> None:
+    """An optimizer of the user's own must hold phi.
+
+    Raises:
+        ConfigurationError: names what it lacks.
+    """
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in zip(phi.names, phi.parameters, strict=True) if id(p) not in held]
+    if missing:
+        raise ConfigurationError(
+            f"The optimizer given does not hold {', '.join(missing[:4])} of phi: build phi first "
+            "(`phi = FiLM(model)`), then the optimizer over model.parameters(), and pass both; or let the trainer "
+            "make the optimizer."
+        )
+
+
+def load_value_function(given: ValueFunction | None, args: MetricOptConfig) -> ValueFunction | None:
+    """The value function to start from: the one given, the one that `args` names, or None.
+
+    Raises:
+        ValueFunctionError: it cannot be had or believed.
+    """
+    if given is None and args.value_function_name_or_path is not None:
+        return ValueFunction.from_pretrained(args.value_function_name_or_path, token=args.hub_token)
+    return given
+
+
+def check_value_function(
+    given: ValueFunction | None, phi: PhiSpace, metric: Metric | None, args: MetricOptConfig
+) -> None:
+    """A value function to start from must be at home in this phi and this metric.
+
+    Raises:
+        ValueFunctionError: it is at home elsewhere.
+        ConfigurationError: it was never part of a run, and its size does not fit the coordinates that `args` asks for.
+    """
+    if given is None:
+        return
+    if given.signature is not None:
+        given.signature.check(phi.description, metric.name, metric.greater_is_better)
+        return
+    expected = {"identity": phi.dim, "group_gradients": given.num_coordinates}  # as many as there are groups
+    expected = expected.get(args.phi_coordinates, min(args.phi_dim, phi.dim))
+    if given.num_coordinates != expected:
+        raise ConfigurationError(
+            f"The value function given has {given.num_coordinates} coordinates, this run {expected}: set phi_dim to "
+            f"{given.num_coordinates}, or give one that was saved after a run, which brings its own coordinates."
+        )

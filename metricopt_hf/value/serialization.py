@@ -1,0 +1,240 @@
+"""The files of a shared value function, and how a stranger's are read: checked before they are believed.
+
+A folder holds
+
+    config.json            format version, sizes, normalisation; the signature: phi space, coordinates, metric and
+                           direction; and the hashes of the next two, so that files of two moments are not taken for one
+    model.safetensors      weights, origin phi_0 and basis Q, all float32
+    observations.parquet   what it was fitted to, so that others can refit: see `Trajectory.to_parquet`
+    README.md              the card, for people; not read
+
+No file can hold code. Sizes are bounded, and the shapes that the config implies are compared with the header of the
+tensor file, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ..errors import ValueFunctionError
+from ..evaluation.trajectory import Trajectory
+from .signature import Signature
+
+CONFIG_FILE, TENSORS_FILE, OBSERVATIONS_FILE = "config.json", "model.safetensors", "observations.parquet"
+CARD_FILE = "README.md"
+LIBRARY, FORMAT_VERSION = "metricopt_hf", 3  # 3: the domain is called signature
+
+# The most that is read of a stranger: bytes of a file, and of each of the sizes in a config.
+MAX_BYTES = {CONFIG_FILE: 2**24, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
+MAX_SIZES = {"num_coordinates": 2**17, "hidden_size": 2**12, "num_members": 2**8}
+# What standardises z and the score, and the metric's own noise: plain numbers, for people to read, so in the config.
+NORMALISATION = ("z_mean", "z_std", "score_mean", "score_std", "noise_std")
+# How far the columns of a basis may be from orthonormal: rounding, not another scale.
+ORTHONORMAL_TOLERANCE = 1e-3
+
+REMEDY = "Take another copy or revision of it, or start without it."
+
+
+def network_shapes(num_coordinates: int, hidden_size: int, num_members: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the ensemble."""
+    sizes = [num_coordinates, hidden_size, hidden_size, 1]
+    layers = list(enumerate(zip(sizes[:-1], sizes[1:], strict=True)))
+    return {
+        **{f"weights.{i}": (num_members, inputs, outputs) for i, (inputs, outputs) in layers},
+        **{f"biases.{i}": (num_members, 1, outputs) for i, (_, outputs) in layers},
+    }
+
+
+def write(
+    folder: str | os.PathLike,
+    sizes: Mapping[str, int],
+    state: Mapping[str, Tensor],
+    signature: Signature | None,
+    observations: Trajectory,
+) -> None:
+    """Write config, tensors and observations; each file whole or not at all."""
+    tensors = dict(state)
+    normalisation = {name: tensors.pop(name).tolist() for name in NORMALISATION}
+    config: dict[str, Any] = {"library_name": LIBRARY, "format_version": FORMAT_VERSION, **sizes}
+    config.update(normalisation=normalisation, signature=None)
+    if signature is not None:
+        tensors["origin"] = signature.origin
+        if signature.basis is not None:
+            tensors["basis"] = signature.basis
+        config["signature"] = {
+            "model": signature.model,
+            "phi": signature.phi,
+            "coordinates": {"kind": signature.coordinates, "identity": signature.basis is None},
+            "metric": {"name": signature.metric, "greater_is_better": signature.greater_is_better},
+        }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    contents = {
+        TENSORS_FILE: save_tensors(tensors, metadata={"format": "pt"}),
+        OBSERVATIONS_FILE: observations.to_parquet(),
+    }
+    config["sha256"] = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    contents[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in contents.items():
+        replace_file(folder / file, content)
+
+
+def read(
+    folder: str | os.PathLike, name: str
+) -> tuple[dict[str, int], dict[str, Tensor], Signature | None, Trajectory]:
+    """Sizes, state, signature and observations of a value function in a folder, or nothing at all.
+
+    Args:
+        name: by which it was asked for, for messages.
+
+    Raises:
+        ValueFunctionError: a file is missing, damaged, too large, of another version, or says what cannot be.
+    """
+    folder = Path(folder)
+    for file in MAX_BYTES:
+        check_file(name, file, (folder / file).stat().st_size if (folder / file).is_file() else None)
+    try:
+        sizes, config = _read_config(folder / CONFIG_FILE)
+        shapes = {**network_shapes(**sizes), **_signature_shapes(config, sizes["num_coordinates"])}
+        tensors = {**_read_tensors(folder / TENSORS_FILE, shapes), **_normalisation(config, sizes["num_coordinates"])}
+        signature = _signature(config, tensors.pop("origin", None), tensors.pop("basis", None))
+        observations = Trajectory.from_parquet(
+            folder / OBSERVATIONS_FILE, sizes["num_coordinates"], MAX_BYTES[OBSERVATIONS_FILE]
+        )
+        for file in (TENSORS_FILE, OBSERVATIONS_FILE):
+            if hashlib.sha256((folder / file).read_bytes()).hexdigest() != config["sha256"][file]:
+                raise ValueFunctionError(f"{file} is damaged, or of another moment than {CONFIG_FILE}.")
+    except ValueFunctionError as error:
+        raise ValueFunctionError(f"{name}: {error} {REMEDY}") from error
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        raise ValueFunctionError(f"{name} cannot be read ({type(error).__name__}: {error}). {REMEDY}") from error
+    return sizes, tensors, signature, observations
+
+
+def check_file(name: str, file: str, size: int | None) -> None:
+    """Refuse a value function that lacks a file (its size is None), or whose file is too large to be read."""
+    if size is None:
+        raise ValueFunctionError(f"{name} holds no whole value function: {file} is missing. {REMEDY}")
+    if size > (most := MAX_BYTES[os.path.basename(file)]):
+        raise ValueFunctionError(f"{name}: {file} has {size} bytes; at most {most} are read. {REMEDY}")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write to a file beside it first: a process that dies, or an upload meanwhile, finds the old file or the new."""
+    temporary = path.with_name(f"_{path.name}.tmp")  # Trainer's pushes leave out what begins with an underscore
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _read_config(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or config.get("library_name") != LIBRARY:
+        raise ValueFunctionError(f"{path.name} is not that of a value function of {LIBRARY}.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueFunctionError(
+            f"it has format version {config.get('format_version')!r}, this version of {LIBRARY} reads "
+            f"{FORMAT_VERSION}: pip install --upgrade {LIBRARY}."
+        )
+    sizes = {name: config.get(name) for name in MAX_SIZES}
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size <= MAX_SIZES[name]:
+            raise ValueFunctionError(f"{name}={size!r} in {path.name} is no whole number from 1 to {MAX_SIZES[name]}.")
+    return sizes, config
+
+
+def _normalisation(config: Mapping[str, Any], num_coordinates: int) -> dict[str, Tensor]:
+    given = config["normalisation"]
+    if set(given) != set(NORMALISATION):
+        raise ValueFunctionError(f"normalisation in {CONFIG_FILE} has not the entries {', '.join(NORMALISATION)}.")
+    tensors = {}
+    for name in NORMALISATION:
+        tensor = torch.tensor(given[name], dtype=torch.float32)
+        if tensor.shape != ((num_coordinates,) if name in ("z_mean", "z_std") else ()):
+            raise ValueFunctionError(f"{name} in {CONFIG_FILE} has the shape {list(tensor.shape)}.")
+        if not tensor.isfinite().all():
+            raise ValueFunctionError(f"{name} in {CONFIG_FILE} is not finite.")
+        if name in ("z_std", "score_std") and (tensor <= 0).any():
+            raise ValueFunctionError(f"{name} in {CONFIG_FILE} must be positive.")
+        tensors[name] = tensor
+    return tensors
+
+
+def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of origin and basis, from a signature whose every entry has been looked at."""
+    signature = config["signature"]
+    if signature is None:
+        return {}
+    phi, coordinates, metric = signature["phi"], signature["coordinates"], signature["metric"]
+    strings = [signature["model"], phi["kind"], coordinates["kind"], metric["name"]]
+    flags = [coordinates["identity"], metric["greater_is_better"]]
+    rows = [(name, shape) for name, shape in phi["parameters"]]
+    dims = [d for _, shape in rows for d in shape]
+    fine = all(isinstance(s, str) for s in strings + [name for name, _ in rows])
+    fine &= all(type(f) is bool for f in flags) and all(type(d) is int and d >= 0 for d in dims)
+    if not fine or not rows:
+        raise ValueFunctionError(f"the signature in {CONFIG_FILE} is malformed.")
+    dim = sum(_product(shape) for _, shape in rows)
+    if num_coordinates > dim or (coordinates["identity"] and num_coordinates != dim):
+        raise ValueFunctionError(f"{num_coordinates} coordinates do not fit a phi of {dim} numbers.")
+    return {"origin": (dim,), **({} if coordinates["identity"] else {"basis": (dim, num_coordinates)})}
+
+
+def _product(shape: list[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    if 4 * sum(_product(shape) for shape in shapes.values()) > MAX_BYTES[TENSORS_FILE]:
+        raise ValueFunctionError(f"the sizes in {CONFIG_FILE} ask for more than {MAX_BYTES[TENSORS_FILE]} bytes.")
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
+        wrong = [
+            *(f"{name} is missing" for name in shapes if name not in found),
+            *(f"{name} is surplus" for name in found if name not in shapes),
+            *(
+                f"{name} is {dtype} {list(shape)} instead of F32 {list(shapes[name])}"
+                for name, (shape, dtype) in found.items()
+                if name in shapes and (shape, dtype) != (shapes[name], "F32")
+            ),
+        ]
+        if wrong:
+            raise ValueFunctionError(f"{path.name} is not what {CONFIG_FILE} says: {'; '.join(wrong[:5])}.")
+        tensors = {name: file.get_tensor(name) for name in shapes}
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueFunctionError(f"{', '.join(bad)} in {path.name} holds numbers that are not finite.")
+    if "basis" in tensors:
+        basis = tensors["basis"]
+        if not torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=ORTHONORMAL_TOLERANCE):
+            raise ValueFunctionError(f"the columns of basis in {path.name} are not orthonormal.")
+    return tensors
+
+
+def _signature(config: Mapping[str, Any], origin: Tensor | None, basis: Tensor | None) -> Signature | None:
+    signature = config["signature"]
+    if signature is None:
+        return None
+    metric = signature["metric"]
+    return Signature(
+        signature["model"],
+        {"kind": signature["phi"]["kind"], "parameters": signature["phi"]["parameters"]},
+        signature["coordinates"]["kind"],
+        metric["name"],
+        metric["greater_is_better"],
+        origin,
+        basis,
+    )
