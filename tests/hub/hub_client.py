@@ -1,6 +1,6 @@
 """What users do with the Hub, in a process of its own, because the client reads HF_ENDPOINT when it is imported.
 
-python tests/hub_client.py publish|use FOLDER     writes what happened into FOLDER/publish.json or FOLDER/use.json
+python tests/hub/hub_client.py publish|use FOLDER     writes what happened into FOLDER/publish.json or FOLDER/use.json
 """
 
 import functools
@@ -23,7 +23,7 @@ from metricopt_hf import HubError, MetricOptConfig, MetricOptTrainer, Observatio
 from metricopt_hf import ValueFunctionError as Refused
 from metricopt_hf.value import fit
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 torch.set_num_threads(1)

@@ -26,7 +26,7 @@ def hub():
 def client(who, folder, hub):
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
         "HF_ENDPOINT": hub,
         "HF_HOME": str(folder / f"home of {who}"),
         "HF_TOKEN": "hf_loopback",

@@ -14,7 +14,7 @@ from transformers import Trainer
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 from metricopt_hf.value import card
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = sorted((ROOT / "model_cards").glob("*.md"))
 
 GIVEN = {
