@@ -36,7 +36,7 @@ bench-smoke: $(BENCH) ## every task once and every method once, in about a minut
 bench-tune: $(BENCH) ## choose every method's setting, on development seeds
 	$(IN_ROOT) $(PY) -m benchmarks.tune $(ARGS)
 
-bench-report: $(BENCH) ## write BENCHMARKS.md from the records of the runs
+bench-report: $(BENCH) ## write BENCHMARKS.md and docs/results/ from the records of the runs
 	$(IN_ROOT) $(PY) -m benchmarks.bench_report $(ARGS)
 
 bench-overhead: $(USE) ## measure what a training step costs more than Trainer's

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 
+from .comparing import LOSS_ONLY, UNGUIDED, Key, Result, Row, common_seeds, reference
 from .curves import best_so_far
 from .measure import PLAIN
 from .problem import Task
 
+ONE_SETTING, BEST, WITHOUT_GUIDANCE = "loss only, one setting", "loss only, at its best", "the same without guidance"
+# What a run may be harmed against; "one setting" was chosen over all tasks, "its best" is chosen in each.
+AGAINST: dict[str, Callable[[Result], Row | None]] = {
+    ONE_SETTING: lambda result: result.rows[LOSS_ONLY[0], PLAIN],
+    BEST: lambda result: reference(result.task, result.rows, PLAIN),
+    WITHOUT_GUIDANCE: lambda result: result.rows.get((UNGUIDED, PLAIN)),
+}
 
-def common_seeds(ours, other) -> list[int]:
-    return [] if ours is None or other is None else sorted(set(ours.runs) & set(other.runs))
 
-
-def harm(task: Task, ours, other) -> tuple[int, int, int]:
-    """Runs that end below the other by more than two standard errors of the paired difference (items).
+def harm(task: Task, ours: Row | None, other: Row | None) -> tuple[int, int, int]:
+    """Runs that end below the other by more than two standard errors of the paired difference (over items).
 
     Returns:
         How many; how many of them were at least as good on the selection split, so that nobody could know; and all.
@@ -30,7 +37,13 @@ def harm(task: Task, ours, other) -> tuple[int, int, int]:
     return worse, unseen, len(seeds)
 
 
-def coverage(row) -> tuple[float, int]:
+def harms(results: Iterable[Result], method: str, against: str) -> tuple[int, int, int]:
+    """`harm` summed over tasks, against one of `AGAINST`."""
+    counts = [harm(r.task, r.rows.get((method, PLAIN)), AGAINST[against](r)) for r in results]
+    return tuple(sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+
+
+def coverage(row: Row) -> tuple[float, int]:
     """Observations inside the 90 % interval that was predicted for them, and all for which there was one."""
     inside, count = 0.0, 0
     for run in row.runs.values():
@@ -42,7 +55,7 @@ def coverage(row) -> tuple[float, int]:
     return inside, count
 
 
-def seconds_ratio(ours, other) -> float | None:
+def seconds_ratio(ours: Row | None, other: Row | None) -> float | None:
     """Mean seconds of a run against another method's, over the seeds that both have."""
     seeds = common_seeds(ours, other)
     if not seeds:
@@ -51,7 +64,9 @@ def seconds_ratio(ours, other) -> float | None:
     return mine / theirs
 
 
-def calls_needed(task: Task, rows: dict, ours: str, searchers: tuple[str, ...]) -> tuple[str | None, int | None, int]:
+def calls_needed(
+    task: Task, rows: dict[Key, Row], ours: str, searchers: tuple[str, ...]
+) -> tuple[str | None, int | None, int]:
     """The searcher that ends best on the selection split, after how many calls ours is as good, and how many it spent.
 
     Means over the seeds that both were run with. None for ours: never; then the calls are all that ours made.

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from metricopt_hf.comparison.report import require
 
+from .comparing import OURS, Key, Row
 from .measure import PLAIN
 from .methods import RIVALS
 from .problem import Task
 
 
-def best_so_far(task: Task, row) -> np.ndarray:
+@contextmanager
+def svg(path: Path, size: tuple[float, float]) -> Iterator:
+    """A figure to draw in, of that size in inches, and then to find at `path`; the same drawing, the same bytes."""
+    require("matplotlib", "plot")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none", "path.simplify": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def best_so_far(task: Task, row: Row) -> np.ndarray:
     """[seeds, rounds + 1] the best of the selection scores up to each round."""
     curves = np.array([run["curve"]["selection"] for _, run in sorted(row.runs.items())], dtype=float)
     return task.sign * np.maximum.accumulate(task.sign * curves, axis=1)
 
 
-def plot_curves(path: Path, task: Task, rows: dict) -> None:
-    """Draw into an SVG file; the same records, the same bytes."""
-    require("matplotlib", "plot")
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": task.name, "svg.fonttype": "none", "path.simplify": False}):
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
+def plot_curves(path: Path, task: Task, rows: dict[Key, Row]) -> None:
+    with svg(path, (11, 4.2)) as figure:
         by_calls, by_seconds = figure.subplots(1, 2, sharey=True)
         for index, (method, rival) in enumerate(RIVALS.items()):
             row = rows.get((method, PLAIN))
@@ -36,7 +46,7 @@ def plot_curves(path: Path, task: Task, rows: dict) -> None:
             curve = best_so_far(task, row).mean(0)
             calls = np.mean([run["calls"] for run in runs], axis=0)
             seconds = np.mean([run["seconds"] for run in runs], axis=0)
-            bold = method in ("loss_only", "metricopt")
+            bold = method in ("loss_only", OURS)
             style = {"color": f"C{index % 10}", "linewidth": 2.2 if bold else 1.1}
             by_seconds.plot(seconds, curve, label=rival.title, **style)
             if calls[-1]:
@@ -51,4 +61,3 @@ def plot_curves(path: Path, task: Task, rows: dict) -> None:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{task.title}: {task.metric_name}")
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

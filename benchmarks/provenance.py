@@ -1,12 +1,15 @@
-"""How the numbers of BENCHMARKS.md came about: the protocol in words, and what made them; and figures of others."""
+"""How the numbers of the report came about: the protocol in words, and what made them; and figures of others."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 
 from . import protocol
-from .methods import RIVALS
+from .measure import POST_HOC_CALLS
+from .methods import FIRST, RIVALS
 from .records import TUNING, read, setting
+
+LOG = "[log of trials](experiments.md)"
 
 PUBLISHED = """\
 | figure | value | where, and why it does not compare |
@@ -20,7 +23,7 @@ threshold *of the test set* gives 0.177 on our split |
 """
 
 
-def protocol_text(fixed: protocol.Protocol, records: list[dict]) -> str:
+def protocol_text(fixed: protocol.Protocol) -> str:
     budget = fixed.budget
     settings = "\n".join(
         f"- {RIVALS[name].title}: {', '.join(f'{key} {value}' for key, value in config.items())}"
@@ -36,25 +39,29 @@ def protocol_text(fixed: protocol.Protocol, records: list[dict]) -> str:
     )
     chosen = ", ".join(f"{task} with seed {seed}" for task, seed in fixed.chosen["tasks and seeds"])
     return (
-        f"Four disjoint splits. Every method starts from the same model and moves the same phi (FiLM on the last "
-        f"norms, and the output bias); {budget.steps} steps with batches of {budget.batch_size}, {budget.rounds} "
-        f"rounds of {budget.calls} metric calls where it observes, {budget.rounds + 1} looks at the selection split, "
-        "of which the best is kept. MetricOpt observes in the first half of its steps; in the other half it follows "
-        "the loss alone, from the start model again, and so do its controls and what is named the same without "
-        "guidance. Searchers without a loss have no steps. Seeds 0 to 9 for MetricOpt, with and "
-        "without guidance, loss only, and the shuffled and random controls, 0 to 4 for the others; each was run behind "
-        "the commit that fixed its settings. MetricOpt, the controls and what takes its exploration were run five "
-        "times on these seeds: before the method was improved, and after each of four rounds of it (see the log). It "
-        "was improved on development seeds and the selection split alone, in more trials than the grids.\n\n"
-        f"One setting per method for all tasks, each from a grid of six, by the selection split on development seeds "
-        f"({chosen}; `python -m benchmarks.tune`, worth of every setting in `benchmarks/protocol.json`). Grids "
-        f"whose best lay at an edge were moved after a first look at these seeds, so that of some more settings "
-        f"were tried in all: {more}. MetricOpt's last grid was laid round its setting of the round before, as the "
-        "settings cannot be told apart on these seeds; it is not the best of all that were tried (see the log). "
-        f"Controls, and MetricOpt without guidance, take MetricOpt's:\n\n{settings}\n\n"
-        "Post-hoc tuning is a coordinate search for a bias per logit on the observation split, at most 160 calls. The "
-        "soup is the mean of phi over the last half of the rounds, kept where it is at least as good on the selection "
-        "split. Surrogates of the formula are our own small ones (`benchmarks/surrogates.py`), not LibAUC's."
+        f"Four disjoint splits: train, observation, selection, report. Every method starts from the same model and "
+        f"moves the same phi (FiLM on the last norms, and the output bias), in {budget.steps} steps with batches of "
+        f"{budget.batch_size}. A method that observes makes {budget.rounds} rounds of {budget.calls} metric calls on "
+        f"the observation split. Every method is evaluated {budget.rounds + 1} times on the selection split (twice as "
+        "often in twice the steps), and the best phi is kept. MetricOpt observes in the first half of its steps; the "
+        "second half goes to an unguided branch, restarted from the start model. Its controls, and MetricOpt without "
+        "guidance, do the same. Searchers without a loss have no steps.\n\n"
+        f"Seeds 0 to 9: {'; '.join(RIVALS[name].title for name in FIRST)}. Seeds 0 to 4: all others. Each ran behind "
+        "the commit that fixed its settings. MetricOpt, the controls and the methods that take its perturbation ran "
+        "five times on these seeds: before the method was improved, and after each of four rounds of it "
+        f"({LOG}). It was improved on development seeds and the selection split alone, in more trials than the "
+        "grids.\n\n"
+        "Post-hoc tuning is a coordinate search for a bias per logit on the observation split, with at most "
+        f"{POST_HOC_CALLS} calls. The soup is the mean of phi over the last half of the rounds, kept where it is at "
+        "least as good on the selection split. The surrogates of the formula are our own small ones "
+        "(`benchmarks/surrogates.py`), not LibAUC's.\n\n"
+        "## Settings\n\n"
+        f"Each method has one setting for all tasks, chosen from a grid of six by the selection split on development "
+        f"seeds ({chosen}; `python -m benchmarks.tune`; `benchmarks/protocol.json` holds the worth of every setting). "
+        "A grid whose best setting lay at its edge was moved after a first run on these seeds, so some methods had "
+        f"more settings tried in all: {more}. MetricOpt's last grid was laid around its setting of the round before, "
+        "because these seeds cannot tell the settings apart; its setting is not the best of all that were tried "
+        f"({LOG}). Controls, and MetricOpt without guidance, take MetricOpt's setting:\n\n{settings}"
     )
 
 
@@ -66,6 +73,8 @@ def made_by(records: list[dict]) -> str:
     return (
         f"`python -m benchmarks.run` (`make bench`), {len(records)} runs, "
         f"{hours:.1f} hours in all, at most {peak / 1024:.1f} GiB a process; "
-        f"at {', '.join(commits)}; with {'; '.join(versions)}. The text by `python -m benchmarks.bench_report` "
-        "(`make bench-report`)."
+        f"at {', '.join(commits)}; with {'; '.join(versions)}. `perturbation_std` is called "
+        "`explore_std` in older commits; the records have the new name, and no other change. "
+        "`python -m benchmarks.bench_report` "
+        "(`make bench-report`) writes these pages."
     )

@@ -1,0 +1,193 @@
+"""A task's records compared: each method, paired by seed, with the reference that may see as much as it does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy as np
+
+from .measure import PLAIN, POST_HOC
+from .methods import RIVALS
+from .problem import Task
+from .statistics import Paired, holm, paired
+from .tasks import tasks
+
+OURS, UNGUIDED, CONTROLS, NEGATED, TWICE = "metricopt", "unguided", ("shuffled", "random"), "negated", "twice"
+LOSS_ONLY = ("loss_only", "loss_small", UNGUIDED)  # at the setting chosen for it, in small steps, and in both
+BLACK_BOX = ("cma", "cma_flat", "spsa", "evolution")
+SIGNIFICANT = 0.05
+WIN, ABOVE, TIE, BELOW, LOSS = "win", "above", "tie", "below", "loss"
+Key = tuple[str, str]  # method, variant
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, as it is or with what costs no training, over its seeds.
+
+    Attributes:
+        runs: seed -> record.
+    """
+
+    method: str
+    variant: str
+    runs: dict[int, dict]
+
+    @property
+    def title(self) -> str:
+        rival = RIVALS[self.method]
+        marks = "†" * self.reads_labels + "‡" * rival.knows_formula
+        return rival.title + ("" if self.variant == PLAIN else f" + {self.variant}") + (f" {marks}" if marks else "")
+
+    @property
+    def reads_labels(self) -> bool:
+        return RIVALS[self.method].reads_labels or POST_HOC in self.variant
+
+    def of(self, seed: int) -> dict:
+        return self.runs[seed]["variants"][self.variant]
+
+    def scores(self, split: str = "report") -> list[float]:
+        return [self.of(seed)["scores"][split] for seed in sorted(self.runs)]
+
+    def calls(self, purpose: str) -> float:
+        """Metric calls of a run, mean over the seeds."""
+        return mean(run["calls"].get(purpose, 0) + self.of(s)["calls"].get(purpose, 0) for s, run in self.runs.items())
+
+    @property
+    def seconds(self) -> float:
+        """Of a run, mean over the seeds."""
+        return mean(run["seconds"]["run"] for run in self.runs.values())
+
+    def minus(self, other: Row, sign: int) -> Paired | None:
+        """On the report split, over the seeds that both have; None: they share fewer than two."""
+        seeds = common_seeds(self, other)
+        if len(seeds) < 2:
+            return None
+        pairs = [(self.of(s), other.of(s)) for s in seeds]
+        scores = [a["scores"]["report"] - b["scores"]["report"] for a, b in pairs]
+        return paired(scores, np.array([np.subtract(a["items"], b["items"]) for a, b in pairs]), sign)
+
+
+def common_seeds(ours: Row | None, other: Row | None) -> list[int]:
+    return [] if ours is None or other is None else sorted(set(ours.runs) & set(other.runs))
+
+
+def rows_of(records: Iterable[dict]) -> dict[Key, Row]:
+    """Rows of a task by method and variant, in the order of `RIVALS`."""
+    runs: dict[str, dict[int, dict]] = {method: {} for method in RIVALS}
+    for record in sorted(records, key=lambda r: r["seed"]):
+        runs[record["method"]][record["seed"]] = record
+    return {
+        (method, variant): Row(method, variant, by_seed)
+        for method, by_seed in runs.items()
+        for variant in dict.fromkeys(v for record in by_seed.values() for v in record["variants"])
+    }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A row and its difference to the reference that may see as much as it does.
+
+    Attributes:
+        difference: to loss only, or, where the row reads observation labels, to loss only with post-hoc tuning. None:
+            the row is a reference itself, or the start.
+        corrected: its p-value, Holm-corrected over the task's rows.
+    """
+
+    row: Row
+    difference: Paired | None = None
+    corrected: float = float("nan")
+
+    @property
+    def verdict(self) -> str:
+        if self.difference is None:
+            return ""
+        if self.corrected < SIGNIFICANT:
+            return WIN if self.difference.mean > 0 else LOSS
+        if self.difference.low > 0:
+            return ABOVE
+        return BELOW if self.difference.high < 0 else TIE
+
+
+def best(task: Task, rows: dict[Key, Row], methods: Iterable[str], variant: str = PLAIN) -> Row | None:
+    """Of the methods that were run, the one that is best on the selection split."""
+    found = [rows[method, variant] for method in methods if (method, variant) in rows]
+    return max(found, key=lambda row: task.sign * mean(row.scores("selection")), default=None)
+
+
+def reference(task: Task, rows: dict[Key, Row], variant: str) -> Row | None:
+    """Loss only at its best."""
+    return best(task, rows, LOSS_ONLY, variant)
+
+
+def compare(task: Task, rows: dict[Key, Row]) -> dict[Key, Compared]:
+    plain = reference(task, rows, PLAIN)
+    tuned = reference(task, rows, POST_HOC) or plain  # numbers are not tuned post hoc
+    differences = {}
+    for key, row in rows.items():
+        if row is not plain and row is not tuned and row.method != "start":
+            differences[key] = row.minus(tuned if row.reads_labels else plain, task.sign)
+    tested = [key for key, difference in differences.items() if difference is not None]
+    corrected = dict(zip(tested, holm([differences[key].p for key in tested]), strict=True))
+    return {k: Compared(row, differences.get(k), corrected.get(k, float("nan"))) for k, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the records of a task say.
+
+    Attributes:
+        rows: all methods and variants that were run; loss only is among them.
+        compared: the same, with the differences.
+    """
+
+    task: Task
+    rows: dict[Key, Row]
+    compared: dict[Key, Compared]
+
+    @property
+    def name(self) -> str:
+        return self.task.name + " *" * self.task.headline
+
+    def difference(self, ours: Key, theirs: Key) -> Paired | None:
+        """Between any two rows; None where one was not run."""
+        if ours not in self.rows or theirs not in self.rows:
+            return None
+        return self.rows[ours].minus(self.rows[theirs], self.task.sign)
+
+    def shown(self) -> list[Compared]:
+        """The eight rows that a reader wants first, or those of them that were run."""
+        task, rows = self.task, self.rows
+        wanted = [
+            rows.get(("start", PLAIN)),
+            reference(task, rows, PLAIN),
+            reference(task, rows, POST_HOC),
+            rows.get((OURS, PLAIN)),
+            rows.get((OURS, POST_HOC)),
+            rows.get((CONTROLS[0], PLAIN)),
+            best(task, rows, BLACK_BOX),
+            best(task, rows, [method for method, rival in RIVALS.items() if rival.reads_labels]),
+        ]
+        return [self.compared[row.method, row.variant] for row in wanted if row is not None]
+
+
+def results_of(records: Iterable[dict]) -> list[Result]:
+    """Of the tasks for which loss only was run, in the order of `tasks()`."""
+    by_task: dict[str, list[dict]] = {}
+    for record in records:
+        by_task.setdefault(record["task"], []).append(record)
+    results = []
+    for task in tasks().values():
+        rows = rows_of(by_task.get(task.name, []))
+        if (LOSS_ONLY[0], PLAIN) in rows:
+            results.append(Result(task, rows, compare(task, rows)))
+    return results
+
+
+def groups(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Title of a group of tasks -> its results."""
+    grouped: dict[str, list[Result]] = {}
+    for result in results:
+        grouped.setdefault("headline pairs" if result.task.headline else "further tasks", []).append(result)
+    return grouped
