@@ -55,7 +55,7 @@ def test_an_observation_is_where_the_metric_was_taken():
         assert observation.score == float(phi.sum()) and 0 < observation.cost < 1
 
 
-def test_exploration_stays_in_the_coordinates_and_has_the_size_asked_for():
+def test_perturbation_stays_in_the_coordinates_and_has_the_size_asked_for():
     taken, coordinates, score = setting()
     taken.observe(coordinates, 0, 200)
     moves = torch.stack(score.seen) - taken.phi.read()
@@ -84,7 +84,7 @@ def test_phi_is_put_back_from_any_other_error():
     assert torch.equal(taken.phi.read(), before)
 
 
-def test_exploration_has_a_generator_of_its_own_that_can_be_resumed():
+def test_perturbation_has_a_generator_of_its_own_that_can_be_resumed():
     taken, coordinates, score = setting()
     global_state = torch.get_rng_state()
     taken.observe(coordinates, 0, 2)
