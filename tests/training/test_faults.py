@@ -6,9 +6,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
+from helpers import assert_equal_weights, true_class_probability, weights
+from runs import faulty_trainer
 
-from metricopt_hf import MetricError, MetricOptConfig, MetricOptTrainer
+from metricopt_hf import MetricError
 
 
 class Box:
@@ -42,7 +43,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault, call):
     function, message = FAULTS[fault]
-    trainer = make(tmp_path, Box(function, {call}), metric_key="score")
+    trainer = faulty_trainer(tmp_path, Box(function, {call}), metric_key="score")
     with pytest.raises(MetricError, match=message) as caught:
         trainer.train()
     assert "before training" in str(caught.value)
@@ -53,7 +54,7 @@ def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault, c
 def test_a_later_fault_drops_the_observation_and_is_counted(tmp_path, fault, caplog):
     function, message = FAULTS[fault]
     box = Box(function, {4, 9, 10})
-    trainer = make(tmp_path, box, metric_key="score", logging_steps=12)
+    trainer = faulty_trainer(tmp_path, box, metric_key="score", logging_steps=12)
     trainer.train()
     assert trainer.result.failed_calls == 3
     assert message in caplog.text
@@ -66,14 +67,14 @@ def test_a_later_fault_drops_the_observation_and_is_counted(tmp_path, fault, cap
 
 
 def test_after_many_in_a_row_guidance_is_switched_off_and_training_goes_on(tmp_path, caplog):
-    trainer = make(tmp_path, Box(raises, set(range(2, 1000))), max_metric_failures=5, metric_key="score")
+    trainer = faulty_trainer(tmp_path, Box(raises, set(range(2, 1000))), max_metric_failures=5, metric_key="score")
     trainer.train()
     assert trainer.state.global_step == 12
     assert "switched off" in caplog.text
     assert trainer.phase.guide.direction(trainer.result.last_phi).reason.startswith("switched off: the metric failed")
     assert trainer.ledger.calls["observe"] < 12  # not called on and on
 
-    loss_only = make(tmp_path, true_class_probability, value_weight=0, metric_call_budget=0)
+    loss_only = faulty_trainer(tmp_path, true_class_probability, value_weight=0, metric_call_budget=0)
     loss_only.train()
     assert torch.equal(loss_only.result.last_phi, trainer.result.last_phi)
 
@@ -86,13 +87,15 @@ def test_numpy_and_torch_scalars_are_numbers(tmp_path):
         return kinds[metric.calls % len(kinds)](true_class_probability(prediction))
 
     metric.calls = 0
-    trainer = make(tmp_path, metric)
+    trainer = faulty_trainer(tmp_path, metric)
     trainer.train()
     assert trainer.result.failed_calls == 0 and len(trainer.observations) == 24
 
 
 def test_a_value_far_outside_all_earlier_ones_is_dropped(tmp_path, caplog):
-    trainer = make(tmp_path, Box(lambda p: 1e6, {26, 27}), metric_call_budget=32, max_steps=16, metric_key="score")
+    trainer = faulty_trainer(
+        tmp_path, Box(lambda p: 1e6, {26, 27}), metric_call_budget=32, max_steps=16, metric_key="score"
+    )
     trainer.train()
     assert trainer.result.failed_calls == 2
     assert "far outside" in caplog.text
@@ -102,7 +105,7 @@ def test_a_value_far_outside_all_earlier_ones_is_dropped(tmp_path, caplog):
 def test_a_call_beyond_the_timeout_is_abandoned_and_none_is_made_before_it_is_back(tmp_path, caplog):
     may_end = threading.Event()
     box = Box(lambda prediction: may_end.wait() and 0.5, {6})
-    trainer = make(tmp_path, box, metric_timeout=3.0, metric_key="score", max_metric_failures=100)
+    trainer = faulty_trainer(tmp_path, box, metric_timeout=3.0, metric_key="score", max_metric_failures=100)
     trainer.train()
     assert "longer than metric_timeout" in caplog.text
     assert trainer.result.failed_calls >= 2  # that one, and all after it, at once
@@ -126,7 +129,7 @@ def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path)
         torch.manual_seed(0)
         return value
 
-    polite, other = make(tmp_path, true_class_probability), make(tmp_path, rude)
+    polite, other = faulty_trainer(tmp_path, true_class_probability), faulty_trainer(tmp_path, rude)
     polite.train()
     other.train()
     assert_equal_weights(weights(polite.model), weights(other.model))
@@ -134,7 +137,9 @@ def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path)
 
 
 def test_a_selection_that_fails_costs_a_candidate_not_the_run(tmp_path):
-    trainer = make(tmp_path, Box(raises, {2}), metric_key="score")  # calls 0 and 1 are the checks, then it selects
+    trainer = faulty_trainer(
+        tmp_path, Box(raises, {2}), metric_key="score"
+    )  # calls 0 and 1 are the checks, then it selects
     trainer.train()
     assert trainer.result.curve[0]["selection"] is None
     assert trainer.result.best_step > 0

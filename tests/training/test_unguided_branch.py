@@ -47,7 +47,7 @@ def test_there_nothing_is_observed_or_followed(tmp_path):
     trainer.train()
     assert max(trainer.result.trajectory.steps) == 9
     alone = [row for row in trainer.result.curve if row["step"] > 10]
-    assert len(alone) == 10 and all(row["trust"] == 0 and row["reason"] == "the loss alone" for row in alone)
+    assert len(alone) == 10 and all(row["trust"] == 0 and row["reason"] == "the unguided branch" for row in alone)
     assert any(row["trust"] > 0 for row in trainer.result.curve)
 
 
@@ -72,10 +72,10 @@ def test_the_better_of_both_is_kept(tmp_path, sign):
 
     trainer = quadratic_trainer(tmp_path, Guide(), max_steps=40, value_weight=2.0, unguided_ratio=0.5)
     trainer.train()
-    chosen = trainer.phase.selection
-    assert (chosen.step <= 20) is (sign == 1)
-    assert chosen.score == min(row["selection"] for row in trainer.result.curve)
-    assert torch.equal(trainer.phi.read(), chosen.phi)
+    chosen = trainer.result
+    assert (chosen.best_step <= 20) is (sign == 1) and chosen.kept_branch == ("guided" if sign == 1 else "unguided")
+    assert chosen.best_score == min(row["selection"] for row in chosen.curve)
+    assert torch.equal(trainer.phi.read(), chosen.best_phi)
 
 
 def test_looks_are_counted_once(tmp_path):
@@ -86,16 +86,16 @@ def test_looks_are_counted_once(tmp_path):
     assert looked == [0, 2, 4, 6, 8, 10, 12] and trainer.ledger.calls["select"] == 7
 
 
-def test_a_guide_s_loss_term_is_not_part_of_the_loss_alone(tmp_path):
-    class Term(Truth):
-        def loss_term(self, model, inputs, outputs):
-            terms.append(trainer.state.global_step)
+def test_there_a_guide_s_loss_is_not_asked_for(tmp_path):
+    class Loss(Truth):
+        def loss(self, inputs, outputs, task_loss):
+            asked.append(trainer.state.global_step)
             return None
 
-    terms = []
-    trainer = quadratic_trainer(tmp_path, Term(), max_steps=20, unguided_ratio=0.5)
+    asked = []
+    trainer = quadratic_trainer(tmp_path, Loss(), max_steps=20, unguided_ratio=0.5)
     trainer.train()
-    assert set(terms) == set(range(1, 10))  # the phase begins behind the first step's loss
+    assert set(asked) == set(range(1, 10))  # the phase begins behind the first step's loss
 
 
 def test_where_nothing_can_be_selected_the_last_guided_phi_stays(tmp_path):
