@@ -201,13 +201,18 @@ class MetricOptTrainer(SharingTrainer):
         batch = dict(inputs)  # Trainer takes the labels out for label smoothing
         loss, outputs = inner(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         share = self._share_of_update(num_items_in_batch)
-        loss = share * self.phase.loss(batch, outputs, loss / share)
+        task_loss = loss / share
+        guided = self.phase.loss(batch, outputs, task_loss)
+        if guided is not task_loss:  # where it is, nothing may differ by a bit
+            loss = share * guided
         return (loss, outputs) if return_outputs else loss
 
     def _share_of_update(self, num_items_in_batch: Any) -> float:
         """By what Trainer's loss was divided for gradient accumulation already, where it will not divide it itself."""
-        divides = (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None
-        return 1.0 if divides else 1 / self.current_gradient_accumulation_steps
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # said by a subclass, where transformers asks for it
+        if scaled is None:
+            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func
+        return 1 / self.current_gradient_accumulation_steps if scaled else 1.0
 
     def _guide_update(self, step: int) -> None:
         """Between backward and optimizer step: the whole of the method, on the reduced gradient."""
