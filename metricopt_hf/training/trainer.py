@@ -177,7 +177,7 @@ class MetricOptTrainer(SharingTrainer):
         if self._stage == METRIC and not self._parallel:
             self._freeze()
         if self._stage == FIRST and self.phase.guide.in_first_phase and not self.phase.started:
-            self.phase.start(step)
+            self.phase.start(step, before=True)
         try:
             loss = inner(model, inputs, num_items_in_batch)
         finally:
@@ -220,7 +220,7 @@ class MetricOptTrainer(SharingTrainer):
         for name, parameter in self.model.named_parameters():  # by name: wrappers replace the objects
             if name not in moving:
                 parameter.grad = None  # where it could not be frozen, it is not moved
-        if self.phase.start_step < self._metric_start:  # not begun yet, or begun with the first phase
+        if not self.phase.started or self.phase.before:
             self.phase.start(step)
         self.phase.advance(step)
         self.phase.correct()
@@ -357,7 +357,7 @@ class MetricOptTrainer(SharingTrainer):
             plan=PhasePlan(
                 value_weight=args.value_weight,
                 select_steps=args.selects_every(metric_steps),
-                observe_steps=args.observes_every(metric_steps),
+                observe_steps=args.observes_every(metric_steps, self._metric_start if guide.in_first_phase else 0),
                 observations_per_step=args.observations_per_step,
                 max_failures=args.max_metric_failures,
                 seed=args.seed,
