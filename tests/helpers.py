@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
+
+from metricopt_hf import GuideContext
+from metricopt_hf.phi import Coordinates
 
 NUM_LABELS = 3
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +39,18 @@ def save_dataset(folder: Path, splits: dict[str, dict[str, list]], features: dic
         table = datasets.Dataset.from_dict(columns, features=features and datasets.Features(features))
         table.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return str(folder)
+
+
+def config(folder: Path, **changes) -> None:
+    """Edit the config.json in `folder`; a name such as a__b is the entry b of the entry a."""
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    for name, value in changes.items():
+        node, *keys = document, *name.split("__")
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = value
+    path.write_text(json.dumps(document))
 
 
 class Texts(torch.utils.data.Dataset):
@@ -126,6 +142,12 @@ OPTIMUM = np.array([-1.0, 2.0, 0.5, 0.0, -2.0, 1.0])
 def distance_to_optimum(prediction) -> float:
     """Smaller is better; smallest at OPTIMUM."""
     return float(((prediction.predictions[0] - OPTIMUM) ** 2).sum())
+
+
+def guide_context(coordinates: Coordinates, greater_is_better: bool = True, seed: int = 0, metric=None) -> GuideContext:
+    """What a phase gives a guide at its start."""
+    generator = torch.Generator().manual_seed(seed)
+    return GuideContext(coordinates, greater_is_better, generator, metric or true_class_probability)
 
 
 def without_times(log_history: list[dict]) -> list[dict]:

@@ -1,6 +1,9 @@
-"""The direction of imports: every room of the house rests on the floors below it."""
+"""The direction of imports: every room of the house rests on those below it, and nobody on who is above."""
 
 import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,114 +11,151 @@ import pytest
 import metricopt_hf
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {
-    0: {"errors", "observation", "ledger"},
-    1: {"phi", "metric", "metrics", "prefix_cache", "evaluator", "data", "checkpoint", "trajectory", "value", "trust"}
-    | {"blend", "calibration"},
-    2: {"basis", "guide", "observer", "phase"},
-    3: {"config", "optimization", "preflight", "sharing", "trainer", "seq2seq"},
-    4: {"posthoc", "report", "splits", "comparison", "study", "images"},  # and the benchmarks and examples
+PACKAGE = ROOT / "metricopt_hf"
+# What a room may import, beside itself.
+BELOW = {
+    "errors": set(),
+    "metrics": {"errors"},
+    "phi": {"errors"},
+    "evaluation": {"phi", "metrics", "errors"},
+    "value": {"evaluation", "phi", "errors"},
+    "guides": {"value", "evaluation", "phi", "errors"},
+    "hub": {"value", "evaluation", "phi", "errors"},
+    "training": {"hub", "guides", "value", "evaluation", "phi", "errors"},
 }
-# On one floor rooms are strangers, but for these.
-NEIGHBOURS = {
-    "metric": {"metrics"},
-    "evaluator": {"metric", "prefix_cache"},
-    "value": {"trajectory"},
-    "calibration": {"trajectory", "value"},
-    "phase": {"guide", "observer"},
-    "preflight": {"config"},
-    "trainer": {"config", "optimization", "preflight", "sharing"},
-    "seq2seq": {"config", "trainer"},
-    "comparison": {"posthoc", "report", "splits"},
-    "study": {"comparison", "report", "splits"},
-    "images": {"splits", "study"},
-}
+# Built on public names alone, as the benchmarks, the examples and everybody's own scripts are.
+ON_TOP = {"posthoc": set(), "comparison": {"posthoc", "metrics"}}
+# Of a lower room, the only parts that a room may know.
+PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
 INSPECTED = {
-    "benchmarks/overhead.py": {"blend", "phi"},
+    "benchmarks/overhead.py": {"guides", "phi"},
     "benchmarks/training.py": {"phi"},  # the coordinates that a run would take
-    "benchmarks/searchers.py": {
-        "evaluator",
-        "phi",
-    },  # searchers of their own have the trainer's evaluation and its cache
+    "benchmarks/searchers.py": {"evaluation", "phi"},  # searchers have the trainer's evaluation and its cache
 }
-FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-# What the lower floors may know of transformers, and who knows the Hub
-TRANSFORMERS = {
-    "metric": {"EvalPrediction"},
-    "evaluator": {"EvalPrediction", "EvalLoopContainer"},
-    "checkpoint": {"TRAINER_STATE_NAME"},
-}
+# What those below `training` may know of transformers, and who knows the Hub.
+TRANSFORMERS = {"evaluation": {"EvalPrediction", "EvalLoopContainer"}, "guides": {"EvalPrediction"}}
+KNOW_THE_HUB = {"hub", "training"}
+
 FILES = {
     str(path.relative_to(ROOT)): path
     for folder in ("metricopt_hf", "benchmarks", "examples")
     for path in (ROOT / folder).rglob("*.py")
-    if path != ROOT / "metricopt_hf" / "__init__.py"
+    if path != PACKAGE / "__init__.py"
 }
+SCRIPTS = [name for name in FILES if Path(name).parts[:2] == ("metricopt_hf", "metrics") and len(Path(name).parts) > 3]
+INSIDE = sorted(name for name in FILES if name.startswith("metricopt_hf") and name not in SCRIPTS)
+
+
+def room_of(file):
+    """The room of a file of the package: a folder, or a module that stands alone."""
+    return FILES[file].relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+ABOVE = sorted(set(FILES) - set(INSIDE) - set(SCRIPTS) | {name for name in INSIDE if room_of(name) in ON_TOP})
 
 
 def imports(path):
-    """(module, name) of everything imported anywhere in a file, relative imports resolved."""
+    """(module, name, whether for type checkers alone) of all that a file imports, relative imports resolved."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    typing = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    for_types = {id(inner) for node in typing for inner in ast.walk(node)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, "") for alias in node.names)
+            yield from ((alias.name, "", id(node) in for_types) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            yield from ((module, alias.name) for alias in node.names)
+            yield from ((module, alias.name, id(node) in for_types) for alias in node.names)
 
 
 def ours(path):
-    """(room, name) of what is imported from this library; the room is "" for the public names."""
-    for module, name in imports(path):
+    """(room, part of it or "", name) of what is imported from this library; the room is "" for the public names."""
+    for module, name, _ in imports(path):
         package, _, inner = module.partition(".")
         if package == "metricopt_hf":
-            room = inner.partition(".")[0]
-            yield (name, "") if not room and name in FLOOR_OF else (room, name)
+            room, _, part = inner.partition(".")
+            if not room and (name in BELOW or name in ON_TOP):
+                yield name, "", ""
+            elif room and not part and (PACKAGE / room / f"{name}.py").exists():
+                yield room, name, ""
+            else:
+                yield room, part, name
 
 
-def room_of(path):
-    return path.relative_to(ROOT / "metricopt_hf").with_suffix("").parts[0]
+@pytest.mark.parametrize("file", [name for name in INSIDE if room_of(name) not in ON_TOP])
+def test_a_room_rests_on_lower_ones(file):
+    own = room_of(file)
+    assert own in BELOW, "a new room needs its place in BELOW"
+    for room, part, _ in ours(FILES[file]):
+        assert room == own or room in BELOW[own], f"{own} imports {room or 'the public names'}"
+        assert part in PARTS.get((own, room), {part}), f"{own} imports {room}.{part}"
 
 
-INSIDE = sorted(name for name in FILES if name.startswith("metricopt_hf"))
-TOP = sorted(n for n, path in FILES.items() if n not in INSIDE or FLOOR_OF.get(room_of(path)) == 4)
+def test_no_room_rests_on_itself():
+    assert list(TopologicalSorter({room: below for room, below in BELOW.items()}).static_order())[0] == "errors"
+    rooms = {room: set() for room in (*BELOW, *ON_TOP)}
+    for file in INSIDE:
+        rooms[room_of(file)] |= {room for room, *_ in ours(FILES[file]) if room not in ("", room_of(file))}
+    order = list(TopologicalSorter(rooms).static_order())  # raises CycleError
+    assert order.index("errors") < order.index("phi") < order.index("evaluation") < order.index("value")
 
 
-@pytest.mark.parametrize("file", INSIDE)
-def test_a_room_rests_on_lower_floors(file):
-    own = room_of(FILES[file])
-    assert own in FLOOR_OF, "a new room needs a floor"
-    for room, _ in ours(FILES[file]):
-        lower = room in FLOOR_OF and FLOOR_OF[room] < FLOOR_OF[own]
-        public = room == "" and FLOOR_OF[own] == 4
-        assert room == own or lower or public or room in NEIGHBOURS.get(own, ()), f"{own} imports {room or 'the top'}"
+def test_no_module_rests_on_itself():
+    """Of the modules; a package's door, which imports all of them, aside."""
+    modules = {}
+    for file in INSIDE:
+        path = FILES[file]
+        if path.name == "__init__.py":
+            continue
+        needed = set()
+        for module, name, for_types in imports(path):
+            for candidate in (f"{module}.{name}", module):
+                found = ROOT / Path(*candidate.split(".")).with_suffix(".py")
+                if not for_types and found.is_file():
+                    needed.add(str(found.relative_to(ROOT)))
+        modules[file] = needed
+    order = list(TopologicalSorter(modules).static_order())  # raises CycleError
+    assert set(modules) <= set(order)
+    first, last = "metricopt_hf/errors.py", "metricopt_hf/training/trainer.py"
+    assert order.index(first) < order.index("metricopt_hf/phi/space.py") < order.index(last)
 
 
-@pytest.mark.parametrize("file", TOP)
-def test_the_top_floor_uses_public_names(file):
-    for room, name in ours(FILES[file]):
+@pytest.mark.parametrize("file", ABOVE)
+def test_what_is_built_on_top_uses_public_names(file):
+    own = room_of(file) if file in INSIDE else None
+    for room, part, name in ours(FILES[file]):
         if room == "":
             assert name in metricopt_hf.__all__
+        elif own is not None:
+            assert room == own or room in ON_TOP[own], f"{room} is not public: import from metricopt_hf"
         else:
-            public = room == "metrics" or FLOOR_OF[room] == 4 or room in INSPECTED.get(file, ())
+            public = room in ON_TOP or room == "metrics" or room in INSPECTED.get(file, ())
             assert public, f"{room} is not public: import from metricopt_hf"
-        assert not name.startswith("_")
+        assert not name.startswith("_") and not part.startswith("_")
 
 
 @pytest.mark.parametrize("file", INSIDE)
-def test_few_know_transformers_and_one_the_hub(file):
-    own = room_of(FILES[file])
-    for module, name in imports(FILES[file]):
-        if module.partition(".")[0] == "transformers" and FLOOR_OF[own] < 3:
+def test_few_know_transformers_and_who_shares_the_hub(file):
+    own = room_of(file)
+    for module, name, _ in imports(FILES[file]):
+        package = module.partition(".")[0]
+        if package == "transformers" and own in BELOW and own != "training":
             assert name in TRANSFORMERS.get(own, ())
-        if module.partition(".")[0] == "huggingface_hub":
-            assert own == "value" or FLOOR_OF[own] >= 3
+        if package == "huggingface_hub":
+            assert own in KNOW_THE_HUB
 
 
-@pytest.mark.parametrize(
-    "file", [name for name in INSIDE if Path(name).parts[1] == "metrics" and "__init__" not in name]
-)
+@pytest.mark.parametrize("file", SCRIPTS)
 def test_a_metric_script_stands_alone(file):
     assert not list(ours(FILES[file]))
+
+
+def test_importing_the_library_imports_no_more_than_it_needs():
+    heavy = ("timm", "matplotlib", "tabulate", "cma", "benchmarks")
+    told = "import sys, metricopt_hf; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split())
+    assert "transformers" in imported and not imported & set(heavy)

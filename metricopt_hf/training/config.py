@@ -228,13 +228,16 @@ class MetricOptConfig(TrainingArguments):
         """Optimizer steps from one look at the selection split to the next in a metric phase of `metric_steps`."""
         return max(1, metric_steps // SELECTIONS) if self.select_steps is None else self.select_steps
 
-    def observes_every(self, metric_steps: int) -> int:
-        """Optimizer steps from one round of observations to the next in a metric phase of `metric_steps`."""
+    def observes_every(self, metric_steps: int, before: int = 0) -> int:
+        """Optimizer steps from one round of observations to the next in a metric phase of `metric_steps`.
+
+        before: steps of the first phase in which the guide observes too.
+        """
         if self.observe_steps is not None:
             return self.observe_steps
         calls = CALLS if not self.metric_call_budget else self.metric_call_budget
         rounds = -(-calls // self.observations_per_step)
-        return max(1, self.guided_steps(metric_steps) // rounds)
+        return max(1, (before + self.guided_steps(metric_steps)) // rounds)
 
     def check_optimizer(self) -> None:
         """Raises ConfigurationError for an `optim` whose gradients cannot be blended."""

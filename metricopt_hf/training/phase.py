@@ -86,6 +86,7 @@ class MetricPhase:
         self.trajectory = Trajectory()
         self.coordinates: Coordinates | None = None
         self.start_step = -1
+        self.before = False  # whether this is still the run's first phase, in which everything is trained
         self.start_phi: Tensor | None = None
         self.unguided_step: int | None = None  # from here on the loss alone is followed
         self.last_phi: Tensor | None = None  # where guided training ended, whichever phi was selected
@@ -101,9 +102,16 @@ class MetricPhase:
         """Whether it has begun, and phi does not yet follow the loss alone."""
         return self.started and self.unguided_step is None
 
-    def start(self, step: int, coordinates: Coordinates | None = None) -> None:
-        """Begin: everything that does not move stands still from here on."""
-        self.start_step, self.start_phi = step, self.moving.read()
+    def start(self, step: int, coordinates: Coordinates | None = None, before: bool = False) -> None:
+        """Begin, and forget what was observed in other coordinates: what does not move stands still from here on.
+
+        Args:
+            step: optimizer steps taken so far.
+            coordinates: those of an interrupted run.
+            before: begin with the run's first phase, in which all of the model moves: nothing is selected there.
+        """
+        self.start_step, self.start_phi, self.before = step, self.moving.read(), before
+        self.trajectory = Trajectory()
         self.coordinates = coordinates or self.make_coordinates()
         self.phi_description = self.phi.description  # of what merging takes out nothing could be said later
         self.guide.start(
@@ -114,7 +122,7 @@ class MetricPhase:
                 self._call_metric,
             )
         )
-        if self.moving is self.phi:
+        if self.moving is self.phi and not before:
             for evaluator in (self.evaluator, self.selection.evaluator):
                 if evaluator is not None:
                     evaluator.freeze(lambda: self.observer.moved(self.coordinates))
@@ -125,6 +133,7 @@ class MetricPhase:
             return
         since = step - self.start_step
         selects, observes = since % self.plan.select_steps == 0, since % self.plan.observe_steps == 0
+        selects &= not self.before
         score = self.selection.consider(step) if selects else None
         if observes and self.guides:
             count = int(min(self.plan.observations_per_step, self.ledger.remaining))
@@ -248,6 +257,7 @@ class MetricPhase:
         """Nested dicts and lists of tensors and JSON values."""
         return {
             "start_step": self.start_step,
+            "before": self.before,
             "start_phi": self.start_phi,
             "last_phi": self.last_phi,
             "unguided_step": self.unguided_step,
@@ -269,7 +279,7 @@ class MetricPhase:
             return None if tensor is None else tensor.to(device)
 
         coordinates = Coordinates(here(state["origin"]), here(state["basis"]), state["coordinates"])
-        self.start(state["start_step"], coordinates)
+        self.start(state["start_step"], coordinates, state["before"])
         self.start_phi, self.last_phi = here(state["start_phi"]), here(state["last_phi"])
         self.unguided_step = state["unguided_step"]
         self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})

@@ -177,7 +177,7 @@ class MetricOptTrainer(SharingTrainer):
         if self._stage == METRIC and not self._parallel:
             self._freeze()
         if self._stage == FIRST and self.phase.guide.in_first_phase and not self.phase.started:
-            self.phase.start(step)
+            self.phase.start(step, before=True)
         try:
             loss = inner(model, inputs, num_items_in_batch)
         finally:
@@ -201,13 +201,18 @@ class MetricOptTrainer(SharingTrainer):
         batch = dict(inputs)  # Trainer takes the labels out for label smoothing
         loss, outputs = inner(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         share = self._share_of_update(num_items_in_batch)
-        loss = share * self.phase.loss(batch, outputs, loss / share)
+        task_loss = loss / share
+        guided = self.phase.loss(batch, outputs, task_loss)
+        if guided is not task_loss:  # where it is, nothing may differ by a bit
+            loss = share * guided
         return (loss, outputs) if return_outputs else loss
 
     def _share_of_update(self, num_items_in_batch: Any) -> float:
         """By what Trainer's loss was divided for gradient accumulation already, where it will not divide it itself."""
-        divides = (not self.model_accepts_loss_kwargs or num_items_in_batch is None) and self.compute_loss_func is None
-        return 1.0 if divides else 1 / self.current_gradient_accumulation_steps
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # said by a subclass, where transformers asks for it
+        if scaled is None:
+            scaled = (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func
+        return 1 / self.current_gradient_accumulation_steps if scaled else 1.0
 
     def _guide_update(self, step: int) -> None:
         """Between backward and optimizer step: the whole of the method, on the reduced gradient."""
@@ -215,7 +220,7 @@ class MetricOptTrainer(SharingTrainer):
         for name, parameter in self.model.named_parameters():  # by name: wrappers replace the objects
             if name not in moving:
                 parameter.grad = None  # where it could not be frozen, it is not moved
-        if self.phase.start_step < self._metric_start:  # not begun yet, or begun with the first phase
+        if not self.phase.started or self.phase.before:
             self.phase.start(step)
         self.phase.advance(step)
         self.phase.correct()
@@ -352,7 +357,7 @@ class MetricOptTrainer(SharingTrainer):
             plan=PhasePlan(
                 value_weight=args.value_weight,
                 select_steps=args.selects_every(metric_steps),
-                observe_steps=args.observes_every(metric_steps),
+                observe_steps=args.observes_every(metric_steps, self._metric_start if guide.in_first_phase else 0),
                 observations_per_step=args.observations_per_step,
                 max_failures=args.max_metric_failures,
                 seed=args.seed,

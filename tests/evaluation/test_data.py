@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from metricopt_hf import ConfigurationError, data
+from metricopt_hf import ConfigurationError
+from metricopt_hf.evaluation import data
 
 SIZE = 20
 

@@ -11,10 +11,11 @@ from transformers import BatchEncoding
 
 from metricopt_hf.errors import ConfigurationError, MetricError
 from metricopt_hf.evaluation import data
+from metricopt_hf.evaluation import evaluator as evaluator_module
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from metricopt_hf.evaluation.ledger import Ledger
 from metricopt_hf.evaluation.metric import Metric
-from metricopt_hf.phi import FiLM
+from metricopt_hf.phi import FiLM, Subset
 
 SIZE, BATCH = 11, 4
 
@@ -51,17 +52,18 @@ class Seen:
         return float(scores @ np.arange(len(scores)))
 
 
-def evaluator(metric=None, examples=None, max_bytes=1e9, concat=True, predict=None, model=None):
-    model = model or Model()
-    examples = Examples() if examples is None else examples
+def evaluator(metric=None, examples=None, max_bytes=1e9, concat=True, predict=None, model=None, phi=None, **kwargs):
+    model = (phi.model if phi else Model()) if model is None else model
+    sets = examples if isinstance(examples, list) else [Examples() if examples is None else examples]
     return Evaluator(
-        model,
+        phi or Subset(model, "4.bias"),
         predict or (lambda batch: BatchOutput(model(batch["x"]), batch["labels"])),
-        data.in_order(examples, BATCH, torch.utils.data.default_collate),
+        [data.in_order(part, BATCH, torch.utils.data.default_collate) for part in sets],
         Metric(metric or Seen(), "seen"),
         Ledger(),
         max_bytes,
         concat,
+        **kwargs,
     )
 
 
@@ -82,7 +84,7 @@ def reseed():
 @pytest.mark.parametrize("max_bytes", [1e9, 0], ids=["kept", "streamed"])
 def test_random_state_modes_and_weights_are_as_before(misbehave, max_bytes):
     taken = evaluator(Seen(misbehave), max_bytes=max_bytes)
-    model = taken.model.train()
+    model = taken.phi.model.train()
     model[2].eval()  # a module of its own mind
     modes = [m.training for m in model.modules()]
     weights, states = {n: t.clone() for n, t in model.state_dict().items()}, random_states()
@@ -99,7 +101,7 @@ def test_random_state_modes_and_weights_are_as_before(misbehave, max_bytes):
 def test_freezing_draws_no_random_numbers_either():
     taken = evaluator()
     states = random_states()
-    taken.freeze(("4.bias",), lambda: undisturbed(taken.model))
+    taken.freeze(lambda: undisturbed(taken.phi.model))
     assert random_states() == states
 
 
@@ -123,7 +125,7 @@ def test_the_metric_sees_every_example_once_and_in_order(max_bytes):
         seen = metric.prediction
         assert seen.label_ids.tolist() == list(range(SIZE))
         with torch.no_grad():
-            expected = taken.model.eval()(examples.x).numpy()
+            expected = taken.phi.model.eval()(examples.x).numpy()
         assert isinstance(seen.predictions, np.ndarray)
         assert np.allclose(seen.predictions, expected, atol=1e-6)
 
@@ -146,8 +148,8 @@ def test_batches_are_collated_once_if_they_fit_into_memory():
 def test_a_collator_s_own_mapping_counts_against_the_memory_too():
     examples = Examples()
     taken = evaluator(examples=examples, max_bytes=1)
-    batches = taken._batches
-    taken._batches = lambda: (BatchEncoding(batch) for batch in batches())
+    batches = taken.parts[0]._batches
+    taken.parts[0]._batches = lambda: (BatchEncoding(batch) for batch in batches())
     taken.evaluate("observe")
     before = examples.read
     taken.evaluate("observe")
@@ -216,9 +218,9 @@ BATCH_BYTES = SIZE * (5 * 4 + 8)  # numbers and labels
     ids=["all kept", "one batch's activations kept", "batches kept", "streamed"],
 )
 def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(monkeypatch, max_bytes, replayed):
-    frozen, plain = evaluator(max_bytes=max_bytes), evaluator()
-    plain.model.load_state_dict(frozen.model.state_dict())
-    phi, reference = FiLM(frozen.model), FiLM(plain.model)
+    phi, reference = FiLM(Model()), FiLM(Model())
+    reference.model.load_state_dict(phi.model.state_dict())
+    frozen, plain = evaluator(max_bytes=max_bytes, phi=phi), evaluator(phi=reference)
 
     @contextmanager
     def moved():
@@ -228,11 +230,119 @@ def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(monkeypatch, max_
 
     computed, forward = [], nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda module, x: computed.append(module) or forward(module, x))
-    frozen.freeze(phi.names, moved)
+    frozen.freeze(moved)
     for _ in range(3):
         position = torch.randn(phi.dim)
         phi.write(position)
         reference.write(position)
         computed.clear()
         assert frozen.evaluate("observe") == pytest.approx(plain.evaluate("observe"), rel=1e-5)
-    assert computed.count(frozen.model[0]) == 3 - replayed
+    assert computed.count(phi.model[0]) == 3 - replayed
+
+
+# ---- several points
+
+
+class Fails(Seen):
+    """Not on every call."""
+
+    def __init__(self, calls):
+        self.calls, self.count = calls, -1
+        super().__init__(self.next)
+
+    def next(self):
+        self.count += 1
+        if self.count in self.calls:
+            raise ValueError(f"no number in call {self.count}")
+
+
+def test_the_scores_of_points_are_those_with_phi_there():
+    taken = evaluator()
+    before, points = taken.phi.read(), torch.randn(3, taken.phi.dim)
+    scores = taken.evaluate_many(points, "observe")
+    assert torch.equal(taken.phi.read(), before)
+    assert taken.ledger.calls["observe"] == 3
+    assert taken.ledger.seconds["observe"] == pytest.approx(scores.seconds.sum(), rel=0.5)
+    assert scores.values.shape == scores.seconds.shape == (3,) and scores.values.dtype == np.float64
+    assert (scores.seconds > 0).all() and list(scores.errors) == [None] * 3 and scores.predictions is None
+    for point, score in zip(points, scores.values, strict=True):
+        taken.phi.write(point)
+        assert taken.evaluate("observe") == score
+    assert len(set(scores.values)) == 3
+
+
+def test_each_point_is_evaluated_on_its_part():
+    taken = evaluator(examples=[Examples(5), Examples(SIZE)])
+    points = taken.phi.read().expand(4, -1)
+    scores = taken.evaluate_many(points, "observe", [1, 0, 0, 1], predictions=True)
+    assert [len(prediction.label_ids) for prediction in scores.predictions] == [SIZE, 5, 5, SIZE]
+    for part, score in ((0, scores.values[1]), (1, scores.values[0])):
+        assert taken.evaluate("observe", part) == score
+    assert scores.values[0] == scores.values[3] != scores.values[1] == scores.values[2]
+    assert len(taken.evaluate_many(points[:1], "observe", predictions=True).predictions[0].label_ids) == 5
+
+
+def test_a_call_that_fails_costs_its_point_alone():
+    taken = evaluator(Fails({1}))
+    points = torch.randn(3, taken.phi.dim)
+    scores = taken.evaluate_many(points, "observe", predictions=True)
+    assert np.isfinite(scores.values).tolist() == [True, False, True] and np.isnan(scores.values[1])
+    assert [error is None for error in scores.errors] == [True, False, True] and "call 1" in scores.errors[1]
+    assert [prediction is None for prediction in scores.predictions] == [False, True, False]
+    assert taken.ledger.calls["observe"] == 3  # one that failed was made
+
+
+def test_predictions_are_those_that_the_metric_saw():
+    metric = Seen()
+    taken = evaluator(metric)
+    (prediction,) = taken.evaluate_many(torch.randn(1, taken.phi.dim), "observe", predictions=True).predictions
+    assert np.array_equal(prediction.predictions, metric.prediction.predictions)
+    assert np.array_equal(prediction.label_ids, metric.prediction.label_ids)
+    here = taken.predictions()
+    assert here.label_ids.tolist() == list(range(SIZE))
+    assert not np.allclose(here.predictions, prediction.predictions)  # phi is another one
+
+
+def test_on_the_main_rank_alone_the_metric_is_called_and_all_get_its_answer(monkeypatch):
+    """Every rank predicts: a model's loss may wait for all of them."""
+    sent = {}
+
+    def broadcast(outcome):
+        if outcome != [None]:
+            sent["outcome"] = list(outcome)
+        outcome[:] = sent["outcome"]
+
+    monkeypatch.setattr(evaluator_module, "broadcast_object_list", broadcast)
+    model = Model()
+    for world_size in (1, 2):
+        for fails in (set(), {0}):
+            expected = None
+            for rank in range(world_size):
+                metric, examples = Fails(fails), Examples()
+                taken = evaluator(metric, examples, model=model, rank=rank, world_size=world_size)
+                if fails:
+                    with pytest.raises(MetricError, match="call 0"):
+                        taken.evaluate("select")
+                else:
+                    answer = taken.evaluate("select")
+                    expected = answer if rank == 0 else expected
+                    assert answer == expected == Seen()(taken.predictions())
+                assert metric.count + 1 == (rank == 0)
+                assert examples.read == SIZE
+                assert taken.ledger.calls["select"] == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_ranks_predict_equally_often(monkeypatch, count):
+    """Where there are fewer points than ranks need, one predicts for nothing: no rank waits for another in vain."""
+    predicted = []
+    for rank in range(2):
+        others = [(i, 0.0, None, 0.0, None) for i in range(count) if i % 2 != rank]
+        monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
+        taken = evaluator(rank=rank, world_size=2)
+        predictions, calls = taken.parts[0].predictions, []
+        taken.parts[0].predictions = lambda predictions=predictions, calls=calls: calls.append(1) or predictions()
+        assert taken.evaluate_many(torch.randn(count, taken.phi.dim), "observe").values.shape == (count,)
+        assert taken.ledger.calls["observe"] == count
+        predicted.append(len(calls))
+    assert predicted[0] == predicted[1] == -(-count // 2)

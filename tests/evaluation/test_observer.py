@@ -5,40 +5,55 @@ import pytest
 import torch
 from torch import nn
 
-from metricopt_hf import Ledger, MetricError, Subset, observer
-from metricopt_hf.evaluation.observer import Observer, on_main, pair_variance
+from metricopt_hf import Ledger, Metric, MetricError, Subset
+from metricopt_hf.evaluation import evaluator
+from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
+from metricopt_hf.evaluation.observer import Observer, pair_variance
 from metricopt_hf.phi import Coordinates, random_basis
 
 D, K = 10, 4
 
 
 class Score:
-    """Stands in for an Evaluator: a score that is linear in phi, with failures where asked for."""
+    """A metric that is linear in phi, which it is given as the prediction; fails where asked for.
 
-    def __init__(self, phi, fails=()):
-        self.phi, self.fails, self.ledger, self.seen = phi, set(fails), Ledger(budget=100), []
+    The label is the number of the fold; the examples of all but the first are harder.
+    """
 
-    def evaluate(self, purpose):
-        with self.ledger.charge(purpose):
-            self.seen.append(self.phi.read())
-            if len(self.seen) - 1 in self.fails:
-                raise MetricError(f"no number in call {len(self.seen) - 1}")
-            return float(self.phi.read().sum())
+    def __init__(self, fails=()):
+        self.fails, self.seen = set(fails), []
+
+    def __call__(self, prediction):
+        phi = torch.as_tensor(prediction.predictions)
+        self.seen.append(phi)
+        if len(self.seen) - 1 in self.fails:
+            raise MetricError(f"no number in call {len(self.seen) - 1}")
+        return float(phi.sum()) - 100 * bool(prediction.label_ids[0])
 
 
-def setting(fails=(), seed=0, **kwargs):
+def setting(fails=(), seed=0, folds=1, **kwargs):
     phi = Subset(nn.Linear(D, 1, bias=False), "weight")
     phi.write(torch.linspace(-1, 1, D))
-    score = Score(phi, fails)
+    score = Score(fails)
+    made = Evaluator(
+        phi,
+        lambda label: BatchOutput(phi.read(), label),
+        [lambda fold=fold: [torch.tensor([fold])] for fold in range(folds)],
+        Metric(score, "score"),
+        Ledger(budget=100),
+        max_bytes=1e6,
+        **kwargs,
+    )
     coordinates = Coordinates(torch.zeros(D), random_basis(D, K, torch.Generator().manual_seed(0)))
-    return Observer(phi, [score], 0.1, seed, **kwargs), coordinates, score
+    return Observer(made, 0.1, seed), coordinates, score
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_a_round_is_antithetic_pairs_and_phi_itself_if_odd(count):
     taken, coordinates, score = setting()
-    observations, errors = taken.observe(coordinates, 7, count)
-    z = np.stack([o.z for o in observations]) - coordinates.encode(taken.phi.read()).numpy()
+    observed = taken.observe(coordinates, 7, count)
+    observations, errors = observed.observations, observed.errors
+    z = np.stack([o.z for o in observations]) - coordinates.encode(taken.evaluator.phi.read()).numpy()
     assert len(observations) == count == len(score.seen) and not errors
     assert z.dtype == np.float32 and {o.step for o in observations} == {7}
     if count % 2:
@@ -49,16 +64,16 @@ def test_a_round_is_antithetic_pairs_and_phi_itself_if_odd(count):
 
 def test_an_observation_is_where_the_metric_was_taken():
     taken, coordinates, score = setting()
-    observations, _ = taken.observe(coordinates, 0, 4)
+    observations = taken.observe(coordinates, 0, 4).observations
     for observation, phi in zip(observations, score.seen, strict=True):
         assert np.allclose(observation.z, coordinates.encode(phi), atol=1e-6)
         assert observation.score == float(phi.sum()) and 0 < observation.cost < 1
 
 
-def test_exploration_stays_in_the_coordinates_and_has_the_size_asked_for():
+def test_perturbation_stays_in_the_coordinates_and_has_the_size_asked_for():
     taken, coordinates, score = setting()
     taken.observe(coordinates, 0, 200)
-    moves = torch.stack(score.seen) - taken.phi.read()
+    moves = torch.stack(score.seen) - taken.evaluator.phi.read()
     assert torch.allclose(moves @ coordinates.basis @ coordinates.basis.T, moves, atol=1e-6)
     assert torch.allclose((moves @ coordinates.basis).std(0), torch.full((K,), 0.1), rtol=0.3)
 
@@ -66,36 +81,37 @@ def test_exploration_stays_in_the_coordinates_and_has_the_size_asked_for():
 @pytest.mark.parametrize("fails", [(), (0, 3), range(6)])
 def test_phi_is_put_back_and_failed_calls_are_dropped_with_their_message(fails):
     taken, coordinates, score = setting(fails)
-    before = taken.phi.read()
-    observations, errors = taken.observe(coordinates, 0, 6)
-    assert torch.equal(taken.phi.read(), before)
+    before = taken.evaluator.phi.read()
+    observed = taken.observe(coordinates, 0, 6)
+    observations, errors = observed.observations, observed.errors
+    assert torch.equal(taken.evaluator.phi.read(), before)
     assert len(observations) == 6 - len(fails) and len(errors) == len(fails)
     assert all(f"call {i}" in error for i, error in zip(fails, errors, strict=True))
     assert all(np.isfinite(o.score) for o in observations)
-    assert score.ledger.calls["observe"] == 6
+    assert taken.evaluator.ledger.calls["observe"] == 6
 
 
 def test_phi_is_put_back_from_any_other_error():
     taken, coordinates, score = setting()
-    before = taken.phi.read()
-    score.evaluate = lambda purpose: 1 / 0
+    before = taken.evaluator.phi.read()
+    taken.evaluator.metric = lambda prediction: 1 / 0
     with pytest.raises(ZeroDivisionError):
         taken.observe(coordinates, 0, 2)
-    assert torch.equal(taken.phi.read(), before)
+    assert torch.equal(taken.evaluator.phi.read(), before)
 
 
-def test_exploration_has_a_generator_of_its_own_that_can_be_resumed():
+def test_perturbation_has_a_generator_of_its_own_that_can_be_resumed():
     taken, coordinates, score = setting()
     global_state = torch.get_rng_state()
     taken.observe(coordinates, 0, 2)
     state = taken.generator.get_state()
-    second = taken.observe(coordinates, 1, 2)[0]
+    second = taken.observe(coordinates, 1, 2).observations
     assert torch.equal(torch.get_rng_state(), global_state)
 
     resumed, *_ = setting(seed=5)
     resumed.generator.set_state(state)
-    assert np.array_equal(resumed.observe(coordinates, 1, 2)[0][0].z, second[0].z)
-    assert not np.allclose(second[0].z, taken.observe(coordinates, 2, 2)[0][0].z)
+    assert np.array_equal(resumed.observe(coordinates, 1, 2).observations[0].z, second[0].z)
+    assert not np.allclose(second[0].z, taken.observe(coordinates, 2, 2).observations[0].z)
 
 
 def test_variance_is_the_scatter_of_the_pairs_means_twice():
@@ -104,23 +120,13 @@ def test_variance_is_the_scatter_of_the_pairs_means_twice():
     assert np.isnan(pair_variance(np.array([[1.0, 3.0]]))) and np.isnan(pair_variance(np.empty((0, 2))))
 
 
-class Shifted(Score):
-    """A fold of harder examples."""
-
-    def evaluate(self, purpose):
-        return super().evaluate(purpose) - 100
-
-
 @pytest.mark.parametrize("count", [2, 4, 5, 8])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_folds_take_turns_and_a_pair_is_looked_at_on_one(count, number):
-    taken, coordinates, score = setting()
-    taken.evaluators = [(Shifted if fold else Score)(taken.phi) for fold in range(number)]
-    for evaluator in taken.evaluators:
-        evaluator.ledger = score.ledger
+    taken, coordinates, score = setting(folds=number)
     seen = []
     for step in range(12):
-        observations, _ = taken.observe(coordinates, step, count)
+        observations = taken.observe(coordinates, step, count).observations
         assert all((o.score < -50) == (o.fold > 0) for o in observations)
         pairs = np.array([o.fold for o in observations[count % 2 :]]).reshape(-1, 2)
         assert (pairs[:, 0] == pairs[:, 1]).all()
@@ -132,36 +138,33 @@ def test_folds_take_turns_and_a_pair_is_looked_at_on_one(count, number):
 
 def test_one_fold_draws_no_lot():
     taken, coordinates, score = setting()
-    expected = taken.observe(coordinates, 0, 4)[0]
+    expected = taken.observe(coordinates, 0, 4).observations
     again, *_ = setting()
-    z = coordinates.encode(again.phi.read()) + again.offsets(4, K)
+    z = coordinates.encode(again.evaluator.phi.read()) + again.offsets(4, K)
     assert np.allclose([o.z for o in expected], z)
-    following = [o.z for o in taken.observe(coordinates, 1, 4)[0]]
-    assert np.allclose(following, coordinates.encode(again.phi.read()) + again.offsets(4, K))
+    following = [o.z for o in taken.observe(coordinates, 1, 4).observations]
+    assert np.allclose(following, coordinates.encode(again.evaluator.phi.read()) + again.offsets(4, K))
 
 
 def test_variance_is_not_that_between_folds():
-    taken, coordinates, score = setting()
-    harder = Shifted(taken.phi)
-    harder.ledger = score.ledger
-    taken.evaluators = [score, harder]
-    assert taken.observe(coordinates, 0, 8)[0][0].variance < 1e-6
-    assert np.isnan(taken.observe(coordinates, 1, 4)[0][0].variance)  # one pair each tells nothing
+    taken, coordinates, score = setting(folds=2)
+    assert taken.observe(coordinates, 0, 8).observations[0].variance < 1e-6
+    assert np.isnan(taken.observe(coordinates, 1, 4).observations[0].variance)  # one pair each tells nothing
 
 
 def test_variance_estimates_the_noise_and_not_the_slope():
     taken, coordinates, score = setting()
-    rng, noiseless = np.random.default_rng(0), score.evaluate
-    quiet = max(taken.observe(coordinates, 0, count)[0][0].variance for count in (100, 101))
-    score.evaluate = lambda purpose: noiseless(purpose) + 0.3 * rng.normal()
-    noisy = taken.observe(coordinates, 1, 400)[0][0].variance
+    rng, noiseless = np.random.default_rng(0), taken.evaluator.metric
+    quiet = max(taken.observe(coordinates, 0, count).observations[0].variance for count in (100, 101))
+    taken.evaluator.metric = lambda prediction: noiseless(prediction) + 0.3 * rng.normal()
+    noisy = taken.observe(coordinates, 1, 400).observations[0].variance
     assert quiet < 1e-9 and noisy == pytest.approx(0.09, rel=0.3)
 
 
 @pytest.mark.parametrize("count", [1, 5, 8])
 def test_ranks_share_a_round_and_agree_on_it(monkeypatch, count):
     alone, coordinates, _ = setting(fails=(0,))
-    expected, expected_errors = alone.observe(coordinates, 0, count)
+    expected = alone.observe(coordinates, 0, count)
 
     class HandedIn(Exception):
         pass
@@ -172,7 +175,7 @@ def test_ranks_share_a_round_and_agree_on_it(monkeypatch, count):
 
     everything = []  # of both ranks, for which each would wait for the other
     for gather in (hand_in, lambda mine: list(everything)):
-        monkeypatch.setattr(observer, "gather_object", gather)
+        monkeypatch.setattr(evaluator, "gather_object", gather)
         for rank in range(2):
             taken, _, score = setting(fails=(0,) if rank == 0 else (), rank=rank, world_size=2)
             if gather is hand_in:
@@ -180,40 +183,29 @@ def test_ranks_share_a_round_and_agree_on_it(monkeypatch, count):
                     taken.observe(coordinates, 0, count)
                 assert len(score.seen) == len(range(rank, count, 2))
                 continue
-            observations, errors = taken.observe(coordinates, 0, count)
-            assert errors == expected_errors and len(observations) == count - 1
-            assert score.ledger.calls["observe"] == count
-            for a, b in zip(observations, expected, strict=True):
+            observed = taken.observe(coordinates, 0, count)
+            assert observed.errors == expected.errors and len(observed.observations) == count - 1
+            assert taken.evaluator.ledger.calls["observe"] == count
+            for a, b in zip(observed.observations, expected.observations, strict=True):
                 assert np.array_equal(a.z, b.z) and a.score == b.score
                 assert a.variance == b.variance or np.isnan([a.variance, b.variance]).all()
 
 
 def test_elsewhere_is_another_phi_and_for_a_while():
     taken, coordinates, _ = setting()
-    before = taken.phi.read()
+    before = taken.evaluator.phi.read()
     with taken.moved(coordinates):
-        assert not torch.allclose(taken.phi.read(), before)
-    assert torch.equal(taken.phi.read(), before)
+        assert not torch.allclose(taken.evaluator.phi.read(), before)
+    assert torch.equal(taken.evaluator.phi.read(), before)
     assert torch.equal(taken.generator.get_state(), setting()[0].generator.get_state())
 
 
-def test_on_the_main_rank_alone_the_metric_is_called_and_all_get_its_answer(monkeypatch):
-    sent = {}
-
-    def broadcast(outcome):
-        if outcome != [None]:
-            sent["outcome"] = list(outcome)
-        outcome[:] = sent["outcome"]
-
-    monkeypatch.setattr(observer, "broadcast_object_list", broadcast)
-    for world_size in (1, 2):
-        for fails in ((), (0,)):
-            for rank in range(world_size):
-                *_, score = setting(fails)
-                if fails:
-                    with pytest.raises(MetricError, match="call 0"):
-                        on_main(score, "select", rank, world_size)
-                else:
-                    assert on_main(score, "select", rank, world_size) == float(score.phi.read().sum())
-                assert len(score.seen) == (rank == 0)
-                assert score.ledger.calls["select"] == 1
+def test_predictions_come_on_demand_one_for_each_observation():
+    taken, coordinates, score = setting(fails=(1,))
+    assert taken.observe(coordinates, 0, 2).predictions is None
+    score.seen.clear()
+    observed = taken.observe(coordinates, 1, 5, predictions=True)
+    assert len(observed.errors) == 1 and len(observed.predictions) == len(observed.observations) == 4
+    for observation, prediction in zip(observed.observations, observed.predictions, strict=True):
+        assert np.allclose(coordinates.encode(torch.as_tensor(prediction.predictions)), observation.z, atol=1e-6)
+        assert prediction.label_ids.tolist() == [observation.fold]

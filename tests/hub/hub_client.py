@@ -313,7 +313,7 @@ def starts_from_it(folder):
     given = ValueFunction.from_pretrained("tester/end")
     run = trainer(folder / "warm", value_function_name_or_path="tester/end", seed=5)
     run.train()
-    basis = torch.equal(run.phase.coordinates.basis, given.signature.basis)
+    basis = torch.equal(run.result.coordinates.basis, given.signature.basis)
     return {"basis": basis, "learned on": not same(run.value_function, given)}
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import Texts, tiny_bert, true_class_probability
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from test_trainer import quadratic_trainer
+from runs import quadratic_trainer
 from transformers import Trainer
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
@@ -126,10 +126,10 @@ def test_figures_are_those_of_the_run(run):
     for figure in (
         "report split, held out | 0.4321",
         "| loss only | 0.4 |",
-        f"(optimistic: chosen by it) | {run.phase.selection.score:.4f}",
+        f"(optimistic: chosen by it) | {run.result.best_score:.4f}",
         f"| metric calls, observe | {run.ledger.calls['observe']} in",
         f"| rank correlation | {learned.correlation:.3f} |",
-        f"FiLM, {run.phase.coordinates.origin.numel()} numbers",
+        f"FiLM, {run.result.coordinates.origin.numel()} numbers",
     ):
         assert figure in made.text
     theirs = text(run, "value_function")

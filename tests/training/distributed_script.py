@@ -83,7 +83,7 @@ def run(name, folder, **kwargs):
     assert trainer.steps == 12 - trainer._metric_start
     if trainer.is_world_process_zero():
         scores = [o.score for o in trainer.observations]
-        result = {"phi": trainer.phase.last_phi.tolist(), "scores": scores, "calls": ledger}
+        result = {"phi": trainer.result.last_phi.tolist(), "scores": scores, "calls": ledger}
         with open(os.path.join(folder, f"{name}-{dist.get_world_size()}.json"), "w") as file:
             json.dump(result, file)
 

@@ -30,6 +30,12 @@ def state():
         "empty": {},
         "tensor": {"value": {"dict": 1}},  # the words of the format itself
         "curve": [{"step": 3, "selection": None}],
+        # what an optimizer's state holds: moments by the number of the parameter
+        "moments": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2)}, 1: {}},
+        "keys": {1: "a number", "1": "a text", -2: None},
+        "tensors": [torch.randn(2), torch.zeros(0), torch.tensor(True)],
+        "mixed": [1, torch.arange(3), [torch.ones(2), [None, "x"]], {2: [torch.zeros(1)]}],
+        "no tensors": [],
     }
 
 
@@ -39,6 +45,10 @@ def assert_same(a, b):
         assert list(a) == list(b)
         for key in a:
             assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
     elif isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
     else:
@@ -49,6 +59,31 @@ def test_nested_state_comes_back_as_it_was(tmp_path):
     saved = state()
     save(saved, tmp_path / "made" / "on the way")
     assert_same(saved, load(tmp_path / "made" / "on the way"))
+
+
+def test_an_optimizer_goes_on_with_its_moments(tmp_path):
+    def stepped(parameters, optimizer, times):
+        for _ in range(times):
+            optimizer.zero_grad()
+            sum((p - 1).square().sum() for p in parameters).backward()
+            optimizer.step()
+
+    def made():
+        parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.full((2,), 4.0))]
+        return parameters, torch.optim.Adam(parameters, lr=0.1)
+
+    first, second = made(), made()
+    stepped(*first, 3)
+    save({"optimizer": first[1].state_dict(), "parameters": [p.detach() for p in first[0]]}, tmp_path)
+    saved = load(tmp_path)
+    assert list(saved["optimizer"]["state"]) == [0, 1]  # numbers, not texts, which it would take for other parameters
+    second[1].load_state_dict(saved["optimizer"])
+    for parameter, value in zip(second[0], saved["parameters"], strict=True):
+        parameter.data.copy_(value)
+    for parts in (first, second):
+        stepped(*parts, 3)
+    for one, other in zip(first[0], second[0], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_saving_again_replaces_and_leaves_no_other_files(tmp_path):
@@ -104,7 +139,7 @@ DAMAGE = {
     "a flipped byte": flip_a_byte,
     "tensors of another checkpoint": swap(TENSORS_FILE),
     "json of another checkpoint": swap(JSON_FILE),
-    "another format": rewrite(format_version=2),
+    "another format": rewrite(format_version=1),
     "no state": rewrite(state=None),
     "a state that names no tensor": rewrite(state={"tensor": "nowhere"}),
     "not an object": lambda folder, other: (folder / JSON_FILE).write_text("[]"),

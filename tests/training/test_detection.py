@@ -92,7 +92,7 @@ def test_detectors_are_tuned_and_saved_as_ordinary_models(make, tmp_path):
     mine.train()
     assert len(mine.observations) == 4 and np.std([o.score for o in mine.observations]) > 0
     # the loss alone moves the bias of the class logits: nobody else holds it, under another name
-    assert not torch.equal(mine.phase.last_phi[-len(bias) :], bias)
+    assert not torch.equal(mine.result.last_phi[-len(bias) :], bias)
 
     mine.save_model()
     fresh = type(mine.model).from_pretrained(tmp_path).eval()
@@ -108,7 +108,7 @@ def test_observed_with_the_backbone_replayed_or_not_is_the_same(tmp_path):
         torch.manual_seed(0)
         mine = trainer(rt_detr(), tmp_path, observation_cache_gb=memory)
         mine.train()
-        prefix = mine.phase.observer.evaluators[0]._prefix
+        prefix = mine.phase.evaluator.parts[0]._prefix
         assert prefix.active if memory else prefix is None
         scores.append([o.score for o in mine.observations])
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)

@@ -108,7 +108,7 @@ def test_weight_zero_is_trainer_on_the_same_wrapped_and_frozen_model(tmp_path, b
         [{k: v for k, v in e.items() if k != "eval_worst_class_recall"} for e in ours.state.log_history]
     )
     assert events(plain) == events(ours)
-    assert torch.equal(ours.phase.last_phi, plain_phi.read())
+    assert torch.equal(ours.result.last_phi, plain_phi.read())
 
 
 def test_the_first_phase_is_a_shorter_trainer_run(tmp_path):
@@ -180,5 +180,5 @@ def test_accumulation_is_a_larger_batch(tmp_path):
             model=model,
             metric=worst_class_recall,
         )
-        results.append(trainer.phase.last_phi)
+        results.append(trainer.result.last_phi)
     assert torch.allclose(*results, rtol=1e-4, atol=1e-6)

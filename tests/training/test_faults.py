@@ -6,37 +6,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
+from helpers import assert_equal_weights, true_class_probability, weights
+from runs import faulty_trainer
 
-from metricopt_hf import MetricError, MetricOptConfig, MetricOptTrainer
-
-
-def make(folder, metric, cls=MetricOptTrainer, **kwargs):
-    defaults = {
-        "max_steps": 12,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "metric_start_ratio": 0,
-        "unguided_ratio": 0,
-        "metric_call_budget": 24,
-        "select_steps": 2,
-        "observe_steps": 2,
-        "observations_per_step": 4,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "greater_is_better": True,
-        "phi_dim": 4,
-    }
-    return cls(
-        tiny_bert(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
-        train_dataset=Texts(160, seed=1),
-        observation_dataset=Texts(40, seed=3),
-        selection_dataset=Texts(40, seed=4),
-        metric=metric,
-    )
+from metricopt_hf import MetricError
 
 
 class Box:
@@ -70,7 +43,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault, call):
     function, message = FAULTS[fault]
-    trainer = make(tmp_path, Box(function, {call}), metric_key="score")
+    trainer = faulty_trainer(tmp_path, Box(function, {call}), metric_key="score")
     with pytest.raises(MetricError, match=message) as caught:
         trainer.train()
     assert "before training" in str(caught.value)
@@ -81,9 +54,9 @@ def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault, c
 def test_a_later_fault_drops_the_observation_and_is_counted(tmp_path, fault, caplog):
     function, message = FAULTS[fault]
     box = Box(function, {4, 9, 10})
-    trainer = make(tmp_path, box, metric_key="score", logging_steps=12)
+    trainer = faulty_trainer(tmp_path, box, metric_key="score", logging_steps=12)
     trainer.train()
-    assert trainer.phase.failures == 3
+    assert trainer.result.failed_calls == 3
     assert message in caplog.text
     calls = trainer.ledger.calls
     assert calls["observe"] == 24 and box.calls == sum(calls.values())  # a call that failed was made
@@ -94,16 +67,16 @@ def test_a_later_fault_drops_the_observation_and_is_counted(tmp_path, fault, cap
 
 
 def test_after_many_in_a_row_guidance_is_switched_off_and_training_goes_on(tmp_path, caplog):
-    trainer = make(tmp_path, Box(raises, set(range(2, 1000))), max_metric_failures=5, metric_key="score")
+    trainer = faulty_trainer(tmp_path, Box(raises, set(range(2, 1000))), max_metric_failures=5, metric_key="score")
     trainer.train()
     assert trainer.state.global_step == 12
     assert "switched off" in caplog.text
-    assert trainer.phase.guide.direction(trainer.phase.last_phi).reason.startswith("switched off: the metric failed")
+    assert trainer.phase.guide.direction(trainer.result.last_phi).reason.startswith("switched off: the metric failed")
     assert trainer.ledger.calls["observe"] < 12  # not called on and on
 
-    loss_only = make(tmp_path, true_class_probability, value_weight=0, metric_call_budget=0)
+    loss_only = faulty_trainer(tmp_path, true_class_probability, value_weight=0, metric_call_budget=0)
     loss_only.train()
-    assert torch.equal(loss_only.phase.last_phi, trainer.phase.last_phi)
+    assert torch.equal(loss_only.result.last_phi, trainer.result.last_phi)
 
 
 def test_numpy_and_torch_scalars_are_numbers(tmp_path):
@@ -114,15 +87,17 @@ def test_numpy_and_torch_scalars_are_numbers(tmp_path):
         return kinds[metric.calls % len(kinds)](true_class_probability(prediction))
 
     metric.calls = 0
-    trainer = make(tmp_path, metric)
+    trainer = faulty_trainer(tmp_path, metric)
     trainer.train()
-    assert trainer.phase.failures == 0 and len(trainer.observations) == 24
+    assert trainer.result.failed_calls == 0 and len(trainer.observations) == 24
 
 
 def test_a_value_far_outside_all_earlier_ones_is_dropped(tmp_path, caplog):
-    trainer = make(tmp_path, Box(lambda p: 1e6, {26, 27}), metric_call_budget=32, max_steps=16, metric_key="score")
+    trainer = faulty_trainer(
+        tmp_path, Box(lambda p: 1e6, {26, 27}), metric_call_budget=32, max_steps=16, metric_key="score"
+    )
     trainer.train()
-    assert trainer.phase.failures == 2
+    assert trainer.result.failed_calls == 2
     assert "far outside" in caplog.text
     assert max(o.score for o in trainer.observations) < 1
 
@@ -130,14 +105,14 @@ def test_a_value_far_outside_all_earlier_ones_is_dropped(tmp_path, caplog):
 def test_a_call_beyond_the_timeout_is_abandoned_and_none_is_made_before_it_is_back(tmp_path, caplog):
     may_end = threading.Event()
     box = Box(lambda prediction: may_end.wait() and 0.5, {6})
-    trainer = make(tmp_path, box, metric_timeout=3.0, metric_key="score", max_metric_failures=100)
+    trainer = faulty_trainer(tmp_path, box, metric_timeout=3.0, metric_key="score", max_metric_failures=100)
     trainer.train()
     assert "longer than metric_timeout" in caplog.text
-    assert trainer.phase.failures >= 2  # that one, and all after it, at once
+    assert trainer.result.failed_calls >= 2  # that one, and all after it, at once
     assert box.calls == 7
     may_end.set()
     trainer.metric._abandoned.join()
-    trainer.phase.observer.evaluators[0].evaluate("offline")  # it is back: calls work again
+    trainer.phase.evaluator.evaluate("offline")  # it is back: calls work again
     assert box.calls == 8
 
 
@@ -154,7 +129,7 @@ def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path)
         torch.manual_seed(0)
         return value
 
-    polite, other = make(tmp_path, true_class_probability), make(tmp_path, rude)
+    polite, other = faulty_trainer(tmp_path, true_class_probability), faulty_trainer(tmp_path, rude)
     polite.train()
     other.train()
     assert_equal_weights(weights(polite.model), weights(other.model))
@@ -162,7 +137,9 @@ def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path)
 
 
 def test_a_selection_that_fails_costs_a_candidate_not_the_run(tmp_path):
-    trainer = make(tmp_path, Box(raises, {2}), metric_key="score")  # calls 0 and 1 are the checks, then it selects
+    trainer = faulty_trainer(
+        tmp_path, Box(raises, {2}), metric_key="score"
+    )  # calls 0 and 1 are the checks, then it selects
     trainer.train()
-    assert trainer.phase.curve[0]["selection"] is None
-    assert trainer.phase.selection.step > 0
+    assert trainer.result.curve[0]["selection"] is None
+    assert trainer.result.best_step > 0

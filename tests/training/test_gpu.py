@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import tiny_bert, true_class_probability, weights
-from test_trainer import bert_trainer
+from runs import bert_trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +30,6 @@ def test_observations_leave_the_cuda_generator_alone(tmp_path):
         model = tiny_bert()
         trainer = bert_trainer(tmp_path, model, use_cpu=False, value_weight=0, metric_call_budget=budget)
         trainer.train()
-        finals.append((trainer.phase.last_phi, torch.cuda.get_rng_state()))
+        finals.append((trainer.result.last_phi, torch.cuda.get_rng_state()))
     assert torch.equal(finals[0][0], finals[1][0])
     assert torch.equal(finals[0][1], finals[1][1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from test_trainer import Recorder, Truth, bert_trainer, quadratic_trainer
+from runs import Recorder, Truth, bert_trainer, quadratic_trainer
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.training.preflight import check_supported
@@ -22,8 +22,8 @@ def test_a_gradient_scaler_changes_nothing(tmp_path):
     scaled = quadratic_trainer(tmp_path, Truth(), Scaled, gradient_accumulation_steps=2)
     plain.train()
     scaled.train()
-    assert torch.allclose(plain.phase.last_phi, scaled.phase.last_phi, rtol=1e-5)
-    assert not torch.allclose(plain.phase.last_phi, plain.phase.coordinates.origin)
+    assert torch.allclose(plain.result.last_phi, scaled.result.last_phi, rtol=1e-5)
+    assert not torch.allclose(plain.result.last_phi, plain.result.coordinates.origin)
 
 
 class Overflow(Scaled):
@@ -41,7 +41,7 @@ def test_an_overflow_is_still_found_and_the_step_skipped(tmp_path):
     trainer = quadratic_trainer(tmp_path, Truth(), Overflow)
     trainer.train()
     assert torch.equal(trainer.seen[7], trainer.seen[8]) and not torch.equal(trainer.seen[8], trainer.seen[9])
-    assert torch.isfinite(trainer.phase.last_phi).all()
+    assert torch.isfinite(trainer.result.last_phi).all()
 
 
 def test_the_blended_gradient_is_clipped_and_logged(tmp_path):

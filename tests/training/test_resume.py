@@ -52,8 +52,8 @@ def outcome(trainer):
         weights(trainer.model),
         [(o.step, o.score, o.z.tolist()) for o in trainer.observations],
         dict(trainer.ledger.calls),
-        trainer.phase.selection.step,
-        trainer.phase.last_phi,
+        trainer.result.best_step,
+        trainer.result.last_phi,
     )
 
 
@@ -82,8 +82,8 @@ def test_resume_before_at_and_behind_the_start_of_the_loss_alone(tmp_path, step)
     whole.train()
     resumed = make(tmp_path / "resumed", **kwargs)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-    assert resumed.phase.unguided_step == whole.phase.unguided_step == 4
-    curves = [[(r["step"], r["selection"], r["reason"]) for r in t.phase.curve] for t in (whole, resumed)]
+    assert resumed.result.unguided_step == whole.result.unguided_step == 4
+    curves = [[(r["step"], r["selection"], r["reason"]) for r in t.result.curve] for t in (whole, resumed)]
     assert curves[0] == curves[1]
     assert_equal_weights(weights(whole.model), weights(resumed.model))
 

@@ -5,93 +5,24 @@ import pytest
 import torch
 from helpers import (
     OPTIMUM,
-    Quadratic,
-    Targets,
     Texts,
     assert_equal_weights,
-    distance_to_optimum,
     tiny_bert,
     true_class_probability,
     weights,
     worst_class_recall,
 )
+from runs import Recorder, Truth, bert_trainer, quadratic_trainer
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from metricopt_hf import (
     ConfigurationError,
     FiLM,
-    Guide,
     MetricError,
-    MetricOptConfig,
     MetricOptTrainer,
     PhiError,
     Subset,
 )
-
-
-class Truth(Guide):
-    """Knows the optimum of the quadratic toy; `sign=-1` is the guide that lies."""
-
-    def __init__(self, sign: int = 1):
-        self.factor = sign
-
-    def predict(self, z):
-        w = (self.coordinates.origin + torch.as_tensor(z) @ self._basis().T).numpy()
-        return self.factor * ((w - OPTIMUM) ** 2).sum(1)
-
-    def fit(self, trajectory):
-        pass
-
-    def ascent(self, phi):
-        return self.factor * 2 * (phi - torch.as_tensor(OPTIMUM, dtype=torch.float32))
-
-    def _basis(self):
-        basis = self.coordinates.basis
-        return torch.eye(len(OPTIMUM)) if basis is None else basis
-
-
-def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, **kwargs):
-    defaults = {
-        "max_steps": 20,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "phi": "^w$",
-        "phi_coordinates": "identity",
-        "phi_learning_rate": None,
-        "metric_start_ratio": 0,
-        "unguided_ratio": 0,
-        "select_steps": 1,
-        "observe_steps": 1,
-        "greater_is_better": False,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "label_names": ["labels"],
-    }
-    return cls(
-        Quadratic(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
-        train_dataset=Targets(seed=1),
-        observation_dataset=Targets(8, seed=2),
-        selection_dataset=Targets(8, seed=3),
-        metric=distance_to_optimum,
-        guide=guide,
-    )
-
-
-class Recorder(MetricOptTrainer):
-    """Keeps .grad before and after blending, step by step."""
-
-    def _guide_update(self, step):
-        before = self.phi.read_grad()
-        phi = self.phi.read()
-        super()._guide_update(step)
-        direction = self.phase.direction
-        self.records = getattr(self, "records", []) + [(before, self.phi.read_grad(), phi, direction)]
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -111,10 +42,10 @@ def test_the_truth_improves_the_metric_that_the_loss_does_not_see(tmp_path):
     def final(guide, **kwargs):
         trainer = quadratic_trainer(tmp_path, guide, max_steps=40, **kwargs)
         trainer.train()
-        return trainer.phase
+        return trainer.result
 
     guided, loss_only = final(Truth()), final(None, value_weight=0)
-    assert guided.selection.score < 0.5 * loss_only.selection.score
+    assert guided.best_score < 0.5 * loss_only.best_score
 
 
 def test_a_guide_is_followed_as_far_as_it_is_certain(tmp_path):
@@ -140,8 +71,8 @@ def test_a_guide_that_lies_is_not_followed(tmp_path):
     lied, loss_only = quadratic_trainer(tmp_path, Truth(-1)), quadratic_trainer(tmp_path, value_weight=0)
     lied.train()
     loss_only.train()
-    assert all(entry["trust"] == 0 and entry["gradient_agreement"] is None for entry in lied.phase.curve)
-    assert torch.equal(lied.phase.last_phi, loss_only.phase.last_phi)
+    assert all(entry["trust"] == 0 and entry["gradient_agreement"] is None for entry in lied.result.curve)
+    assert torch.equal(lied.result.last_phi, loss_only.result.last_phi)
 
 
 def test_the_value_function_finds_the_way_by_itself(tmp_path):
@@ -149,58 +80,7 @@ def test_the_value_function_finds_the_way_by_itself(tmp_path):
     loss_only = quadratic_trainer(tmp_path, max_steps=60, value_weight=0, metric_call_budget=0)
     guided.train()
     loss_only.train()
-    assert guided.phase.selection.score < 0.8 * loss_only.phase.selection.score
-
-
-class WithTerm(Truth):
-    """Adds a constant to the training loss, and notes in which phase it was asked."""
-
-    def loss_term(self, model, inputs, outputs):
-        assert "labels" in inputs and "logits" in outputs and not model.training
-        return outputs["logits"].sum() * 0 + 100.0
-
-
-def test_a_guide_s_loss_term_is_trained_but_not_evaluated(tmp_path):
-    trainer = quadratic_trainer(tmp_path, WithTerm(), logging_steps=10, value_weight=0)
-    trainer.train()
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert all(loss > 90 for loss in logged[1:])
-    assert trainer.evaluate(Targets(8, seed=5))["eval_loss"] < 50
-
-
-def bert_trainer(folder, model=None, **kwargs):
-    trainer_kwargs = {
-        name: kwargs.pop(name)
-        for name in ("metric", "phi", "guide", "compute_metrics", "eval_dataset", "optimizers", "model_init", "cls")
-        if name in kwargs
-    }
-    for name in ("observation_dataset", "selection_dataset", "train_dataset"):
-        if name in kwargs:
-            trainer_kwargs[name] = kwargs.pop(name)
-    defaults = {
-        "max_steps": 12,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "metric_start_ratio": 0,
-        "metric_call_budget": 24,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "greater_is_better": True,
-    }
-    cls = trainer_kwargs.pop("cls", MetricOptTrainer)
-    data = {
-        "train_dataset": Texts(160, seed=1),
-        "observation_dataset": Texts(60, seed=3),
-        "selection_dataset": Texts(60, seed=4),
-    }
-    if "metric" not in trainer_kwargs and "compute_metrics" not in trainer_kwargs:
-        trainer_kwargs["metric"] = true_class_probability
-    if "model_init" not in trainer_kwargs:
-        trainer_kwargs["model"] = model or tiny_bert()
-    args = MetricOptConfig(str(folder), **{**defaults, **kwargs})
-    return cls(args=args, **{**data, **trainer_kwargs})
+    assert guided.result.best_score < 0.8 * loss_only.result.best_score
 
 
 def test_drop_in_with_compute_metrics_and_metric_for_best_model(tmp_path, caplog):
@@ -311,10 +191,10 @@ def test_the_best_phi_by_selection_is_put_in_place_and_the_start_is_a_candidate(
     before = weights(model)
     trainer = bert_trainer(tmp_path, model, learning_rate=1.0, phi_learning_rate=30.0, optim="sgd", max_grad_norm=0.0)
     trainer.train()
-    scores = [entry["selection"] for entry in trainer.phase.curve]
-    assert trainer.phase.selection.score == max(scores)
-    assert trainer.phase.selection.step == trainer.phase.curve[int(np.argmax(scores))]["step"]
-    if trainer.phase.selection.step == 0:
+    scores = [entry["selection"] for entry in trainer.result.curve]
+    assert trainer.result.best_score == max(scores)
+    assert trainer.result.best_step == trainer.result.curve[int(np.argmax(scores))]["step"]
+    if trainer.result.best_step == 0:
         assert_equal_weights(before, weights(model))
 
 

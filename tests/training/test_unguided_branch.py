@@ -1,10 +1,9 @@
 """The last part of the metric phase: phi anew from where that phase began, by the loss alone, as a candidate."""
 
 import pytest
-import test_faults
 import torch
 from helpers import true_class_probability
-from test_trainer import Truth, quadratic_trainer
+from runs import Truth, faulty_trainer, quadratic_trainer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainingArguments
 
@@ -25,7 +24,7 @@ class Path(MetricOptTrainer):
 def make(folder, cls=Path, metric=true_class_probability, **kwargs):
     shared = {"unguided_ratio": 0.5, "select_steps": None, "observe_steps": None, "metric_call_budget": 16}
     rates = {"lr_scheduler_type": "constant", "phi_learning_rate": 1e-3, "unguided_learning_rate": 1e-1}
-    return test_faults.make(folder, metric, cls, **{**shared, **rates, **kwargs})
+    return faulty_trainer(folder, metric, cls, **{**shared, **rates, **kwargs})
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -35,7 +34,7 @@ def test_it_begins_where_the_metric_phase_began_with_an_optimizer_that_forgot(tm
     trainer.train()
     phis, rates, counts = zip(*trainer.path, strict=True)
     guided = 6 if first_phase == 0 else 3
-    assert trainer.phase.unguided_step == trainer.phase.start_step + guided
+    assert trainer.result.unguided_step == trainer.result.start_step + guided
     assert torch.equal(phis[guided], phis[0]) and not torch.equal(phis[guided - 1], phis[0])
     assert counts[guided] == 0 and counts[guided + 1] == 1
     assert rates[:guided] == pytest.approx([1e-3] * guided)
@@ -46,10 +45,10 @@ def test_it_begins_where_the_metric_phase_began_with_an_optimizer_that_forgot(tm
 def test_there_nothing_is_observed_or_followed(tmp_path):
     trainer = quadratic_trainer(tmp_path, Truth(), max_steps=20, unguided_ratio=0.5, metric_call_budget=None)
     trainer.train()
-    assert max(trainer.phase.trajectory.steps) == 9
-    alone = [row for row in trainer.phase.curve if row["step"] > 10]
-    assert len(alone) == 10 and all(row["trust"] == 0 and row["reason"] == "the loss alone" for row in alone)
-    assert any(row["trust"] > 0 for row in trainer.phase.curve)
+    assert max(trainer.result.trajectory.steps) == 9
+    alone = [row for row in trainer.result.curve if row["step"] > 10]
+    assert len(alone) == 10 and all(row["trust"] == 0 and row["reason"] == "the unguided branch" for row in alone)
+    assert any(row["trust"] > 0 for row in trainer.result.curve)
 
 
 def test_it_is_the_run_that_nothing_guides(tmp_path):
@@ -58,7 +57,7 @@ def test_it_is_the_run_that_nothing_guides(tmp_path):
     def alone(guide, **kwargs):
         trainer = quadratic_trainer(tmp_path, guide, max_steps=20, unguided_ratio=0.5, **kwargs)
         trainer.train()
-        return [row["selection"] for row in trainer.phase.curve if row["step"] > 10]
+        return [row["selection"] for row in trainer.result.curve if row["step"] > 10]
 
     assert alone(Truth()) == alone(None, value_weight=0, metric_call_budget=0)
 
@@ -73,30 +72,30 @@ def test_the_better_of_both_is_kept(tmp_path, sign):
 
     trainer = quadratic_trainer(tmp_path, Guide(), max_steps=40, value_weight=2.0, unguided_ratio=0.5)
     trainer.train()
-    chosen = trainer.phase.selection
-    assert (chosen.step <= 20) is (sign == 1)
-    assert chosen.score == min(row["selection"] for row in trainer.phase.curve)
-    assert torch.equal(trainer.phi.read(), chosen.phi)
+    chosen = trainer.result
+    assert (chosen.best_step <= 20) is (sign == 1) and chosen.kept_branch == ("guided" if sign == 1 else "unguided")
+    assert chosen.best_score == min(row["selection"] for row in chosen.curve)
+    assert torch.equal(trainer.phi.read(), chosen.best_phi)
 
 
 def test_looks_are_counted_once(tmp_path):
     """At the start, every so many steps and at the end; not once more at the start that it goes back to."""
     trainer = make(tmp_path, MetricOptTrainer, select_steps=2)
     trainer.train()
-    looked = [row["step"] for row in trainer.phase.curve if row["selection"] is not None]
+    looked = [row["step"] for row in trainer.result.curve if row["selection"] is not None]
     assert looked == [0, 2, 4, 6, 8, 10, 12] and trainer.ledger.calls["select"] == 7
 
 
-def test_a_guide_s_loss_term_is_not_part_of_the_loss_alone(tmp_path):
-    class Term(Truth):
-        def loss_term(self, model, inputs, outputs):
-            terms.append(trainer.state.global_step)
+def test_there_a_guide_s_loss_is_not_asked_for(tmp_path):
+    class Loss(Truth):
+        def loss(self, inputs, outputs, task_loss):
+            asked.append(trainer.state.global_step)
             return None
 
-    terms = []
-    trainer = quadratic_trainer(tmp_path, Term(), max_steps=20, unguided_ratio=0.5)
+    asked = []
+    trainer = quadratic_trainer(tmp_path, Loss(), max_steps=20, unguided_ratio=0.5)
     trainer.train()
-    assert set(terms) == set(range(1, 10))  # the phase begins behind the first step's loss
+    assert set(asked) == set(range(1, 10))  # the phase begins behind the first step's loss
 
 
 def test_where_nothing_can_be_selected_the_last_guided_phi_stays(tmp_path):
@@ -109,9 +108,9 @@ def test_where_nothing_can_be_selected_the_last_guided_phi_stays(tmp_path):
 
     trainer = make(tmp_path, MetricOptTrainer, metric, max_metric_failures=100)
     trainer.train()
-    assert trainer.phase.selection.phi is None and trainer.observations
+    assert trainer.result.best_phi is None and trainer.observations
     merged = trainer.model.classifier.bias
-    assert torch.equal(merged, trainer.phase.last_phi[-len(merged) :])
+    assert torch.equal(merged, trainer.result.last_phi[-len(merged) :])
     assert not torch.equal(merged, trainer.phase.start_phi[-len(merged) :])
 
 

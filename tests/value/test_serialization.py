@@ -12,20 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from helpers import config
 from safetensors.torch import load_file, save_file
-from test_trainer import bert_trainer, quadratic_trainer
 
-from metricopt_hf import (
-    ConfigurationError,
-    Metric,
-    Observation,
-    Trajectory,
-    ValueFunction,
-    ValueFunctionError,
-    ValueFunctionGuide,
-)
-from metricopt_hf.guides.trust import NOT_PREDICTIVE
-from metricopt_hf.phi import Coordinates, random_basis
+from metricopt_hf import Observation, Trajectory, ValueFunction, ValueFunctionError
+from metricopt_hf.phi import random_basis
 from metricopt_hf.value import Signature, fit, serialization
 
 D, K = 12, 4
@@ -61,17 +52,6 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def config(folder, **changes):
-    path = folder / "config.json"
-    document = json.loads(path.read_text())
-    for name, value in changes.items():
-        node, *keys = document, *name.split("__")
-        for key in keys[:-1]:
-            node = node[key]
-        node[keys[-1]] = value
-    path.write_text(json.dumps(document))
-
-
 def tensors(folder, **changes):
     path = folder / "model.safetensors"
     held = {**load_file(path), **{name.replace("__", "."): value for name, value in changes.items()}}
@@ -101,7 +81,7 @@ def test_what_is_written_is_read_again(folder):
 
 def test_the_config_tells_people_what_it_is_of(folder):
     told, normalised = json.loads((folder / "config.json").read_text()), shared()
-    assert told["format_version"] == 2 and told["signature"]["phi"] == PHI
+    assert told["format_version"] == 3 and told["signature"]["phi"] == PHI
     assert told["signature"]["coordinates"] == {"kind": "random", "identity": False}
     assert told["signature"]["metric"] == {"name": "f1", "greater_is_better": True}
     assert told["normalisation"]["z_mean"] == normalised.z_mean.tolist()
@@ -156,7 +136,7 @@ STRANGE = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "JSONDecodeError"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not that of a value function"),
     "deep JSON": (lambda f: (f / "config.json").write_text("[" * 100_000), "RecursionError|JSONDecodeError"),
-    "a later version": (lambda f: config(f, format_version=3), "format version 3, .* reads 2: pip install --upgrade"),
+    "a later version": (lambda f: config(f, format_version=4), "format version 4, .* reads 3: pip install --upgrade"),
     "no version": (lambda f: config(f, format_version=None), "format version None"),
     "a size that is text": (lambda f: config(f, hidden_size="8"), "hidden_size='8'"),
     "a size that is a truth": (lambda f: config(f, num_members=True), "num_members=True"),
@@ -282,163 +262,3 @@ def test_sizes_are_refused_before_anything_is_allocated(folder):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**22
-
-
-# ---- in a run
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory):
-    """Folder of a value function that knows the quadratic toy."""
-    folder = tmp_path_factory.mktemp("learned")
-    # a weight of its own, so that what it has seen, and how well it fits that, does not hang on the default
-    settings = {"value_weight": 3.0, "perturbation_std": 0.3, "metric_call_budget": None, "observe_steps": 4}
-    run = quadratic_trainer(folder, max_steps=40, **settings)
-    run.train()
-    run.save_model()
-    return folder / "value_function"
-
-
-@pytest.fixture(scope="module")
-def loss_only(tmp_path_factory):
-    run = quadratic_trainer(tmp_path_factory.mktemp("loss"), value_weight=0, max_steps=24)
-    run.train()
-    return run
-
-
-def warm(tmp_path, start, **kwargs):
-    settings = {"max_steps": 24, "perturbation_std": 0.3, "metric_call_budget": None, "observe_steps": 4}
-    return quadratic_trainer(tmp_path, value_function_name_or_path=str(start), **{**settings, **kwargs})
-
-
-def test_a_second_run_trusts_it_from_the_first_round(tmp_path, learned):
-    second = warm(tmp_path, learned, seed=7)
-    second.train()
-    assert second.phase.curve[0]["trust"] > 0.3
-    assert len(second.observations) == 48
-    assert torch.equal(second.value_function.z_mean, load(learned).z_mean)  # what its weights were learned in
-    assert not torch.equal(second.value_function.weights[0], load(learned).weights[0])
-
-
-def test_learning_on_does_not_spoil_it(learned):
-    """A new round is narrower and lies elsewhere; standardised anew, the same weights would be another function."""
-    given = load(learned)
-    seen = given.observations
-    z, scores = seen.z[-8:], seen.scores[-8:]
-
-    def error(function):
-        return float(np.mean((function.predict(torch.as_tensor(seen.z))[0].numpy() - seen.scores) ** 2))
-
-    before = error(given)
-    fit(given, z, scores, seen.variances[-8:], torch.Generator().manual_seed(0), steps=1, standardise=False)
-    assert error(given) < 1.5 * before
-    anew = load(learned)
-    fit(anew, z, scores, seen.variances[-8:], torch.Generator().manual_seed(0), steps=1)
-    assert error(anew) > 3 * before
-
-
-def turned_round(folder, learned):
-    """Predicts the opposite."""
-    wrong = load(learned)
-    with torch.no_grad():
-        wrong.weights[-1].neg_()
-        wrong.biases[-1].neg_()
-    wrong.save_pretrained(folder)
-
-
-def says_nothing(folder, learned):
-    """Predicts the same everywhere."""
-    constant = load(learned)
-    with torch.no_grad():
-        constant.weights[-1].zero_()
-    constant.save_pretrained(folder)
-
-
-def at_random(folder, learned):
-    useless = load(learned)
-    useless.reset_parameters(torch.Generator().manual_seed(3))
-    useless.save_pretrained(folder)
-
-
-@pytest.mark.parametrize("spoil", [turned_round, says_nothing])
-def test_one_that_misleads_is_not_followed(tmp_path, learned, loss_only, spoil, monkeypatch):
-    """As long as it has learned nothing here, the run is that of the loss alone, to the bit."""
-    monkeypatch.setattr("metricopt_hf.guides.base.fit", lambda *args, **kwargs: None)
-    spoil(tmp_path / "shared", learned)
-    misled = warm(tmp_path, tmp_path / "shared")
-    misled.train()
-    trusts = [(row["trust"], row["reason"]) for row in misled.phase.curve if row["trust"] is not None]
-    assert trusts == [(0.0, NOT_PREDICTIVE)] * len(trusts)
-    assert torch.equal(misled.phase.last_phi, loss_only.phase.last_phi)
-
-
-@pytest.mark.parametrize("spoil", [turned_round, says_nothing, at_random])
-def test_one_that_misleads_does_no_harm(tmp_path, learned, loss_only, spoil):
-    spoil(tmp_path / "shared", learned)
-    misled = warm(tmp_path, tmp_path / "shared")
-    misled.train()
-    # of one drawn at random a single round says little: see below
-    assert spoil is at_random or misled.phase.curve[0]["trust"] < 0.2
-    assert misled.phase.selection.score <= 1.02 * loss_only.phase.selection.score
-
-
-def test_those_drawn_at_random_are_hardly_trusted_after_a_round(learned):
-    seen, trusts = load(learned).observations, []
-    for seed in range(20):
-        useless = load(learned)
-        useless.reset_parameters(torch.Generator().manual_seed(seed))
-        guide = ValueFunctionGuide(useless)
-        guide.start(Coordinates(useless.signature.origin, None), False, seed)
-        guide.learn(Trajectory(list(seen.last_round)))
-        trusts.append(guide.standing[0])
-    assert np.mean(trusts) < 0.2
-
-
-def test_its_coordinates_are_taken_over(tmp_path, learned):
-    """z is relative to the origin that it was learned at, wherever this run starts."""
-    second = warm(tmp_path, learned, phi_coordinates="gradient_pca", phi_dim=2)
-    with torch.no_grad():
-        second.model.w.add_(0.5)
-    second.train()
-    signature = load(learned).signature
-    assert signature.basis is None and second.phase.coordinates.kind == signature.coordinates == "identity"
-    assert torch.equal(second.phase.coordinates.origin, signature.origin)
-    first_round = second.phase.trajectory.z[:8]
-    np.testing.assert_allclose(first_round.mean(0), 0.5 - signature.origin.numpy(), atol=1e-5)  # antithetic pairs
-
-
-def test_a_start_far_from_all_that_it_saw_is_told(tmp_path, learned, caplog):
-    second = warm(tmp_path, learned, max_steps=4)
-    with torch.no_grad():
-        second.model.w.add_(100.0)
-    second.train()
-    assert "has to learn anew" in caplog.text
-
-
-def test_another_model_s_phi_is_refused_before_training(tmp_path, learned):
-    with pytest.raises(ValueFunctionError, match=r"another phi space.*Quadratic.*only there: w.*only here: .*film"):
-        bert_trainer(tmp_path, value_function_name_or_path=str(learned))
-    other = load(learned)
-    other.signature.phi["parameters"][0][1] = [7]
-    other.save_pretrained(tmp_path / "other")
-    config(tmp_path / "other", signature__phi__parameters=[["w", [2, 3]]])
-    with pytest.raises(ValueFunctionError, match=r"of another shape: w \[2, 3\] there, \[6\] here"):
-        warm(tmp_path, tmp_path / "other")
-
-
-def test_another_metric_is_refused_before_training(tmp_path, learned):
-    config(learned, signature__metric__greater_is_better=True)
-    try:
-        with pytest.raises(ValueFunctionError, match="greater is better.*smaller is better"):
-            warm(tmp_path, learned)
-    finally:
-        config(learned, signature__metric__greater_is_better=False)
-    signature = load(learned).signature
-    with pytest.raises(ValueFunctionError, match=r"metric=Metric\(function, 'distance_to_optimum', False\)"):
-        signature.check(signature.phi, Metric(len, "f1").name, False)
-
-
-def test_one_without_a_signature_must_fit_the_coordinates(tmp_path):
-    ValueFunction(3).save_pretrained(tmp_path / "plain")
-    with pytest.raises(ConfigurationError, match="3 coordinates, this run 6: set phi_dim"):
-        warm(tmp_path, tmp_path / "plain")

@@ -1,11 +1,11 @@
-"""The value function and its fit: what it must recover, and what must not matter."""
+"""The value network and its fit: what it must recover, and what must not matter."""
 
 import numpy as np
 import pytest
 import torch
 
-from metricopt_hf import ValueFunction, ValueFunctionError
-from metricopt_hf.value import fit, learners
+from metricopt_hf import ValueFunctionError
+from metricopt_hf.value import ValueNetwork, fit, learners
 
 K = 5
 SLOPE = np.array([1.0, -2.0, 0.5, 0.0, 1.5])
@@ -32,9 +32,9 @@ def generator(seed=0):
 
 
 def fitted(z, scores, variances, seed=0, steps=200, **kwargs):
-    value_function = ValueFunction(K, **kwargs)
-    report = fit(value_function, z, scores, variances, generator(seed), steps)
-    return value_function, report
+    network = ValueNetwork(K, **kwargs)
+    report = fit(network, z, scores, variances, generator(seed), steps)
+    return network, report
 
 
 def cosine(a, b):
@@ -43,10 +43,10 @@ def cosine(a, b):
 
 @pytest.mark.parametrize("function", [linear, quadratic])
 def test_the_gradient_points_where_the_function_rises(function):
-    value_function, report = fitted(*observed(function))
+    network, report = fitted(*observed(function))
     points = observed(function, n=20, spread=0.7, seed=1)[0]
     truth = np.tile(SLOPE, (20, 1)) if function is linear else -2 * (points - OPTIMUM)
-    found = value_function.gradient(torch.as_tensor(points)).numpy()
+    found = network.gradient(torch.as_tensor(points)).numpy()
     assert np.mean([cosine(a, b) for a, b in zip(found, truth, strict=True)]) > 0.9
     assert report.steps == 200 and report.regression_loss < 0.5
 
@@ -72,25 +72,25 @@ def test_another_unit_of_the_metric_gives_the_same_function_in_that_unit():
 
 
 def test_the_gradient_is_that_of_the_predicted_mean():
-    value_function = fitted(*observed(quadratic))[0].double()
+    network = fitted(*observed(quadratic))[0].double()
     z, step = torch.randn(4, K, dtype=torch.float64), 1e-5
     numeric = torch.stack(
         [
-            (value_function.predict(z + step * e)[0] - value_function.predict(z - step * e)[0]) / (2 * step)
+            (network.predict(z + step * e)[0] - network.predict(z - step * e)[0]) / (2 * step)
             for e in torch.eye(K, dtype=torch.float64)
         ],
         dim=-1,
     )
-    assert torch.allclose(value_function.gradient(z), numeric, rtol=1e-5, atol=1e-7)
-    assert torch.allclose(value_function.gradient(z[0]), numeric[0], rtol=1e-5, atol=1e-7)
+    assert torch.allclose(network.gradient(z), numeric, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(network.gradient(z[0]), numeric[0], rtol=1e-5, atol=1e-7)
 
 
 def with_slopes(*slopes):
     """A value function whose members all are linear, with these gradients; standardised scores have a spread of 3."""
-    value_function = ValueFunction(K, num_members=len(slopes))
-    value_function.forward = lambda z: (z * torch.as_tensor(np.stack(slopes), dtype=torch.float32)[:, None]).sum(-1)
-    value_function.score_std.fill_(3.0)
-    return value_function
+    network = ValueNetwork(K, num_members=len(slopes))
+    network.forward = lambda z: (z * torch.as_tensor(np.stack(slopes), dtype=torch.float32)[:, None]).sum(-1)
+    network.score_std.fill_(3.0)
+    return network
 
 
 ONE, TWO = np.eye(K)[:2]
@@ -109,23 +109,23 @@ ONE, TWO = np.eye(K)[:2]
     ],
 )
 def test_agreement_is_what_the_members_gradients_have_in_common(slopes, agreement):
-    value_function = with_slopes(*slopes)
-    assert float(value_function.agreement(torch.zeros(K))) == pytest.approx(agreement, abs=1e-6)
-    assert torch.allclose(value_function.agreement(torch.randn(4, K)), torch.full((4,), agreement), atol=1e-6)
+    network = with_slopes(*slopes)
+    assert float(network.agreement(torch.zeros(K))) == pytest.approx(agreement, abs=1e-6)
+    assert torch.allclose(network.agreement(torch.randn(4, K)), torch.full((4,), agreement), atol=1e-6)
     mean = 3 * torch.as_tensor(np.mean(slopes, 0), dtype=torch.float32)
-    assert torch.allclose(value_function.gradient(torch.zeros(K)), mean)
+    assert torch.allclose(network.gradient(torch.zeros(K)), mean)
 
 
 def test_members_agree_on_a_slope_and_not_at_an_optimum():
-    value_function = fitted(*observed(quadratic), num_members=5)[0]
+    network = fitted(*observed(quadratic), num_members=5)[0]
     at_optimum, away = torch.as_tensor(OPTIMUM, dtype=torch.float32), torch.zeros(K)
-    assert value_function.agreement(away) > 0.8 > 2 * value_function.agreement(at_optimum)
+    assert network.agreement(away) > 0.8 > 2 * network.agreement(at_optimum)
 
 
 def test_members_agree_on_a_slope_and_in_the_mean_over_fits_not_at_an_optimum():
     made = [fitted(*observed(quadratic), seed=seed)[0] for seed in range(5)]
     away, at_optimum = (
-        [float(value_function.agreement(torch.as_tensor(z, dtype=torch.float32))) for value_function in made]
+        [float(network.agreement(torch.as_tensor(z, dtype=torch.float32))) for network in made]
         for z in (np.zeros(K), OPTIMUM)
     )
     assert min(away) > 0.8 > 2 * np.mean(at_optimum)
@@ -152,10 +152,10 @@ def test_what_a_member_does_not_learn_makes_no_difference_to_it():
     other = np.where(folds == 1, -scores, scores)
     members = []
     for told in (scores, other):
-        value_function = ValueFunction(K, num_members=4)
-        value_function.z_std.fill_(1.0), value_function.score_std.fill_(1.0)
-        fit(value_function, z, told, variances, generator(), 50, standardise=False, folds=folds)
-        members.append(value_function(torch.as_tensor(z)).detach())
+        network = ValueNetwork(K, num_members=4)
+        network.z_std.fill_(1.0), network.score_std.fill_(1.0)
+        fit(network, z, told, variances, generator(), 50, standardise=False, folds=folds)
+        members.append(network(torch.as_tensor(z)).detach())
     first, second = members
     assert torch.equal(first[[0, 2]], second[[0, 2]])
     for member in (1, 3):
@@ -164,26 +164,26 @@ def test_what_a_member_does_not_learn_makes_no_difference_to_it():
 
 def test_with_one_fold_the_folds_make_no_difference():
     z, scores, variances = observed()
-    plain, merged = ValueFunction(K), ValueFunction(K)
+    plain, merged = ValueNetwork(K), ValueNetwork(K)
     fit(plain, z, scores, variances, generator(), 20)
     fit(merged, z, scores, variances, generator(), 20, folds=np.zeros(len(z), np.int64))
     assert torch.equal(plain.gradient(torch.zeros(K)), merged.gradient(torch.zeros(K)))
 
 
 def test_one_point_and_many_give_the_same_numbers():
-    value_function = fitted(*observed())[0]
+    network = fitted(*observed())[0]
     z = torch.randn(3, K)
-    assert torch.allclose(value_function.agreement(z)[1], value_function.agreement(z[1]), atol=1e-6)
-    mean, std = value_function.predict(z)
-    assert mean.shape == std.shape == (3,) and value_function.gradient(z).shape == (3, K)
-    one_mean, one_std = value_function.predict(z[1])
+    assert torch.allclose(network.agreement(z)[1], network.agreement(z[1]), atol=1e-6)
+    mean, std = network.predict(z)
+    assert mean.shape == std.shape == (3,) and network.gradient(z).shape == (3, K)
+    one_mean, one_std = network.predict(z[1])
     assert one_mean.shape == one_std.shape == ()
     assert torch.allclose(one_mean, mean[1]) and torch.allclose(one_std, std[1])
 
 
 @pytest.mark.parametrize("shape", [(K + 1,), (3, K - 1), (2, 3, K), ()])
 def test_points_of_another_shape_are_refused(shape):
-    for ask in (ValueFunction(K).predict, ValueFunction(K).gradient, ValueFunction(K).agreement):
+    for ask in (ValueNetwork(K).predict, ValueNetwork(K).gradient, ValueNetwork(K).agreement):
         with pytest.raises(ValueFunctionError, match=rf"\[n, {K}\]"):
             ask(torch.zeros(shape))
 
@@ -191,15 +191,15 @@ def test_points_of_another_shape_are_refused(shape):
 @pytest.mark.parametrize("sizes", [(0, 32, 5), (3, 0, 5), (3, 32, 0)])
 def test_sizes_below_one_are_refused(sizes):
     with pytest.raises(ValueFunctionError, match="at least 1"):
-        ValueFunction(*sizes)
+        ValueNetwork(*sizes)
 
 
 # ---- what the fit makes of its data
 
 
 def test_the_ensemble_disagrees_more_where_nothing_was_observed():
-    value_function = fitted(*observed())[0]
-    assert value_function.predict(torch.full((K,), 8.0))[1] > 2 * value_function.predict(torch.zeros(K))[1]
+    network = fitted(*observed())[0]
+    assert network.predict(torch.full((K,), 8.0))[1] > 2 * network.predict(torch.zeros(K))[1]
 
 
 def test_observations_of_high_variance_count_less():
@@ -251,34 +251,23 @@ def test_a_warm_fit_goes_on_from_where_it_was():
 )
 def test_what_cannot_be_fitted_is_refused(z, scores):
     with pytest.raises(ValueError, match="at least two observations and finite"):
-        fit(ValueFunction(K), z, scores, np.full(len(z), np.nan), generator())
+        fit(ValueNetwork(K), z, scores, np.full(len(z), np.nan), generator())
 
 
 @pytest.mark.parametrize("constant", ["scores", "points"])
 def test_data_without_any_spread_gives_finite_predictions(constant):
     z, scores, variances = observed(n=8)
     z, scores = (z, np.full(8, 0.5)) if constant == "scores" else (np.ones_like(z), scores)
-    value_function, _ = fitted(z, scores, variances, steps=20)
-    answers = [*value_function.predict(torch.as_tensor(z)), value_function.gradient(torch.as_tensor(z))]
+    network, _ = fitted(z, scores, variances, steps=20)
+    answers = [*network.predict(torch.as_tensor(z)), network.gradient(torch.as_tensor(z))]
     assert all(answer.isfinite().all() for answer in answers)
     assert torch.allclose(answers[0].mean(), torch.tensor(scores.mean(), dtype=torch.float32), atol=0.3)
 
 
 def test_very_many_observations_are_taken_in_batches(monkeypatch):
     monkeypatch.setitem(fit.__globals__, "BATCH_SIZE", 64)
-    value_function, sizes = ValueFunction(K), []
-    value_function.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    fit(value_function, *observed(n=400), generator(), steps=200)
+    network, sizes = ValueNetwork(K), []
+    network.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    fit(network, *observed(n=400), generator(), steps=200)
     assert set(sizes[:200]) == {64}
-    assert cosine(value_function.gradient(torch.zeros(K)).numpy(), SLOPE) > 0.9
-
-
-def test_saved_and_loaded_it_predicts_the_same(tmp_path):
-    value_function = fitted(*observed(), hidden_size=16, num_members=3)[0]
-    value_function.save_pretrained(tmp_path)
-    loaded = ValueFunction.from_pretrained(tmp_path)
-    z = torch.randn(4, K)
-    assert loaded.num_members == 3
-    for first, second in zip(value_function.predict(z), loaded.predict(z), strict=True):
-        assert torch.equal(first, second)
-    assert torch.equal(value_function.gradient(z), loaded.gradient(z))
+    assert cosine(network.gradient(torch.zeros(K)).numpy(), SLOPE) > 0.9

@@ -1,0 +1,135 @@
+"""What is particular to our guides: how the value function is followed, and by whom it is judged."""
+
+import numpy as np
+import pytest
+import torch
+from teaching import SLOPE, D, K, Truth, Wrong, started, taught, trusted
+
+from metricopt_hf import ConfigurationError, Observation, RandomGuide, Round, Trajectory, ValueFunctionGuide
+from metricopt_hf.guides import GUIDES, ShuffledGuide, from_spec
+from metricopt_hf.guides.trust import NOT_PREDICTIVE, PREDICTIVE
+from metricopt_hf.value import ValueNetwork
+
+
+@pytest.mark.parametrize("greater_is_better", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [ValueFunctionGuide, lambda: ValueFunctionGuide(ValueNetwork(K, hidden_size=8)), Truth],
+    ids=["value function", "value function given", "user's"],
+)
+def test_a_step_against_the_direction_improves_the_metric(make, greater_is_better):
+    guide = started(make(), greater_is_better)
+    taught(guide)
+    direction = guide.direction(guide.context.coordinates.origin)
+    assert direction.reason == PREDICTIVE and direction.trust > 0.3
+    improvement = guide.context.coordinates.basis.T @ -direction.vector @ torch.as_tensor(SLOPE)
+    assert improvement * (1 if greater_is_better else -1) > 0
+
+
+def test_a_guide_that_predicts_the_opposite_is_not_followed():
+    guide = started(Wrong())
+    taught(guide)
+    assert guide.direction(torch.zeros(D)).trust == 0
+    assert guide.direction(torch.zeros(D)).reason == NOT_PREDICTIVE
+
+
+def test_it_is_followed_less_where_it_is_not_certain():
+    class Doubtful(Truth):
+        def gradient_agreement(self, phi):
+            return float(phi[0])
+
+    guide = trusted(started(Doubtful()))
+    full = trusted(started(Truth())).direction(torch.zeros(D))
+    for gradient_agreement in (1.0, 0.25, 0.0):
+        direction = guide.direction(torch.full((D,), gradient_agreement))
+        assert direction.trust == pytest.approx(gradient_agreement * full.trust)
+        assert torch.equal(direction.vector, full.vector)
+
+
+def test_a_value_function_is_as_certain_as_its_members_agree():
+    guide = started(ValueFunctionGuide())
+    taught(guide)
+    phi = torch.randn(D)
+    agreement = float(guide.network.agreement(guide.context.coordinates.encode(phi)))
+    assert 0 < agreement < 1 and guide.gradient_agreement(phi) == pytest.approx(agreement)
+    assert trusted(guide).direction(phi).trust == pytest.approx(agreement * guide.standing[0])
+
+
+def two_folds(guide, slopes, rounds=12, size=16, noise=0.05, level=3.0):
+    """Tell rounds of a metric with another slope in each of two folds; the second is harder by `level`."""
+    trajectory = Trajectory()
+    for step in range(rounds):
+        rng = np.random.default_rng(step)
+        z = rng.normal(size=(size, K)).astype(np.float32)
+        folds = np.arange(size) // 2 % 2
+        scores = np.einsum("nk,nk->n", z, np.stack(slopes)[folds]) - level * folds + noise * rng.normal(size=size)
+        trajectory.extend(
+            [Observation(p, float(s), noise**2, step, 0.1, int(f)) for p, s, f in zip(z, scores, folds, strict=True)]
+        )
+        guide.observe(Round(trajectory))
+    return trajectory
+
+
+def test_what_holds_in_both_folds_is_trusted_however_much_harder_one_is():
+    guide = started(ValueFunctionGuide())
+    two_folds(guide, [SLOPE, SLOPE])
+    assert guide.standing[0] > 0.8 and guide.gradient_agreement(guide.context.coordinates.origin) > 0.8
+
+
+def test_what_holds_in_one_fold_alone_is_not_trusted():
+    """Orthogonal slopes: the metric of each fold can be predicted, and to follow it is to fit its examples."""
+    apart = [np.array([2.0, 0, 1, 0], np.float32), np.array([0, 2.0, 0, -1], np.float32)]
+    guide = started(ValueFunctionGuide())
+    trajectory = two_folds(guide, apart)
+    assert guide.standing[0] < 0.1 and guide.gradient_agreement(guide.context.coordinates.origin) < 0.2
+
+    one_fold = started(ValueFunctionGuide())  # the same points and scores, of which nobody says whose they are
+    told = Trajectory()
+    for step in range(12):
+        told.extend([Observation(o.z, o.score, o.variance, o.step, o.cost) for o in trajectory if o.step == step])
+        one_fold.observe(Round(told))
+    assert one_fold.standing[0] > 0.1
+
+
+def test_it_is_judged_by_those_who_did_not_learn_the_fold():
+    guide = started(ValueFunctionGuide())
+    trajectory = two_folds(guide, [SLOPE, -SLOPE], rounds=6, level=0.0)
+    predicted, latest = guide.predict_held_out(trajectory), trajectory.last_round
+    own = np.array([SLOPE, -SLOPE])[latest.folds]
+    assert np.corrcoef(predicted, np.einsum("nk,nk->n", latest.z, own))[0, 1] < -0.8
+
+
+def test_guides_that_know_nothing_are_followed_less_than_one_that_learns():
+    def mean_trust(name):
+        guide, values = started(from_spec(name)), []
+        trajectory = Trajectory()
+        for step in range(8):
+            taught(guide, 1, first=step, trajectory=trajectory, noise=0.5)
+            values.append(guide.direction(torch.zeros(D)).trust)
+        return np.mean(values)
+
+    assert mean_trust("value_function") > 0.3 > 2 * max(mean_trust("shuffled"), mean_trust("random"))
+
+
+def test_a_value_function_of_another_size_is_refused():
+    with pytest.raises(ConfigurationError, match="3 coordinates, this phi 4"):
+        started(ValueFunctionGuide(ValueNetwork(3)))
+
+
+def test_a_string_names_a_guide():
+    given = ValueNetwork(K)
+    kinds = {"random": RandomGuide, "shuffled": ShuffledGuide, "value_function": ValueFunctionGuide}
+    assert {name: type(from_spec(name)) for name in GUIDES} == kinds
+    guide = started(from_spec("value_function", given))
+    assert guide.predict(np.zeros((2, K), np.float32)).shape == (2,)
+    assert guide.network is not given  # fitted on, it would not be what its owner passed
+    with pytest.raises(ConfigurationError, match="value_function, shuffled, random"):
+        from_spec("evolution")
+
+
+def test_what_it_has_fitted_is_told_once_it_is_fitted():
+    guide = started(ValueFunctionGuide())
+    assert guide.network is None and guide.predict(np.zeros((2, K), np.float32)) is None
+    taught(guide, rounds=1)
+    assert guide.network.num_coordinates == K
+    assert started(Truth()).network is None
