@@ -1,5 +1,13 @@
 """The errors that this library raises: one base, few children, each also of the builtin kind that callers expect."""
 
+import reprlib
+from typing import Any
+
+MOST_CHARACTERS = 300  # of somebody else's value or message in one of ours
+_short = reprlib.Repr()
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = _short.maxarray = 12
+_short.maxstring = _short.maxother = _short.maxlong = MOST_CHARACTERS
+
 
 class MetricOptError(Exception):
     """Base of every error that metricopt_hf raises on purpose."""
@@ -27,3 +35,24 @@ class ValueFunctionError(MetricOptError, ValueError):
 
 class HubError(MetricOptError, OSError):
     """A push to the Hub failed. What was to be pushed is still where the message says."""
+
+
+def brief(value: Any) -> str:
+    """What `value` says of itself, in a line that is short and can be printed, whatever its `__repr__` does.
+
+    Of an exception: its message. Anything may be shown: a list of millions, a number of 5,000 digits, an object that
+    raises.
+
+    Example:
+        >>> brief(list(range(1000))), brief(10**5000)
+        ('[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...]', 'an int that cannot be shown')
+    """
+    try:
+        text = str(value) if isinstance(value, BaseException) else _short.repr(value)
+        text = " ".join(text[: 4 * MOST_CHARACTERS].split())
+        text = text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."
+        return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates end whoever writes them to a file
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return f"an {type(value).__name__} that cannot be shown"

@@ -1,7 +1,8 @@
 """Metric: the user's black box, called with predictions and labels, answering one finite number.
 
-Nobody looks inside. What is checked is what comes out, and what goes in is a copy, so that a metric that changes its
-inputs, prints, or reseeds cannot disturb the run.
+Nobody looks inside. What is checked is what comes out, and what goes in is a copy; what a call changes of the world (see
+`world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and whatever
+it answers or raises, a call ends in one finite number or in a `MetricError`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import random
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import evaluate
@@ -20,9 +24,55 @@ from scipy.special import expit, softmax
 from transformers import EvalPrediction
 
 from .. import metrics as shipped_metrics
-from ..errors import ConfigurationError, MetricError
+from ..errors import ConfigurationError, MetricError, brief
 
 INPUTS = ("auto", "argmax", "scores", "identity")
+# The value function computes in float32, up to 3.4e38: a score beyond this is as little use as an infinite one.
+LARGEST_SCORE = 1e30
+
+# What a metric may change for everybody, and nobody would think of it: how to read it, and how to set it.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (np.geterr, lambda errors: np.seterr(**errors)),
+    (lambda: list(warnings.filters), lambda filters: (warnings.resetwarnings(), warnings.filters.extend(filters))),
+    *(
+        (lambda name=name: getattr(torch.backends.cudnn, name), lambda value, name=name: _set_cudnn(name, value))
+        for name in ("deterministic", "benchmark")
+    ),
+)
+
+
+def _set_cudnn(name: str, value: bool) -> None:
+    setattr(torch.backends.cudnn, name, value)
+
+
+@contextmanager
+def world_kept() -> Iterator[None]:
+    """On leaving, random states, torch's and numpy's settings, warning filters and working directory are as before."""
+    folder = None
+    with suppress(OSError):  # it may have been removed
+        folder = os.getcwd()
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    before = [read() for read, _ in _SETTINGS]
+    try:
+        yield
+    finally:
+        for (read, write), value in zip(_SETTINGS, before, strict=True):
+            if read() != value:
+                write(value)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        for device, state in enumerate(cuda_states):
+            torch.cuda.set_rng_state(state, device)
+        with suppress(OSError):
+            if folder is not None and os.getcwd() != folder:
+                os.chdir(folder)
 
 
 class Metric:
@@ -64,16 +114,22 @@ class Metric:
         """The metric of `prediction`.
 
         Raises:
-            MetricError: it raised, timed out, or answered something that is not one finite number.
+            MetricError: it raised (`SystemExit` too, but not `KeyboardInterrupt`), timed out, or answered something
+                that is not one finite number; or the model predicted nothing but nan, of which no answer is right.
         """
+        if _nothing_finite(prediction.predictions):
+            raise MetricError(
+                "The model predicts nothing but numbers that are not finite (nan or inf), so the metric "
+                f"{self.name!r} is not asked: did a loss of nan move phi?"
+            )
         prediction = copy.deepcopy(prediction)
         try:
-            result = self.function(prediction) if self.timeout is None else self._call_apart(prediction)
-        except MetricError:
+            with world_kept():
+                return self._number(self.function(prediction) if self.timeout is None else self._call_apart(prediction))
+        except (MetricError, KeyboardInterrupt):
             raise
-        except Exception as error:
-            raise MetricError(f"The metric {self.name!r} raised {type(error).__name__}: {error}") from error
-        return self._number(result)
+        except BaseException as error:  # a scoring script that calls sys.exit() must not end the run
+            raise MetricError(f"The metric {self.name!r} raised {type(error).__name__}: {brief(error)}") from error
 
     def _call_apart(self, prediction: EvalPrediction) -> Any:
         if self._abandoned is not None:
@@ -93,7 +149,7 @@ class Metric:
 
         thread = threading.Thread(target=work, name=f"metric {self.name}", daemon=True)
         thread.start()
-        thread.join(self.timeout)
+        thread.join(min(self.timeout, threading.TIMEOUT_MAX))
         if thread.is_alive():
             self._abandoned = thread
             raise MetricError(f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s.")
@@ -109,20 +165,18 @@ class Metric:
                 key = next(iter(result))
             if key is None:
                 raise MetricError(
-                    f"The metric returned the keys {list(result)}, none of which is {self.name!r}: name one of them "
-                    "with metric_for_best_model (or metric_key)."
+                    f"The metric returned the keys {brief(list(result))}, none of which is {self.name!r}: name one of "
+                    "them with metric_for_best_model (or metric_key)."
                 )
             result = result[key]
-        if isinstance(result, torch.Tensor):
-            result = result.detach().cpu().float().numpy()
-        try:
-            array = np.asarray(result)
-        except ValueError:  # nested lists of unequal lengths
-            array = np.empty(0)
-        if array.size != 1 or array.dtype.kind not in "fiub":
+        array = np.empty(0)
+        with suppress(Exception):  # nested lists of unequal lengths; sparse, quantised, meta tensors; and so on
+            one = isinstance(result, torch.Tensor) and result.numel() == 1
+            array = np.asarray(result.item() if one else result)
+        if array.size != 1 or array.dtype.kind not in "fiub" or np.ma.is_masked(result):
             raise MetricError(
-                f"The metric {self.name!r} must return one number, got {result!r}. Of one number per class, return the "
-                'mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
+                f"The metric {self.name!r} must return one number, got {brief(result)}. Of one number per class, "
+                'return the mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
             )
         value = float(array.reshape(()))
         if not np.isfinite(value):
@@ -130,7 +184,23 @@ class Metric:
                 f"The metric {self.name!r} returned {value}, which is not a finite number. Return one also where it is "
                 "not defined, as for a class without examples or without predictions (scikit-learn: zero_division=0)."
             )
+        if abs(value) > LARGEST_SCORE:
+            raise MetricError(
+                f"The metric {self.name!r} returned {value:g}; numbers beyond {LARGEST_SCORE:g} cannot be learned "
+                "from. Return its logarithm, or cut it off."
+            )
         return value
+
+
+def _nothing_finite(predictions: Any) -> bool:
+    """Whether there are predictions and none is finite; of several arrays the first, the logits, is looked at."""
+    while isinstance(predictions, (tuple, list)) and len(predictions):
+        predictions = predictions[0]
+    if isinstance(predictions, np.ndarray) and predictions.dtype.kind == "f" and predictions.size:
+        return not np.isfinite(predictions.flat[0]) and not np.isfinite(predictions).any()
+    if isinstance(predictions, torch.Tensor) and predictions.is_floating_point() and predictions.numel():
+        return not bool(predictions.isfinite().any())
+    return False
 
 
 def from_evaluate(

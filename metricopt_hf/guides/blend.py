@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..value.model import rescaled
+
 
 def correction(task_grad: Tensor, value_grad: Tensor, trust: float, weight: float) -> Tensor:
     """What is added to the task gradient: weight * trust * (|g| / |v|) * v.
@@ -25,6 +27,7 @@ def correction(task_grad: Tensor, value_grad: Tensor, trust: float, weight: floa
         >>> correction(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0]), trust=0.5, weight=2.0)
         tensor([0., 5.])
     """
+    value_grad = rescaled(value_grad)
     norm = value_grad.norm()
     if not 0 < norm < float("inf"):  # a direction that is no direction is not followed
         return task_grad.new_zeros(task_grad.shape)

@@ -37,7 +37,7 @@ class Calibration:
 
     def update(self, network: ValueNetwork, latest: Trajectory) -> None:
         """Take in one round, before the value function is fitted to it."""
-        mean, std = (t.numpy() for t in network.predict(torch.as_tensor(latest.z)))
+        mean, std = (t.double().numpy() for t in network.predict(torch.as_tensor(latest.z)))
         error = np.abs(latest.scores - mean)
         self.coverage = float((error <= norm.ppf((1 + LEVEL) / 2) * std).mean())
         disagreement = std**2 - network.noise**2

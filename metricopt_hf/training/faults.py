@@ -10,9 +10,15 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-# a score this many times the range of all earlier ones away from them is taken for a fault of the metric
+# a score this many times the range of all others away from them is taken for a fault of the metric
 OUTLIER_RANGES = 20
 MIN_SCORES_FOR_OUTLIERS = 16
+# one so many times as far from their median as most others is asked for again, before it decides
+ODD_RANGES = 6
+# among the first scores nothing can be told yet: up to so many, all are looked at again as they come in
+EARLY_SCORES = 4 * MIN_SCORES_FOR_OUTLIERS
+# of which so large a share may be faults
+OUTLIER_SHARE = 1 / 8
 
 
 class Faults:
@@ -27,16 +33,53 @@ class Faults:
         self.max_in_a_row, self.give_up = max_in_a_row, give_up
         self.total, self.in_a_row = 0, 0
         self.scores: list[float] = []
+        self._lowest, self._highest = float("inf"), float("-inf")
 
     def accept(self, scores: Sequence[float]) -> None:
         """Take scores, of either split, for what the metric usually answers."""
         self.scores += scores
+        self._lowest, self._highest = min([self._lowest, *scores]), max([self._highest, *scores])
 
     def is_outlier(self, score: float) -> bool:
         """Whether `score` lies so far from all earlier ones that it is taken for a fault."""
-        if len(self.scores) < MIN_SCORES_FOR_OUTLIERS or np.ptp(self.scores) == 0:
+        extent = self._highest - self._lowest
+        if len(self.scores) < MIN_SCORES_FOR_OUTLIERS or extent == 0 or self._lowest <= score <= self._highest:
             return False
-        return abs(score - np.median(self.scores)) > OUTLIER_RANGES * np.ptp(self.scores)
+        return abs(score - np.median(self.scores)) > OUTLIER_RANGES * extent
+
+    def revoke(self) -> list[float]:
+        """Those of the first scores that turn out to be faults, now that there are others; they are not kept here.
+
+        One among the first sixteen could not be told when it came. So each stays only if, against all others but such
+        as itself (at most an eighth), it is none.
+        """
+        if not MIN_SCORES_FOR_OUTLIERS < len(self.scores) <= EARLY_SCORES:
+            return []
+        scores = np.array(self.scores)
+        distance = np.abs(scores - np.median(scores))
+        order = np.argsort(distance, kind="stable")
+        extent = np.maximum.accumulate(scores[order]) - np.minimum.accumulate(scores[order])
+        for i in range(max(MIN_SCORES_FOR_OUTLIERS, int(len(scores) * (1 - OUTLIER_SHARE))), len(scores)):
+            if extent[i - 1] > 0 and distance[order[i]] > OUTLIER_RANGES * extent[i - 1]:
+                faults = scores[order[i:]].tolist()
+                self._keep(scores[np.sort(order[:i])].tolist())
+                self.add([self.outlier_message(score) for score in faults], succeeded=1)
+                return faults
+        return []
+
+    def is_odd(self, score: float) -> bool:
+        """Whether `score`, one of those accepted, lies so far from the rest that it should be asked for again."""
+        others = np.array(self.scores)
+        others = np.delete(others, np.flatnonzero(others == score)[:1])
+        if len(others) < 2:
+            return False
+        distance = np.sort(np.abs(others - np.median(others)))
+        usual = distance[: max(1, int(len(others) * (1 - OUTLIER_SHARE)))].max()
+        return abs(score - np.median(others)) > ODD_RANGES * usual
+
+    def comes_out_again(self, score: float, again: float) -> bool:
+        """Whether a second answer bears out `score`: it is nearer to it than to what is usual."""
+        return abs(again - score) <= abs(again - np.median([s for s in self.scores if s != score] or [score]))
 
     @staticmethod
     def outlier_message(score: float) -> str:
@@ -57,4 +100,9 @@ class Faults:
         return {"total": self.total, "in_a_row": self.in_a_row, "scores": list(self.scores)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total, self.in_a_row, self.scores = state["total"], state["in_a_row"], list(state["scores"])
+        self.total, self.in_a_row = state["total"], state["in_a_row"]
+        self._keep(state["scores"])
+
+    def _keep(self, scores: Sequence[float]) -> None:
+        self.scores, self._lowest, self._highest = [], float("inf"), float("-inf")
+        self.accept(scores)

@@ -176,6 +176,7 @@ class MetricPhase:
         if self.guides:
             self.last_phi = self.moving.read()
         self._record(step, self.selection.consider(step))
+        self.selection.confirm()
         best = self.selection.best
         if best.phi is None:
             self.moving.write(self.last_phi)
@@ -299,10 +300,18 @@ class MetricPhase:
         if usable and self.guide.off is None:
             self.faults.accept([o.score for o in usable])
             self.trajectory.extend(usable)
+            self._forget(self.faults.revoke())
             predictions = observed.predictions
             if predictions is not None:
                 predictions = [p for p, good in zip(predictions, fine, strict=True) if good]
             self.guide.observe(Round(self.trajectory, predictions))
+
+    def _forget(self, scores: list[float]) -> None:
+        """These turned out to be faults of the metric: what was learned from them is learned anew without."""
+        kept = self.trajectory.where(~np.isin(self.trajectory.scores, scores))
+        if len(kept) < len(self.trajectory):
+            self.trajectory = kept
+            self.guide.start(self.guide.context)
 
     def _call_metric(self, prediction: EvalPrediction) -> float:
         with self.ledger.charge("observe"):

@@ -28,6 +28,10 @@ class Candidate:
     step: int = -1
 
 
+# so many of the best candidates are kept, in case that the first turns out to be a fault of the metric
+KEPT = 3
+
+
 class Selection:
     """Evaluates candidates and keeps the best.
 
@@ -39,30 +43,56 @@ class Selection:
 
     def __init__(self, evaluator: Evaluator | None, space: PhiSpace, faults: Faults):
         self.evaluator, self.space, self.faults = evaluator, space, faults
-        self.best = Candidate()
+        self.candidates: list[Candidate] = []  # the best first; of equal ones the earliest
+
+    @property
+    def best(self) -> Candidate:
+        """The best so far; one without phi before there is any."""
+        return self.candidates[0] if self.candidates else Candidate()
 
     def consider(self, step: int) -> float | None:
-        """Evaluate the present phi, and keep it if it is the best so far; None where there is no score."""
-        if self.evaluator is None:
-            return None
-        try:
-            score = self.evaluator.evaluate("select")
-        except MetricError as error:
-            self.faults.add([str(error)], succeeded=0)
+        """Evaluate the present phi, and keep it if it is among the best so far; None where there is no score."""
+        score = self._score()
+        if score is None:
             return None
         if self.faults.is_outlier(score):
             self.faults.add([self.faults.outlier_message(score)], succeeded=0)
             return None
         self.faults.accept([score])
-        sign = self.evaluator.metric.sign
-        if self.best.phi is None or sign * (score - self.best.score) > 0:
-            self.best = Candidate(self.space.read(), score, step)
+        place = sum(not self._better(score, candidate.score) for candidate in self.candidates)
+        if place < KEPT:
+            self.candidates.insert(place, Candidate(self.space.read(), score, step))
+            del self.candidates[KEPT:]
         return score
 
+    def confirm(self) -> None:
+        """Before the best is put in place: one odd answer does not decide, so the metric is asked for it once more."""
+        while self.candidates and self.faults.is_odd(self.best.score):
+            with self.space.restored():
+                self.space.write(self.best.phi)
+                again = self._score()
+            if again is not None and self.faults.comes_out_again(self.best.score, again):
+                return
+            dropped = self.candidates.pop(0)
+            if again is not None:
+                self.faults.add([self.faults.outlier_message(dropped.score)], succeeded=1)
+
+    def _score(self) -> float | None:
+        """The metric at the present phi; None where there is none, or it fails."""
+        if self.evaluator is None:
+            return None
+        try:
+            return self.evaluator.evaluate("select")
+        except MetricError as error:
+            self.faults.add([str(error)], succeeded=0)
+            return None
+
+    def _better(self, score: float, other: float) -> bool:
+        return self.evaluator.metric.sign * (score - other) > 0
+
     def state_dict(self) -> dict[str, Any]:
-        return {"phi": self.best.phi, "score": self.best.score, "step": self.best.step}
+        return {"candidates": [vars(candidate) for candidate in self.candidates]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        phi = state["phi"]
-        phi = None if phi is None else phi.to(self.space.read().device)
-        self.best = Candidate(phi, state["score"], state["step"])
+        device = self.space.read().device
+        self.candidates = [Candidate(c["phi"].to(device), c["score"], c["step"]) for c in state["candidates"]]

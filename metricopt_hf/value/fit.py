@@ -16,10 +16,14 @@ WEIGHT_DECAY = 0.1
 RANKING_WEIGHT = 1.0
 # standardised variance added to every observation's, so that a round that looks noiseless does not drown the others
 VARIANCE_FLOOR = 0.3
+# and the most: what is beyond it weighs nothing as it is, and would not fit into float32
+MOST_NOISE = 1e30
 # pairs drawn per step for the ranking term, so that its cost does not grow with the square of the observations
 PAIRS_PER_STEP = 512
 # observations per step: full batch in an ordinary run, mini-batches beyond
 BATCH_SIZE = 1024
+# observations, evenly from all of them, whose residuals say how noisy they are
+MOST_RESIDUALS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,19 @@ class FitReport:
 
 
 def num_groups(folds: np.ndarray, num_members: int) -> int:
-    """Into how many groups of members the folds, numbered from 0, are kept apart; member m is in group m % groups."""
-    return min(int(folds.max(initial=0)) + 1, num_members)
+    """Into how many groups of members the folds that are there are kept apart; member m is in group m % groups."""
+    return min(max(len(np.unique(folds)), 1), num_members)
 
 
 def learners(folds: np.ndarray, num_members: int) -> np.ndarray:
     """[num_members, n] bool: which member learns which of n observations.
 
     A group learns from its fold alone (where there are fewer members than folds, from several), so that all others are
-    news to it.
+    news to it. A fold on which the metric never had an answer has no members: they would have learned nothing, and
+    could not judge.
     """
     groups = num_groups(folds, num_members)
-    return np.arange(num_members)[:, None] % groups == folds[None] % groups
+    return np.arange(num_members)[:, None] % groups == np.unique(folds, return_inverse=True)[1][None] % groups
 
 
 def fit(
@@ -70,7 +75,7 @@ def fit(
         steps: optimizer steps.
         standardise: take the standardisation from these observations. False: keep the present one, and with it the
             function that the weights stand for.
-        folds: [n] of which part of the data each observation is, numbered from 0: see `learners`. None: all of one.
+        folds: [n] of which part of the data each observation is: see `learners`. None: all of one.
 
     Raises:
         ValueFunctionError: fewer than two observations, or something not finite.
@@ -94,7 +99,7 @@ def fit(
 
     inputs = torch.as_tensor(z, dtype=torch.float32)
     targets = torch.as_tensor((scores - score_mean) / score_std, dtype=torch.float32)
-    noise = torch.as_tensor(noise / score_std**2, dtype=torch.float32)
+    noise = torch.as_tensor(np.minimum(noise / score_std**2, MOST_NOISE), dtype=torch.float32)
     weights = 1 / (noise + VARIANCE_FLOOR)
     n, members = len(targets), network.num_members
     bootstrap = torch.empty(members, n).exponential_(generator=generator)
@@ -118,6 +123,7 @@ def fit(
         optimizer.step()
 
     with torch.no_grad():
-        residual = network(inputs).mean(0) - targets
+        rows = slice(None, None, -(-n // MOST_RESIDUALS))
+        residual = network(inputs[rows]).mean(0) - targets[rows]
         network.noise_std.fill_(float(residual.std(correction=0)))
     return FitReport(steps, float(regression.detach()), float(ranking.detach()))

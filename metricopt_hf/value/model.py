@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from ..errors import ValueFunctionError
 
 
+def rescaled(vectors: Tensor) -> Tensor:
+    """The same by a power of two, so that the largest entry is near 1: exact, and squares neither overflow nor vanish.
+
+    A metric may be of any size, and where only a direction counts, float32 must not decide how large it may be.
+    """
+    return torch.ldexp(vectors, -torch.frexp(vectors.abs().max()).exponent)
+
+
 class ValueNetwork(nn.Module):
     """An ensemble of MLPs over z: R^k -> the metric, standardised in and out.
 
@@ -96,7 +104,7 @@ class ValueNetwork(nn.Module):
             groups: ask how far so many groups agree, by the mean of each; member m is in group m % groups. Default:
                 each member speaks for itself.
         """
-        gradients = self._gradients(z)
+        gradients = rescaled(self._gradients(z))
         if groups is not None:
             gradients = torch.stack([gradients[group::groups].mean(0) for group in range(groups)])
         voices = len(gradients)

@@ -1,5 +1,7 @@
 """The trajectory: observations in, arrays out, and back."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -62,3 +64,50 @@ def test_a_state_with_columns_of_unequal_length_is_refused():
     state = Trajectory([observation(0), observation(1)]).state_dict()
     with pytest.raises(ValueError):
         Trajectory.from_state_dict({**state, "scores": state["scores"][:1]})
+
+
+def test_what_is_constant_on_each_fold_is_equal_to_the_last_bit():
+    """0.3 and 0.7, each moved to the mean of both: rounding must not rank them."""
+    for low, high in [(0.3, 0.7), (0.1, 0.9), (1e-12, 1e12), (-1 / 3, 2 / 3)]:
+        trajectory = Trajectory([observation(i, (low, high)[i % 2], fold=i % 2) for i in range(7)])
+        assert np.ptp(trajectory.aligned().scores) == 0
+
+
+def test_what_differs_still_differs():
+    """Down to a millionth of the scores' size, and as much as before."""
+    scores = [1.0, 1.000001, 5.0, 5.000002]
+    aligned = Trajectory([observation(i, s, fold=int(s > 4)) for i, s in enumerate(scores)]).aligned().scores
+    assert np.allclose(np.sort(aligned - 3.00000075), [-1e-6, -5e-7, 5e-7, 1e-6], rtol=1e-3, atol=0)
+
+
+def test_extending_an_aligned_one_leaves_the_first_as_it_is():
+    trajectory = Trajectory([observation(i, fold=i % 2) for i in range(3)])
+    aligned = trajectory.aligned()
+    aligned.extend([observation(9, 9.0)])
+    trajectory.extend([observation(3, 3.0)])
+    assert trajectory.steps.tolist() == [0, 1, 2, 3] and aligned.steps.tolist() == [0, 1, 2, 9]
+    assert aligned[-1].z.tolist() == [9.0] * 3 and trajectory[-1].z.tolist() == [3.0] * 3
+
+
+def test_a_choice_of_rows_is_a_trajectory():
+    trajectory = Trajectory([observation(i, i / 4) for i in range(5)])
+    chosen = trajectory.where(trajectory.scores > 0.5)
+    assert chosen.steps.tolist() == [3, 4] and isinstance(chosen[0], Observation)
+    assert [o.step for o in trajectory[::-2]] == [4, 2, 0]
+
+
+def test_reading_sixteen_thousand_observations_takes_no_longer_than_a_few():
+    """What is done at every round: extend, align, read the columns."""
+
+    def seconds(count):
+        trajectory = Trajectory([observation(i // 8, i % 7, fold=i % 2) for i in range(count)])
+        best = float("inf")
+        for step in range(20):
+            start = time.perf_counter()
+            trajectory.extend([observation(count + step, fold=i % 2) for i in range(8)])
+            aligned = trajectory.aligned()
+            assert len(aligned.last_round.scores) == 8 and aligned.z.shape == (len(trajectory), 3)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    assert seconds(16_000) < seconds(160) + 0.01  # building all of them anew takes 0.06 s
