@@ -14,19 +14,17 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from metricopt_hf import FiLM, Ledger, Metric
+from metricopt_hf import Ledger, Metric
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .methods import RIVALS
-from .problem import Problem, Rows, Task
+from .problem import MEASURED, Problem, Rows, Task, take
 from .records import rounded
 from .training import Budget, Outcome
 
-MEASURED = ("observation", "selection", "report")
 REPLICATES = 100  # of the bootstrap over items
 POST_HOC_CALLS = 160
 PLAIN, POST_HOC, SOUP = "plain", "post-hoc", "soup"
@@ -47,22 +45,14 @@ def item_bootstrap(task: Task, rows: Rows, prediction: EvalPrediction) -> list[f
     """The metric on each replicate of the split."""
     counts = item_counts(rows.pool, len(rows.columns["labels"]))[:, rows.rows]
     drawn = (np.repeat(np.arange(len(rows)), count) for count in counts)
-    return [task.metric(EvalPrediction(prediction.predictions[i], prediction.label_ids[i])) for i in drawn]
+    return [task.metric(take(prediction, i)) for i in drawn]
 
 
-@torch.no_grad()
 def predictions(problem: Problem, phi: Tensor) -> dict[str, EvalPrediction]:
     """What the model says at phi, by split."""
     model = copy.deepcopy(problem.model)
-    FiLM(model).write(phi)
-    made = {}
-    for name in MEASURED:
-        pairs = [
-            (model(**{k: v for k, v in batch.items() if k != "labels"})["logits"], batch["labels"])
-            for batch in getattr(problem, name).batches(problem.eval_batch)
-        ]
-        made[name] = EvalPrediction(*(torch.cat(column).numpy() for column in zip(*pairs, strict=True)))
-    return made
+    problem.phi(model).write(phi)
+    return {name: problem.predict(model, getattr(problem, name)) for name in MEASURED}
 
 
 def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dict[str, dict[str, Any]]:

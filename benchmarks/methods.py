@@ -6,7 +6,6 @@ of one size. Controls take MetricOpt's own setting.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from metricopt_hf import DirectionGuide, FiLM, GuideContext, Ledger, Trajectory, ValueFunctionGuide
+from metricopt_hf import DirectionGuide, GuideContext, Ledger, Trajectory, ValueFunctionGuide
 
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search
@@ -114,8 +113,7 @@ def _guided(guide: str, task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _stay(task, problem, seed, budget, folder, config) -> Outcome:
-    phi = FiLM(copy.deepcopy(problem.model)).read()
-    return Outcome(phi, 0, float("nan"), [], Ledger(), 0.0)
+    return Outcome(problem.start(), 0, float("nan"), [], Ledger(), 0.0)
 
 
 def _loss_only(task, problem, seed, budget, folder, config) -> Outcome:
@@ -127,7 +125,7 @@ def _unguided(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _train_and_observation(task, problem, seed, budget, folder, config) -> Outcome:
-    both = ConcatDataset([problem.train, problem.observation])
+    both = ConcatDataset([problem.train, problem.observation.without("group")])
     return train(task, problem, seed, budget, folder, {**NO_GUIDE, **ONE_PATH, **config}, train_dataset=both)
 
 

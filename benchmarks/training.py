@@ -100,6 +100,7 @@ def make_trainer(
         per_device_train_batch_size=budget.batch_size,
         per_device_eval_batch_size=problem.eval_batch,
         greater_is_better=task.greater_is_better,
+        label_names=problem.label_names,
         seed=seed,
         use_cpu=True,
         save_strategy="no",
@@ -114,6 +115,7 @@ def make_trainer(
         metric=Metric(task.metric, task.metric_name, task.greater_is_better),
         observation_dataset=problem.observation,
         selection_dataset=problem.selection,
+        phi=problem.phi,
         **{"train_dataset": problem.train, **options},
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -10,7 +10,6 @@ What was run is kept in `results/tuning/`, and is not run again.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from metricopt_hf import ConfigurationError, FiLM
+from metricopt_hf import ConfigurationError
 from metricopt_hf.comparison.splits import data_root
 
 from . import protocol
@@ -69,7 +68,7 @@ def worth(records: list[dict[str, Any]], units: dict[str, float]) -> dict[str, d
 def unit(task: Task, seed: int) -> float:
     """The standard error of the start's score on the selection split, negative where smaller is better."""
     problem = task.prepare(seed)
-    at_start = predictions(problem, FiLM(copy.deepcopy(problem.model)).read())["selection"]
+    at_start = predictions(problem, problem.start())["selection"]
     error = float(np.std(item_bootstrap(task, problem.selection, at_start), ddof=1))
     return error if task.greater_is_better else -error
 

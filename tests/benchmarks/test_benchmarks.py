@@ -28,6 +28,7 @@ from benchmarks import (
     scores,
     statistics,
     surrogates,
+    tabular,
     tasks,
     tune,
 )
@@ -97,7 +98,7 @@ def test_splits_are_disjoint_and_cut_by_the_seed(name):
 
 @needs_data
 def test_flipped_labels_are_positive_ones_of_train_alone():
-    flipped, clean = (tasks.tabular_problem("a9a", tasks.TABULAR_SMOKE, share, 0) for share in (0.3, 0.0))
+    flipped, clean = (tabular.problem("a9a", tasks.TABULAR_SMOKE, share, 0) for share in (0.3, 0.0))
     before, after = (next(problem.train.batches())["labels"] for problem in (clean, flipped))
     assert (before - after).min() == 0
     assert (before - after).sum() == round(0.3 * int(before.sum()))
