@@ -66,6 +66,12 @@ class Rows(torch.utils.data.Dataset):
         for rows in torch.as_tensor(self.rows).split(size or len(self)):
             yield {name: column[rows] for name, column in self.columns.items()}
 
+    def prediction(self, logits: np.ndarray) -> EvalPrediction:
+        """Logits [m, classes] of these rows, with what the metric is given beside them."""
+        rows = torch.as_tensor(self.rows)
+        labels = label_ids_of({name: self.columns[name][rows] for name in LABELS if name in self.columns})
+        return EvalPrediction(logits, tuple(x.numpy() for x in labels) if isinstance(labels, tuple) else labels.numpy())
+
     def without(self, column: str) -> Rows:
         return Rows({name: values for name, values in self.columns.items() if name != column}, self.rows, self.pool)
 
@@ -112,9 +118,7 @@ class Problem:
     def predict(self, model: nn.Module, rows: Rows) -> EvalPrediction:
         """What `model`, in eval mode, says of `rows`."""
         logits = [model(**inputs_of(batch))["logits"] for batch in rows.batches(self.eval_batch)]
-        picked = torch.as_tensor(rows.rows)
-        labels = label_ids_of({name: rows.columns[name][picked] for name in LABELS if name in rows.columns})
-        return EvalPrediction(torch.cat(logits).numpy(), as_numpy(labels))
+        return rows.prediction(torch.cat(logits).numpy())
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,10 +130,6 @@ def label_ids_of(batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
     """Labels, or labels and groups, as Trainer hands them to a metric."""
     found = tuple(batch[name] for name in LABELS if name in batch)
     return found if len(found) > 1 else found[0]
-
-
-def as_numpy(label_ids: Tensor | tuple[Tensor, ...]) -> np.ndarray | tuple[np.ndarray, ...]:
-    return tuple(x.numpy() for x in label_ids) if isinstance(label_ids, tuple) else label_ids.numpy()
 
 
 def take(prediction: EvalPrediction, rows: np.ndarray) -> EvalPrediction:

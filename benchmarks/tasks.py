@@ -15,6 +15,7 @@ from .problem import Sizes, Task
 CIFAR, CIFAR_SMOKE = Sizes(10_000, 6_000, None, 2_000), Sizes(120, 80, 200, 60)
 CIFAR_TUNING = replace(CIFAR, observation=800)  # a quicker problem to choose settings on
 TABULAR, TABULAR_SMOKE = Sizes(None, None, None, 2_000), Sizes(600, None, 200, 150)
+RARE_POSITIVES = replace(TABULAR, observation=6_000)  # 700 positive ones, of which the metric counts a fifth
 
 BANK = ("bank_marketing", "Bank marketing (without duration), MLP")
 FLIPPED = "a9a, 30 % of the positive training labels flipped, MLP"
@@ -35,7 +36,7 @@ MISFIT = {
 
 def tasks(smoke: bool = False, image_sizes: Sizes = CIFAR) -> dict[str, Task]:
     """All tasks by name, the cheapest headline ones first; for a smoke run with a few examples each."""
-    image_sizes, table_sizes = (CIFAR_SMOKE, TABULAR_SMOKE) if smoke else (image_sizes, TABULAR)
+    image_sizes = CIFAR_SMOKE if smoke else image_sizes
 
     def images(name: str, depth: int, metric, metric_name: str, headline: bool, kind: dict, greater=True) -> Task:
         prepare = functools.partial(cifar.problem, depth, image_sizes)
@@ -53,13 +54,15 @@ def tasks(smoke: bool = False, image_sizes: Sizes = CIFAR) -> dict[str, Task]:
         greater=True,
         flipped=0.0,
         note="",
+        sizes=TABULAR,
         **model,
     ) -> Task:
-        prepare = functools.partial(tabular.problem, data, table_sizes, flipped, **model)
+        prepare = functools.partial(tabular.problem, data, TABULAR_SMOKE if smoke else sizes, flipped, **model)
         return Task(name, title, metric, metric_name, greater, headline, "binary", prepare, note, **kind)
 
     recall = (scores.recall_at_precision, f"recall at precision >= {scores.PRECISION}", False)
     linear = ("bank_marketing", "Bank marketing (without duration), linear")
+    whole = {"build": tabular.Linear, "phi": tabular.whole, "sizes": RARE_POSITIVES, "note": LINEAR}
     made = (
         table("a9a_gmean", "a9a", FLIPPED, scores.g_mean, "G-mean", True, RARE, flipped=0.3, note=CLEAN),
         table("bank_f1", *BANK, scores.f1, "F1", True, RARE),
@@ -67,10 +70,10 @@ def tasks(smoke: bool = False, image_sizes: Sizes = CIFAR) -> dict[str, Task]:
         *text_tasks.tasks(smoke),
         images("cifar_worst", 20, scores.worst_class_recall, "worst-class recall", True, CLASSES),
         images("cifar_auprc", 20, scores.macro_auprc, "macro AUCPR", True, RANKS),
-        *groups.tasks(table_sizes),
+        *groups.tasks(TABULAR_SMOKE if smoke else TABULAR),
         cameras.task(image_sizes),
         dominoes.task(smoke),
-        table("bank_precision", *linear, *recall, MISFIT, note=LINEAR, build=tabular.Linear, phi=tabular.whole),
+        table("bank_precision", *linear, *recall, MISFIT, **whole),
         table("a9a_error", "a9a", "a9a, MLP", scores.misclassification, "misclassification", False, ERROR, False),
         table("bank_recall", *BANK, *recall, RANKS),
         images("cifar_error", 20, scores.misclassification, "misclassification", False, ERROR, greater=False),

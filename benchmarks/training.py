@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers import EvalPrediction
 
 from metricopt_hf import Guide, Ledger, Metric, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.phi import Coordinates
@@ -51,6 +52,7 @@ class Outcome:
         ledger: metric calls and seconds by purpose.
         seconds: of the whole run.
         soup: [d] the mean of phi over the last half of the rounds before the loss alone, where phi was trained.
+        outputs: of the splits that are measured, where not the model at phi is what the method says.
     """
 
     phi: Tensor
@@ -60,6 +62,7 @@ class Outcome:
     ledger: Ledger
     seconds: float
     soup: Tensor | None = None
+    outputs: dict[str, EvalPrediction] | None = None
 
 
 class Recorder(transformers.TrainerCallback):
