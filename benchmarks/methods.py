@@ -23,7 +23,7 @@ from . import informed
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search
 from .surrogates import SURROGATES, surrogate_loss
-from .training import Budget, Outcome, coordinates, train
+from .training import NO_GUIDE, ONE_PATH, Budget, Outcome, coordinates, train
 
 Config = Mapping[str, Any]
 
@@ -104,11 +104,6 @@ class Rival:
     knows_formula: bool = False
     seeds: int = 5
     applies: Callable[[Task], bool] = lambda task: True
-
-
-# The cheapest coordinates, as they are never looked at.
-NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
-ONE_PATH = {"unguided_ratio": 0.0}
 
 
 def _grid(**values: tuple) -> tuple[Config, ...]:

@@ -22,6 +22,10 @@ from metricopt_hf.phi import Coordinates
 
 from .problem import Problem, Task
 
+# The cheapest coordinates, as they are never looked at.
+NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
+ONE_PATH = {"unguided_ratio": 0.0}
+
 
 @dataclass(frozen=True)
 class Budget:
