@@ -153,7 +153,9 @@ def thresholds_by_group(
     for name in MEASURED:
         rows = getattr(problem, name)
         said = problem.predict(model, rows)
-        (labels, group), margin = said.label_ids, said.predictions[:, 1:] - said.predictions[:, :1]
+        labels, group = said.label_ids
+        # fairlearn writes probabilities into a column of the scores' dtype, which pandas refuses for float32
+        margin = (said.predictions[:, 1:] - said.predictions[:, :1]).astype(np.float64)
         if name == "observation":
             optimizer.fit(margin, labels, sensitive_features=group)
         decided = np.asarray(optimizer.predict(margin, sensitive_features=group, random_state=seed))
