@@ -34,7 +34,7 @@ EXTRAS = {
     "optuna": ["optuna"],
     "retrieval": ["pytorch-metric-learning"],
     "detection": ["torchmetrics", "faster-coco-eval"],
-    "bench": ["cma", "matplotlib", "tabulate"],
+    "bench": ["cma", "fairlearn", "matplotlib", "tabulate"],
 }
 # What `make test` needs: the tools, and all of the above.
 EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "ruff", *sum(EXTRAS.values(), [])]

@@ -9,22 +9,21 @@ itself, which nobody may: it is a mark of how high the search could end if it ha
 
 from __future__ import annotations
 
-import copy
 import sys
 from dataclasses import dataclass, field
 from statistics import mean
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, HfArgumentParser
+from transformers import HfArgumentParser
 
-from metricopt_hf import ConfigurationError, FiLM, Ledger, Metric
+from metricopt_hf import ConfigurationError, Ledger, Metric
 from metricopt_hf.comparison.report import mean_and_error, require
 from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .measure import POST_HOC_CALLS, predictions
-from .problem import Task
+from .problem import Task, joined
 from .run import quiet
 from .tasks import tasks
 
@@ -42,11 +41,9 @@ class CeilingArguments:
 def ceilings(task: Task, seed: int) -> list[float]:
     """The metric on the report split, one for each of `COLUMNS`."""
     problem = task.prepare(seed)
-    made = predictions(problem, FiLM(copy.deepcopy(problem.model)).read())
+    made = predictions(problem, problem.start())
     metric, report = Metric(task.metric, task.metric_name, task.greater_is_better), made["report"]
-    both = EvalPrediction(
-        *(np.concatenate([made[s][i] for s in ("observation", "selection")]) for i in range(2))  # logits, labels
-    )
+    both = joined(made["observation"], made["selection"])
     biases = [tune_bias(metric, seen, Ledger(), POST_HOC_CALLS) for seen in (made["observation"], both, report)]
     return [task.metric(report), *(task.metric(add_bias(report, bias)) for bias in biases)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import datasets
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from metricopt_hf.comparison.splits import data_root
 
+from .problem import Problem, Rows, Sizes, cached
+
+COLUMNS = ("pixel_values", "labels")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -38,6 +42,7 @@ class CifarResNet(nn.Module):
     """ResNet-(6n+2) for 32x32 images. forward: pixel_values [b, 3, 32, 32], labels [b] -> dict of loss and logits.
 
     Where all but the last block stands still, its `activations` can be passed instead of pixels: [b, 64, 8, 8].
+    `group` is not looked at: it is the metric's.
     """
 
     def __init__(self, depth: int = 20, num_labels: int = 10):
@@ -62,7 +67,9 @@ class CifarResNet(nn.Module):
             x = block(x)
         return x
 
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, group: Tensor | None = None
+    ) -> dict[str, Tensor]:
         x = self.trunk(pixel_values) if pixel_values.shape[1] == 3 else pixel_values
         logits = self.linear(self.layer3[-1](x).mean((2, 3)))
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
@@ -91,18 +98,66 @@ class Images(torch.utils.data.Dataset):
         return Images(self.pixel_values[rows], self.labels[rows])
 
 
-def load(split: str) -> Images:
+def decoded(split: str, classes: tuple[int, ...] | None = None) -> Images:
+    """Images in units of [0, 1], not normalised yet; of some classes only, if these are given."""
     table = datasets.load_dataset(str(data_root() / "cifar10"), split=split)
+    if classes is not None:
+        table = table.select(np.flatnonzero(np.isin(table["label"][:], classes)))
     pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in table["img"]])
-    pixels = pixels.permute(0, 3, 1, 2).float() / 255
+    return Images(pixels.permute(0, 3, 1, 2).float() / 255, torch.tensor(table["label"][:]))
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """[n, 3, h, w] in units of [0, 1] -> as the nets want it."""
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (MEAN, STD))
-    return Images((pixels - mean) / std, torch.tensor(table["label"][:]))
+    return (pixels - mean) / std
+
+
+def load(split: str) -> Images:
+    images = decoded(split)
+    return Images(normalised(images.pixel_values), images.labels)
 
 
 @torch.no_grad()
 def activations(net: CifarResNet, images: Images, batch_size: int = 250) -> Images:
     """What `net` computes in front of its last block, in place of the pixels."""
     return Images(torch.cat([net.trunk(batch) for batch in images.pixel_values.split(batch_size)]), images.labels)
+
+
+@functools.cache
+def pool(depth: int, sizes: Sizes) -> tuple[CifarResNet, dict[str, Tensor], dict[str, Tensor]]:
+    """The net, and columns of the train and of the test pool, with activations as `pixel_values`."""
+    net = pretrained(depth)
+
+    def make() -> dict[str, Tensor]:
+        splits = {"train": f"train[:{sizes.train_pool}]", "test": f"test[:{sizes.test_pool or ''}]"}
+        images = {name: activations(net, load(split)) for name, split in splits.items()}
+        return {f"{name}.{column}": getattr(i, column) for name, i in images.items() for column in COLUMNS}
+
+    tensors = cached(f"cifar/resnet{depth}-{sizes.train_pool}-{sizes.test_pool}", make)
+    return net, *({column: tensors[f"{name}.{column}"] for column in COLUMNS} for name in ("train", "test"))
+
+
+def cut(
+    net: CifarResNet,
+    train: dict[str, Tensor],
+    test: dict[str, Tensor],
+    sizes: Sizes,
+    seed: int,
+    pools: tuple[str, str] = ("cifar10 train", "cifar10 test"),
+) -> Problem:
+    """Some of the train pool to train on, and all of the test pool: to observe on, to select on, and to report on."""
+    generator = np.random.default_rng(seed)
+    chosen = generator.permutation(len(train["labels"]))[: sizes.train]
+    order = generator.permutation(len(test["labels"]))
+    parts = np.split(order, [sizes.observation, 2 * sizes.observation])
+    measured = (Rows(test, rows, pools[1]) for rows in parts)
+    return Problem(net, Rows(train, chosen, pools[0]), *measured, eval_batch=100)
+
+
+def problem(depth: int, sizes: Sizes, seed: int) -> Problem:
+    """The nets have seen the whole train split, so the splits that are measured on come from test."""
+    return cut(*pool(depth, sizes), sizes, seed)
 
 
 @dataclass

@@ -14,22 +14,21 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from metricopt_hf import FiLM, Ledger, Metric
+from metricopt_hf import Ledger, Metric
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .methods import RIVALS
-from .problem import Problem, Rows, Task
+from .problem import MEASURED, Problem, Rows, Task, take
 from .records import rounded
+from .scaling import scaled, tune_scale_and_bias
 from .training import Budget, Outcome
 
-MEASURED = ("observation", "selection", "report")
 REPLICATES = 100  # of the bootstrap over items
 POST_HOC_CALLS = 160
-PLAIN, POST_HOC, SOUP = "plain", "post-hoc", "soup"
+PLAIN, POST_HOC, SCALE, SOUP = "plain", "post-hoc", "post-hoc, scale and bias", "soup"
 
 
 @functools.lru_cache(maxsize=4)
@@ -47,22 +46,14 @@ def item_bootstrap(task: Task, rows: Rows, prediction: EvalPrediction) -> list[f
     """The metric on each replicate of the split."""
     counts = item_counts(rows.pool, len(rows.columns["labels"]))[:, rows.rows]
     drawn = (np.repeat(np.arange(len(rows)), count) for count in counts)
-    return [task.metric(EvalPrediction(prediction.predictions[i], prediction.label_ids[i])) for i in drawn]
+    return [task.metric(take(prediction, i)) for i in drawn]
 
 
-@torch.no_grad()
 def predictions(problem: Problem, phi: Tensor) -> dict[str, EvalPrediction]:
     """What the model says at phi, by split."""
     model = copy.deepcopy(problem.model)
-    FiLM(model).write(phi)
-    made = {}
-    for name in MEASURED:
-        pairs = [
-            (model(**{k: v for k, v in batch.items() if k != "labels"})["logits"], batch["labels"])
-            for batch in getattr(problem, name).batches(problem.eval_batch)
-        ]
-        made[name] = EvalPrediction(*(torch.cat(column).numpy() for column in zip(*pairs, strict=True)))
-    return made
+    problem.phi(model).write(phi)
+    return {name: problem.predict(model, getattr(problem, name)) for name in MEASURED}
 
 
 def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
@@ -76,7 +67,7 @@ def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dic
         scores = {name: task.metric(output) for name, output in outputs.items()}
         return {"scores": scores, "items": item_bootstrap(task, problem.report, outputs["report"]), **more}
 
-    made = {PLAIN: predictions(problem, outcome.phi)}
+    made = {PLAIN: outcome.outputs or predictions(problem, outcome.phi)}
     rows = {PLAIN: row(made[PLAIN], calls={})}
     if RIVALS[method].soup:
         soup = predictions(problem, outcome.soup)
@@ -84,7 +75,7 @@ def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dic
         made[SOUP] = soup if used else made[PLAIN]
         alone = {name: task.metric(output) for name, output in soup.items()}
         rows[SOUP] = row(made[SOUP], calls={"select": 1}, used=used, alone=alone)
-    if task.labels in ("classes", "binary"):
+    if task.labels in ("classes", "binary") and not RIVALS[method].needs_group:  # whose decisions are made
         for name, outputs in list(made.items()):
             ledger = Ledger()
             bias = tune_bias(metric, outputs["observation"], ledger, POST_HOC_CALLS)
@@ -92,6 +83,11 @@ def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dic
             tuned = {split: add_bias(output, bias) for split, output in outputs.items()}
             title = POST_HOC if name == PLAIN else f"{name}, {POST_HOC}"
             rows[title] = row(tuned, calls=calls, bias=bias.tolist(), seconds=ledger.seconds["post-hoc"])
+        ledger = Ledger()
+        scale, bias = tune_scale_and_bias(metric, made[PLAIN]["observation"], ledger, POST_HOC_CALLS)
+        tuned = {split: scaled(output, scale, bias) for split, output in made[PLAIN].items()}
+        calls, numbers = {"post-hoc": ledger.calls["post-hoc"]}, {"scale": scale.tolist(), "bias": bias.tolist()}
+        rows[SCALE] = row(tuned, calls=calls, **numbers, seconds=ledger.seconds["post-hoc"])
     return rows
 
 

@@ -6,7 +6,6 @@ of one size. Controls take MetricOpt's own setting.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from metricopt_hf import DirectionGuide, FiLM, GuideContext, Ledger, Trajectory, ValueFunctionGuide
+from metricopt_hf import DirectionGuide, GuideContext, Ledger, Trajectory, ValueFunctionGuide
 
+from . import informed
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search
-from .surrogates import surrogate_loss
-from .training import Budget, Outcome, coordinates, train
+from .surrogates import SURROGATES, surrogate_loss
+from .training import NO_GUIDE, ONE_PATH, Budget, Outcome, coordinates, train
 
 Config = Mapping[str, Any]
 
@@ -85,8 +85,11 @@ class Rival:
         setting: its only one, where there is nothing to choose.
         soup: whether the mean of its last rounds is shown too.
         reads_labels: whether it is given the labels of the observation split, and not only the metric.
-        seeds: of the final runs.
+        reads_groups: whether it is given the groups of the observation split.
+        needs_group: whether it must be told the group of every example that it decides about.
         knows_formula: whether it is given the metric's formula.
+        seeds: of the final runs.
+        applies: whether it can be run on a task.
     """
 
     title: str
@@ -96,13 +99,11 @@ class Rival:
     setting: Config = field(default_factory=dict)
     soup: bool = False
     reads_labels: bool = False
+    reads_groups: bool = False
+    needs_group: bool = False
     knows_formula: bool = False
     seeds: int = 5
-
-
-# The cheapest coordinates, as they are never looked at.
-NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
-ONE_PATH = {"unguided_ratio": 0.0}
+    applies: Callable[[Task], bool] = lambda task: True
 
 
 def _grid(**values: tuple) -> tuple[Config, ...]:
@@ -114,8 +115,7 @@ def _guided(guide: str, task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _stay(task, problem, seed, budget, folder, config) -> Outcome:
-    phi = FiLM(copy.deepcopy(problem.model)).read()
-    return Outcome(phi, 0, float("nan"), [], Ledger(), 0.0)
+    return Outcome(problem.start(), 0, float("nan"), [], Ledger(), 0.0)
 
 
 def _loss_only(task, problem, seed, budget, folder, config) -> Outcome:
@@ -127,8 +127,13 @@ def _unguided(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _train_and_observation(task, problem, seed, budget, folder, config) -> Outcome:
-    both = ConcatDataset([problem.train, problem.observation])
+    both = ConcatDataset([problem.train, problem.observation.without("group")])
     return train(task, problem, seed, budget, folder, {**NO_GUIDE, **ONE_PATH, **config}, train_dataset=both)
+
+
+def _observation(task, problem, seed, budget, folder, config) -> Outcome:
+    observed = problem.observation.without("group")
+    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **ONE_PATH, **config}, train_dataset=observed)
 
 
 def _formula(task, problem, seed, budget, folder, config) -> Outcome:
@@ -219,8 +224,45 @@ RIVALS: dict[str, Rival] = {
         _formula,
         _grid(phi_learning_rate=LEARNING_RATES, task_loss_weight=(0.0, 1.0)),
         knows_formula=True,
+        applies=lambda task: task.metric.__name__ in SURROGATES,
+    ),
+    "obs": Rival("loss on observation", _observation, LOSS_GRID, reads_labels=True),
+    "dfr": Rival(
+        "last layer anew on balanced groups (DFR)",
+        informed.retrain_last_layer,
+        _grid(C=(1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)),
+        reads_labels=True,
+        reads_groups=True,
+        applies=lambda task: bool(task.groups),
+    ),
+    "group_dro": Rival(
+        "group DRO on observation",
+        informed.group_dro,
+        _grid(phi_learning_rate=(3e-3, 1e-2, 3e-2), group_step=(0.01, 0.1)),
+        reads_labels=True,
+        reads_groups=True,
+        applies=lambda task: bool(task.groups),
+    ),
+    "thresholds": Rival(
+        "fairlearn's ThresholdOptimizer",
+        informed.thresholds_by_group,
+        _grid(
+            constraints=("equalized_odds", "true_positive_rate_parity", "false_positive_rate_parity"),
+            objective=("accuracy_score", "balanced_accuracy_score"),
+        ),
+        reads_labels=True,
+        reads_groups=True,
+        needs_group=True,
+        applies=lambda task: bool(task.groups) and task.labels == "binary",
+    ),
+    "adabn": Rival(
+        "batch norm of observation (AdaBN)",
+        informed.batch_norm_of_observation,
+        _grid(layers=("last block", "all"), share=(0.3, 0.6, 1.0)),
+        applies=lambda task: task.pixels is not None,
     ),
 }
+OURS = "metricopt"
 # Whose settings are tuned, and who runs first
 TUNED = [name for name, rival in RIVALS.items() if rival.grid]
 FIRST = [name for name, rival in RIVALS.items() if rival.seeds == 10]

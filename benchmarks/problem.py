@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-SPLITS = ("train", "observation", "selection", "report")
+from metricopt_hf import FiLM
+from metricopt_hf.phi import PhiSpace
+
+MEASURED = ("observation", "selection", "report")
+SPLITS = ("train", *MEASURED)
+LABELS = ("labels", "group")  # columns that are the metric's; a model looks at no `group`
+
+# What a metric asks for, stated before a task is run
+KINDS = {
+    "threshold": "Loss and metric disagree about where to decide: the metric's optimum is a bias per logit.",
+    "beyond threshold": "Loss and metric disagree about more than that: a bias per logit leaves most of it.",
+    "no conflict": "What is best for the loss is about best for the metric.",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Examples: of the pools (None: all there are), to train on (of CIFAR's pool), and to observe on.
+
+    As many as to observe on are selected on.
+    """
+
+    train_pool: int | None
+    train: int | None
+    test_pool: int | None
+    observation: int
 
 
 class Rows(torch.utils.data.Dataset):
@@ -40,6 +66,15 @@ class Rows(torch.utils.data.Dataset):
         for rows in torch.as_tensor(self.rows).split(size or len(self)):
             yield {name: column[rows] for name, column in self.columns.items()}
 
+    def prediction(self, logits: np.ndarray) -> EvalPrediction:
+        """Logits [m, classes] of these rows, with what the metric is given beside them."""
+        rows = torch.as_tensor(self.rows)
+        labels = label_ids_of({name: self.columns[name][rows] for name in LABELS if name in self.columns})
+        return EvalPrediction(logits, tuple(x.numpy() for x in labels) if isinstance(labels, tuple) else labels.numpy())
+
+    def without(self, column: str) -> Rows:
+        return Rows({name: values for name, values in self.columns.items() if name != column}, self.rows, self.pool)
+
     @property
     def digest(self) -> str:
         """A short hash of which examples these are."""
@@ -51,9 +86,12 @@ class Problem:
     """A task with a seed, ready to train.
 
     Attributes:
-        model: eval mode; takes an item's columns, `labels` optional; gives {"loss" (if labels), "logits"}. Methods get
-            deep copies. Its default FiLM is phi.
+        model: eval mode; takes an item's columns, those of `LABELS` optional; gives {"loss" (if labels), "logits"}.
+            Methods get deep copies.
+        train: without groups.
+        observation, selection, report: with a `group` per example where the metric knows groups.
         eval_batch: examples in a batch where the metric is looked at: as many as are quickest.
+        phi: what moves, on a copy of the model.
     """
 
     model: nn.Module
@@ -62,9 +100,51 @@ class Problem:
     selection: Rows
     report: Rows
     eval_batch: int = 500
+    phi: Callable[[nn.Module], PhiSpace] = FiLM
 
     def splits(self) -> dict[str, Rows]:
         return {name: getattr(self, name) for name in SPLITS}
+
+    @property
+    def label_names(self) -> list[str]:
+        """Those of `LABELS` that the metric is given; of more than one its `label_ids` are a tuple."""
+        return [name for name in LABELS if name in self.observation.columns]
+
+    def start(self) -> Tensor:
+        """[d]: phi of the pretrained model."""
+        return self.phi(copy.deepcopy(self.model)).read()
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, rows: Rows) -> EvalPrediction:
+        """What `model`, in eval mode, says of `rows`."""
+        logits = [model(**inputs_of(batch))["logits"] for batch in rows.batches(self.eval_batch)]
+        return rows.prediction(torch.cat(logits).numpy())
+
+
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch without what is the metric's."""
+    return {name: column for name, column in batch.items() if name not in LABELS}
+
+
+def label_ids_of(batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Labels, or labels and groups, as Trainer hands them to a metric."""
+    found = tuple(batch[name] for name in LABELS if name in batch)
+    return found if len(found) > 1 else found[0]
+
+
+def take(prediction: EvalPrediction, rows: np.ndarray) -> EvalPrediction:
+    """Some examples of a prediction, each as often as it stands in `rows`."""
+    labels = prediction.label_ids
+    labels = tuple(x[rows] for x in labels) if isinstance(labels, tuple) else labels[rows]
+    return EvalPrediction(prediction.predictions[rows], labels)
+
+
+def joined(*predictions: EvalPrediction) -> EvalPrediction:
+    """All examples of some predictions, one after the other."""
+    labels = [p.label_ids for p in predictions]
+    tuples = isinstance(labels[0], tuple)
+    labels = tuple(map(np.concatenate, zip(*labels, strict=True))) if tuples else np.concatenate(labels)
+    return EvalPrediction(np.concatenate([p.predictions for p in predictions]), labels)
 
 
 @dataclass(frozen=True)
@@ -72,11 +152,16 @@ class Task:
     """What is tuned, and for which metric.
 
     Attributes:
-        metric: of logits and labels.
+        metric: of logits and labels, and of groups where the task has any.
         headline: whether it is one of those that the claims are made for.
         labels: "classes", "binary" (two classes; these two can be tuned post hoc) or "numbers".
         prepare: seed -> problem.
         note: what a reader has to know.
+        kind: of `KINDS`: what the metric asks for. Stated before the task is run.
+        why: one sentence, why it is of that kind.
+        groups: whose accuracies the metric compares: "group", "label and group" (each label in each group), or none.
+        pixels: where the data sets of CIFAR hold activations: gives the images of the pool that is measured on,
+            [n, 3, 32, 32] normalised, in the pool's order.
     """
 
     name: str
@@ -88,6 +173,10 @@ class Task:
     labels: str
     prepare: Callable[[int], Problem]
     note: str = ""
+    kind: str = ""
+    why: str = ""
+    groups: str = ""
+    pixels: Callable[[], Tensor] | None = None
 
     @property
     def sign(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 TUNING = RESULTS / "tuning"
-PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "cma")
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "fairlearn", "cma")
 Key = tuple[str, str, int]  # task, method, seed
 
 

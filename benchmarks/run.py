@@ -33,7 +33,7 @@ from metricopt_hf.comparison.splits import data_root
 
 from . import protocol
 from .measure import run_one
-from .methods import FIRST, RIVALS
+from .methods import FIRST, OURS, RIVALS
 from .records import RESULTS, Key, context, key_of, read, write
 from .tasks import tasks
 
@@ -56,22 +56,30 @@ class BenchArguments:
 
 def plan(arguments: BenchArguments) -> list[list[Key]]:
     """Units of runs that share a problem, in the order in which they are wanted."""
-    names, methods = arguments.tasks or list(tasks()), arguments.methods or list(RIVALS)
-    for kind, given, known in (("tasks", names, tasks()), ("methods", methods, RIVALS)):
+    all_tasks = tasks()
+    names, methods = arguments.tasks or list(all_tasks), arguments.methods or list(RIVALS)
+    for kind, given, known in (("tasks", names, all_tasks), ("methods", methods, RIVALS)):
         if unknown := set(given) - set(known):
             raise ConfigurationError(f"--{kind} {sorted(unknown)[0]}: there are {', '.join(known)}.")
     units = []
     for task in names:
-        for group in ([m for m in methods if m in FIRST], [m for m in methods if m not in FIRST]):
+        able = [method for method in methods if RIVALS[method].applies(all_tasks[task])]
+        for group in ([m for m in able if m in FIRST], [m for m in able if m not in FIRST]):
             seeds = arguments.seeds or range(max((RIVALS[m].seeds for m in group), default=0))
             units += [[(task, method, seed) for method in group] for seed in seeds]
     return [unit for unit in units if unit]
 
 
 def smoke_plan() -> list[list[Key]]:
-    """Every task and every method, once where that is possible."""
-    names, methods = list(tasks()), list(RIVALS)
-    return [[(names[i % len(names)], methods[i % len(methods)], 0)] for i in range(max(len(names), len(methods)))]
+    """Every task and every method, once where that is possible; those that few tasks suit choose first."""
+    known = tasks()
+    suited = {method: [name for name, task in known.items() if RIVALS[method].applies(task)] for method in RIVALS}
+    left, units = list(known), []
+    for method in sorted(RIVALS, key=lambda method: len(suited[method])):
+        task = next((name for name in suited[method] if name in left), suited[method][0])
+        left = [name for name in left if name != task]
+        units.append([(task, method, 0)])
+    return units + [[(task, OURS, 0)] for task in left]
 
 
 def quiet() -> None:

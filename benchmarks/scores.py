@@ -1,4 +1,7 @@
-"""The metrics of the benchmark's tasks: `EvalPrediction -> number`, from logits."""
+"""The metrics of the benchmark's tasks: `EvalPrediction -> number`, from logits.
+
+Those with groups are given `label_ids` as a tuple: labels [n] and group [n], both counted from 0.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from transformers import EvalPrediction
 
 PRECISION = 0.6  # of `recall_at_precision`
+TOLERATED_GAP = 0.05  # of `fair_accuracy`
 
 
 def _decisions(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
@@ -78,6 +82,52 @@ def spearman(prediction: EvalPrediction) -> float:
     """Rank correlation of predicted and true numbers; 0 where all predictions are equal."""
     predicted = prediction.predictions.reshape(-1)
     return float(spearmanr(predicted, prediction.label_ids).statistic) if np.ptp(predicted) else 0.0
+
+
+def each_label_in_each_group(labels: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """[n]: another number for every label in every group."""
+    return labels * (group.max() + 1) + group
+
+
+def _worst_accuracy(right: np.ndarray, of: np.ndarray) -> float:
+    """The least share of `right` [n] among the examples of one number in `of` [n]; of the numbers that occur."""
+    totals = np.bincount(of)
+    return float((np.bincount(of, right)[totals > 0] / totals[totals > 0]).min())
+
+
+def worst_group_accuracy(prediction: EvalPrediction) -> float:
+    """The worst of the accuracies of each label in each group (Sagawa et al. 2020)."""
+    labels, group = prediction.label_ids
+    right = prediction.predictions.argmax(-1) == labels
+    return _worst_accuracy(right, each_label_in_each_group(labels, group))
+
+
+def worst_camera_accuracy(prediction: EvalPrediction) -> float:
+    """The worst of the groups' accuracies, over all labels."""
+    labels, group = prediction.label_ids
+    return _worst_accuracy(prediction.predictions.argmax(-1) == labels, group)
+
+
+def equalized_odds_gap(decided: np.ndarray, labels: np.ndarray, group: np.ndarray) -> float:
+    """The greater of the groups' greatest differences in true and in false positive rate.
+
+    As fairlearn's `equalized_odds_difference`, and a hundred times as fast.
+
+    Args:
+        decided, labels: [n] 0 or 1.
+        group: [n]; each of them has examples of both labels.
+    """
+    cells = 2 * group + labels
+    totals, positive = np.bincount(cells), np.bincount(cells, decided)
+    rates = (positive[totals > 0] / totals[totals > 0]).reshape(-1, 2)
+    return float(np.ptp(rates, axis=0).max())
+
+
+def fair_accuracy(prediction: EvalPrediction) -> float:
+    """Accuracy, minus how far the equalised-odds gap between the groups exceeds `TOLERATED_GAP`."""
+    (labels, group), decided = prediction.label_ids, prediction.predictions.argmax(-1)
+    gap = equalized_odds_gap(decided, labels, group)
+    return float((decided == labels).mean()) - max(0.0, gap - TOLERATED_GAP)
 
 
 @functools.cache

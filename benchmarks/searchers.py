@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import set_seed
 
-from metricopt_hf import FiLM, Ledger, Metric
+from metricopt_hf import Ledger, Metric
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
-from metricopt_hf.phi import Coordinates
+from metricopt_hf.phi import Coordinates, PhiSpace
 
-from .problem import Problem, Task
+from .problem import Problem, Task, inputs_of, label_ids_of
 from .training import Budget, Outcome
 
 CACHE_BYTES = 2e9
@@ -125,7 +125,7 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
     model = copy.deepcopy(problem.model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    phi = FiLM(model)
+    phi = problem.phi(model)
     space = space or Coordinates(phi.read(), None)
     searcher = make(space.dim)
     metric, ledger = Metric(task.metric, task.metric_name, task.greater_is_better), Ledger()
@@ -153,12 +153,11 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
     return Outcome(best[0], best[2], best[1], curve, ledger, perf_counter() - start)
 
 
-def _evaluator(phi: FiLM, space: Coordinates, batches: Callable, metric: Metric, ledger: Ledger) -> Evaluator:
+def _evaluator(phi: PhiSpace, space: Coordinates, batches: Callable, metric: Metric, ledger: Ledger) -> Evaluator:
     """With the frozen prefix cached, as the trainer's own evaluators have it."""
 
     def predict(batch) -> BatchOutput:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return BatchOutput(phi.model(**inputs)["logits"], batch["labels"])
+        return BatchOutput(phi.model(**inputs_of(batch))["logits"], label_ids_of(batch))
 
     @contextmanager
     def moved():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import datasets
 import numpy as np
@@ -12,14 +13,21 @@ from sklearn.compose import make_column_transformer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor, nn
 
+from metricopt_hf import FiLM, Subset
 from metricopt_hf.comparison.splits import data_root
+from metricopt_hf.phi import PhiSpace
+
+from .problem import Problem, Rows, Sizes
 
 LEAK = "duration"  # of the call: known only when its outcome is known
 HIDDEN, EPOCHS, BATCH, LEARNING_RATE = 64, 5, 256, 1e-3
 
 
 class MLP(nn.Module):
-    """Two hidden layers with layer norms. forward: features [b, d], labels [b] -> dict of loss and logits [b, 2]."""
+    """Two hidden layers with layer norms. forward: features [b, d], labels [b] -> dict of loss and logits [b, 2].
+
+    `group` is not looked at: it is the metric's.
+    """
 
     def __init__(self, inputs: int):
         super().__init__()
@@ -27,9 +35,23 @@ class MLP(nn.Module):
         self.linear2, self.norm2 = nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN)
         self.classifier = nn.Linear(HIDDEN, 2)
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, features: Tensor, labels: Tensor | None = None, group: Tensor | None = None
+    ) -> dict[str, Tensor]:
         x = F.relu(self.norm1(self.linear1(features)))
         logits = self.classifier(F.relu(self.norm2(self.linear2(x))))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Linear(nn.Module):
+    """Nothing but a linear layer; as `MLP` otherwise."""
+
+    def __init__(self, inputs: int):
+        super().__init__()
+        self.classifier = nn.Linear(inputs, 2)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.classifier(features)
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -54,11 +76,11 @@ def load(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     )
 
 
-def pretrain(data: dict[str, Tensor], seed: int) -> MLP:
-    """An MLP trained by cross-entropy."""
+def pretrain(data: dict[str, Tensor], seed: int, build: Callable[[int], nn.Module] = MLP) -> nn.Module:
+    """A model trained by cross-entropy."""
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = MLP(data["features"].shape[1])
+        model = build(data["features"].shape[1])
         optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(data["labels"])).split(BATCH):
@@ -66,3 +88,44 @@ def pretrain(data: dict[str, Tensor], seed: int) -> MLP:
                 model(data["features"][rows], data["labels"][rows])["loss"].backward()
                 optimizer.step()
     return model.eval()
+
+
+def whole(model: nn.Module) -> Subset:
+    """All parameters as phi."""
+    return Subset(model, "")
+
+
+@functools.lru_cache(maxsize=1)
+def problem(
+    name: str,
+    sizes: Sizes,
+    flipped: float,
+    seed: int,
+    build: Callable[[int], nn.Module] = MLP,
+    phi: Callable[[nn.Module], PhiSpace] = FiLM,
+) -> Problem:
+    """Observation and selection are cut from the official train split, the report split is the official test split.
+
+    Args:
+        flipped: share of the positive training labels that is turned to negative, before the model is trained.
+    """
+    train, test = (
+        {column: values[:: 1 if size is None else len(values) // size][:size] for column, values in split.items()}
+        for split, size in zip(load(name), (sizes.train_pool, sizes.test_pool), strict=True)
+    )
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(train["labels"]))
+    observed, selected, rest = np.split(order, [sizes.observation, 2 * sizes.observation])
+    noisy = train["labels"].clone()
+    positive = rest[train["labels"][torch.as_tensor(rest)].numpy() == 1]
+    noisy[generator.permutation(positive)[: round(flipped * len(positive))]] = 0
+    trained = Rows({**train, "labels": noisy}, rest, f"{name} train")
+    return Problem(
+        pretrain(next(trained.batches()), seed, build),
+        trained,
+        Rows(train, observed, f"{name} train"),
+        Rows(train, selected, f"{name} train"),
+        Rows(test, np.arange(len(test["labels"])), f"{name} test"),
+        eval_batch=2000,
+        phi=phi,
+    )

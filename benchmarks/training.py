@@ -15,11 +15,16 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers import EvalPrediction
 
 from metricopt_hf import Guide, Ledger, Metric, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.phi import Coordinates
 
 from .problem import Problem, Task
+
+# The cheapest coordinates, as they are never looked at.
+NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
+ONE_PATH = {"unguided_ratio": 0.0}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Outcome:
         ledger: metric calls and seconds by purpose.
         seconds: of the whole run.
         soup: [d] the mean of phi over the last half of the rounds before the loss alone, where phi was trained.
+        outputs: of the splits that are measured, where not the model at phi is what the method says.
     """
 
     phi: Tensor
@@ -60,6 +66,7 @@ class Outcome:
     ledger: Ledger
     seconds: float
     soup: Tensor | None = None
+    outputs: dict[str, EvalPrediction] | None = None
 
 
 class Recorder(transformers.TrainerCallback):
@@ -100,6 +107,7 @@ def make_trainer(
         per_device_train_batch_size=budget.batch_size,
         per_device_eval_batch_size=problem.eval_batch,
         greater_is_better=task.greater_is_better,
+        label_names=problem.label_names,
         seed=seed,
         use_cpu=True,
         save_strategy="no",
@@ -114,6 +122,7 @@ def make_trainer(
         metric=Metric(task.metric, task.metric_name, task.greater_is_better),
         observation_dataset=problem.observation,
         selection_dataset=problem.selection,
+        phi=problem.phi,
         **{"train_dataset": problem.train, **options},
     )
     trainer.remove_callback(transformers.PrinterCallback)

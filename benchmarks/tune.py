@@ -5,12 +5,12 @@
 Every method's grid is of the same size. A setting's worth is its score on the selection split, in each task in units of
 that score's standard error (bootstrap over the items, at the start), so that noise counts as noise; then averaged over
 tasks. CIFAR observes and selects on fewer images here, for time. No report split is looked at.
+Methods that need groups or images are chosen for on the tasks that have them.
 What was run is kept in `results/tuning/`, and is not run again.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import tempfile
@@ -24,7 +24,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from metricopt_hf import ConfigurationError, FiLM
+from metricopt_hf import ConfigurationError
 from metricopt_hf.comparison.splits import data_root
 
 from . import protocol
@@ -46,6 +46,10 @@ class TuneArguments:
     first_seed_only: list[str] = field(
         default_factory=lambda: ["cola_mcc", "cifar_worst"],
         metadata={"help": "Slower tasks, to choose on with the first seed only."},
+    )
+    group_tasks: list[str] = field(
+        default_factory=lambda: ["a9a_groups", "a9a_fair", "cifar_cameras", "dominoes"],
+        metadata={"help": "Tasks to choose on for methods that apply to none of the others."},
     )
     methods: list[str] = field(default_factory=lambda: list(TUNED), metadata={"help": "Methods to choose for."})
 
@@ -69,7 +73,7 @@ def worth(records: list[dict[str, Any]], units: dict[str, float]) -> dict[str, d
 def unit(task: Task, seed: int) -> float:
     """The standard error of the start's score on the selection split, negative where smaller is better."""
     problem = task.prepare(seed)
-    at_start = predictions(problem, FiLM(copy.deepcopy(problem.model)).read())["selection"]
+    at_start = predictions(problem, problem.start())["selection"]
     error = float(np.std(item_bootstrap(task, problem.selection, at_start), ddof=1))
     return error if task.greater_is_better else -error
 
@@ -85,12 +89,19 @@ def main(argv: list[str] | None = None) -> int:
     budget, known, all_tasks = Budget(), context(), tasks(image_sizes=CIFAR_TUNING)
     pairs = [(task, arguments.seeds[0]) for task in arguments.tasks + arguments.first_seed_only]
     pairs += [(task, seed) for seed in arguments.seeds[1:] for task in arguments.tasks]
+    group_pairs = [(task, seed) for seed in arguments.seeds for task in arguments.group_tasks]
+
+    def suited(method: str) -> list[tuple[str, int]]:
+        applies = RIVALS[method].applies
+        return [p for p in pairs if applies(all_tasks[p[0]])] or [p for p in group_pairs if applies(all_tasks[p[0]])]
+
     wanted = [
         (task, method, seed, config)
-        for task, seed in pairs
         for method in arguments.methods
+        for task, seed in suited(method)
         for config in RIVALS[method].grid
     ]
+    wanted.sort(key=lambda w: (pairs + group_pairs).index((w[0], w[2])))  # runs that share a problem together
     there = {(r["task"], r["method"], r["seed"], setting(r["config"])) for r in read(TUNING)}
     pending = [w for w in wanted if (*w[:3], setting(w[3])) not in there]
     for task, method, seed, config in tqdm(pending, desc="settings"):
@@ -103,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
 
     keys = {(*w[:3], setting(w[3])) for w in wanted}
     records = [r for r in read(TUNING) if (r["task"], r["method"], r["seed"], setting(r["config"])) in keys]
-    units = {task: unit(all_tasks[task], arguments.seeds[0]) for task in dict(pairs)}
+    units = {task: unit(all_tasks[task], arguments.seeds[0]) for task in dict.fromkeys(w[0] for w in wanted)}
     worths = worth(records, units)
     best = {method: max(settings, key=settings.get) for method, settings in worths.items()}
     for method, settings in worths.items():
@@ -116,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         {
             "command": "python -m benchmarks.tune",
             "tasks and seeds": pairs,
+            "tasks and seeds with groups": group_pairs,
             "units": {task: float(f"{value:.3g}") for task, value in units.items()},
             "worth": {m: {c: round(v, 3) for c, v in settings.items()} for m, settings in worths.items()},
         },
