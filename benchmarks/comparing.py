@@ -9,12 +9,12 @@ from statistics import mean
 import numpy as np
 
 from .measure import PLAIN, POST_HOC
-from .methods import RIVALS
-from .problem import Task
+from .methods import OURS, RIVALS
+from .problem import KINDS, Task
 from .statistics import Paired, holm, paired
 from .tasks import tasks
 
-OURS, UNGUIDED, CONTROLS, NEGATED, TWICE = "metricopt", "unguided", ("shuffled", "random"), "negated", "twice"
+UNGUIDED, CONTROLS, NEGATED, TWICE = "unguided", ("shuffled", "random"), "negated", "twice"
 LOSS_ONLY = ("loss_only", "loss_small", UNGUIDED)  # at the setting chosen for it, in small steps, and in both
 BLACK_BOX = ("cma", "cma_flat", "spsa", "evolution")
 SIGNIFICANT = 0.05
@@ -37,7 +37,7 @@ class Row:
     @property
     def title(self) -> str:
         rival = RIVALS[self.method]
-        marks = "†" * self.reads_labels + "‡" * rival.knows_formula
+        marks = "†" * self.reads_labels + "§" * rival.reads_groups + "¶" * rival.needs_group + "‡" * rival.knows_formula
         return rival.title + ("" if self.variant == PLAIN else f" + {self.variant}") + (f" {marks}" if marks else "")
 
     @property
@@ -186,8 +186,8 @@ def results_of(records: Iterable[dict]) -> list[Result]:
 
 
 def groups(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Title of a group of tasks -> its results."""
-    grouped: dict[str, list[Result]] = {}
+    """Kind of task -> its results, in the order of `KINDS`."""
+    grouped: dict[str, list[Result]] = {kind: [] for kind in KINDS}
     for result in results:
-        grouped.setdefault("headline pairs" if result.task.headline else "further tasks", []).append(result)
-    return grouped
+        grouped.setdefault(result.task.kind, []).append(result)
+    return {kind: members for kind, members in grouped.items() if members}

@@ -15,13 +15,13 @@ PANELS = {PLAIN: "MetricOpt - loss only", POST_HOC: "both with post-hoc tuning"}
 
 
 def plot_forest(path: Path, results: Sequence[Result]) -> None:
-    """A panel with and one without tuning; a line per task, under the title of its group.
+    """A panel with and one without tuning; a line per task, under its kind.
 
     A filled mark is a win or a loss, corrected for all comparisons of the task; a hollow one is by the interval alone.
     """
-    lines: list[str | Result] = []  # from top to bottom: titles of groups, and results
-    for title, members in groups(results).items():
-        lines += [title, *members]
+    lines: list[str | Result] = []  # from top to bottom: kinds, and results
+    for kind, members in groups(results).items():
+        lines += [kind, *members]
     with svg(path, (10, 1.2 + 0.28 * len(lines))) as figure:
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, (variant, title) in zip(panels, PANELS.items(), strict=True):

@@ -60,9 +60,7 @@ def features_of(problem: Problem, rows: Rows) -> np.ndarray:
     return torch.cat(seen).numpy()
 
 
-def retrain_last_layer(
-    task: Task, problem: Problem, seed: int, budget: Budget, folder: str, config: Config
-) -> Outcome:
+def retrain_last_layer(task: Task, problem: Problem, seed: int, budget: Budget, folder: str, config: Config) -> Outcome:
     """DFR (Kirichenko et al. 2023): logistic regression on the features of observation examples, balanced over groups.
 
     The mean of ten, each of another balanced part. With an L2 penalty, where the paper has L1 on a thousand features.

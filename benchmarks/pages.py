@@ -130,6 +130,7 @@ def task_page(result: Result) -> str:
     return page(
         f"# {task.title}: {task.metric_name}{' *' if task.headline else ''}",
         f"`{task.name}`; {direction} is better. Examples: {sizes}. {task.note}".rstrip(),
+        f"Kind: {task.kind}. {task.why}",
         methods_table(result),
         *([f"MetricOpt minus the same without guidance: {interval(unguided)}."] if unguided else []),
         f"All methods and columns: [{task.name}.csv]({task.name}.csv). Of the black-box searchers, and of the methods "
@@ -222,10 +223,11 @@ def protocol_page(fixed: Protocol, records: Sequence[dict]) -> str:
         protocol_text(fixed),
         "## How to read the tables",
         "A † marks a method that reads the labels of the observation split, not only the metric; its reference is loss "
-        "only with post-hoc tuning, where there is one. The reference of all others is loss only. A ‡ marks a method "
-        "that knows the metric's formula. Loss only is taken at its best: at the setting chosen for it over all tasks, "
-        'in small steps, or in one after the other ("MetricOpt without guidance"); in each task the selection split '
-        "chooses.",
+        "only with post-hoc tuning, where there is one. The reference of all others is loss only. A § marks a method "
+        "that also reads the groups of the observation split, a ¶ one that has to know the group of every example that "
+        "it decides about, a ‡ one that knows the metric's formula. Loss only is taken at its best: at the setting "
+        'chosen for it over all tasks, in small steps, or in one after the other ("MetricOpt without guidance"); in '
+        "each task the selection split chooses.",
         "Differences are paired by seed and positive where the method is better. Their 95 % intervals come from a "
         "bootstrap over seeds and items, with Student's t. p is Holm-corrected over all methods of the task, also "
         f"those that only the CSV shows. {VERDICTS} ± is the standard error over seeds. Calls are metric calls to "

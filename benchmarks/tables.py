@@ -26,6 +26,7 @@ from .comparing import (
 from .conduct import AGAINST, BEST, ONE_SETTING, WITHOUT_GUIDANCE, calls_needed, coverage, harms, seconds_ratio
 from .measure import PLAIN, POST_HOC
 from .methods import RIVALS
+from .problem import KINDS
 from .statistics import Paired
 
 SHOWN_CALLS = ("observe", "select", "post-hoc")
@@ -51,10 +52,10 @@ def calls(row: Row, purpose: str) -> str:
 
 
 def overview(results: Iterable[Result]) -> str:
-    """A row per task, by groups."""
+    """A row per task, by kind."""
     table = []
-    for title, members in groups(results).items():
-        table.append([f"**{title}**", "", "", "", "", ""])
+    for kind, members in groups(results).items():
+        table.append([f"**{kind}**", KINDS.get(kind, ""), "", "", "", ""])
         for result in members:
             task, cells = result.task, []
             for variant in (PLAIN, POST_HOC):

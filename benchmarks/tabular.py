@@ -35,9 +35,7 @@ class MLP(nn.Module):
         self.linear2, self.norm2 = nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN)
         self.classifier = nn.Linear(HIDDEN, 2)
 
-    def forward(
-        self, features: Tensor, labels: Tensor | None = None, group: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, features: Tensor, labels: Tensor | None = None, group: Tensor | None = None) -> dict[str, Tensor]:
         x = F.relu(self.norm1(self.linear1(features)))
         logits = self.classifier(F.relu(self.norm2(self.linear2(x))))
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}

@@ -602,6 +602,15 @@ def test_the_committed_report_is_made_of_the_committed_records(tmp_path):
         assert path.suffix == ".svg" or text == (ROOT / path).read_bytes(), path
 
 
+def test_tasks_stand_by_kind_and_none_is_left_out():
+    kinds = ("no conflict", "of no name", "threshold", "no conflict")
+    results = [comparing.Result(replace(TOY, name=f"{i}", kind=kind), {}, {}) for i, kind in enumerate(kinds)]
+    names = {kind: [result.task.name for result in members] for kind, members in comparing.groups(results).items()}
+    assert list(names.items()) == [("threshold", ["2"]), ("no conflict", ["0", "3"]), ("of no name", ["1"])]
+    table = tables.overview(results)
+    assert [table.index(f"[{i}]") for i in (2, 0, 3, 1)] == sorted(table.index(f"[{i}]") for i in range(4))
+
+
 def test_the_front_page_is_one_screen_and_its_links_lead_somewhere():
     committed = ROOT / "BENCHMARKS.md"
     assert len(committed.read_text(encoding="utf-8").splitlines()) <= 150
