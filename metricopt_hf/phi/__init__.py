@@ -23,7 +23,13 @@ __all__ = [
 
 
 def from_spec(model: nn.Module, spec: str) -> PhiSpace:
-    """The space that a config string names: "film", "adapter", or a regular expression over parameter names."""
+    """The space that a config string names.
+
+    "film", "adapter", "auto" (a PEFT model's adapter, of any other model film), or a regular expression over parameter
+    names.
+    """
+    if spec == "auto":
+        spec = "adapter" if hasattr(model, "peft_config") else "film"
     if spec == "film":
         return FiLM(model)
     if spec == "adapter":

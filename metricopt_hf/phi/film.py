@@ -8,8 +8,9 @@ bias <- (1 + scale) * bias + shift. The tuned model is then an ordinary model th
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,32 @@ def _merged(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | 
     return weight, None if bias is None else (bias * (1 + scale) + shift).to(bias.dtype)
 
 
+def _merge_saved(host_name: str, norm: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State-dict hook of a modulated norm: whoever asks the model for its weights gets plain ones."""
+    scale, shift = (state.pop(prefix + _join(host_name, part), None) for part in (SCALE, SHIFT))
+    if scale is not None:
+        weight, bias = prefix + "weight", prefix + "bias"
+        with torch.no_grad():
+            merged = _merged(state[weight], state.get(bias), scale, shift)
+        state.update({name: value for name, value in zip((weight, bias), merged, strict=True) if value is not None})
+
+
+def _load_plain(host_name: str, norm: nn.Module, state: dict[str, Any], prefix: str, *args) -> None:
+    """Hook before a state dict is loaded: with plain weights, merged ones among them, goes the identity."""
+    host = norm.get_submodule(host_name)
+    for part in (SCALE, SHIFT):
+        name = prefix + _join(host_name, part)
+        if hasattr(host, part) and name not in state and prefix + "weight" in state:
+            state[name] = torch.zeros_like(getattr(host, part))
+
+
 def _join(module_name: str, part: str) -> str:
     return f"{module_name}.{part}" if module_name else part  # the model itself has no name
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A norm layer that can be modulated: `host` is the module whose output is the norm's output."""
+    """A norm layer that can be modulated: `host`, in it, is the module whose output is the norm's output."""
 
     norm_name: str
     norm: nn.Module
@@ -189,10 +209,17 @@ class FiLM(PhiSpace):
 
     def __init__(self, model: nn.Module, layers: str | None = None, output_bias: bool | str = "auto"):
         super().__init__(model)
+        if hasattr(model, "peft_config"):
+            raise PhiError(
+                f"{type(model).__name__} is a PEFT model, of which the adapter alone is saved: what FiLM does to its norm "
+                'layers would be lost. Use phi="adapter", which is the default for it; or merge the adapter first '
+                "(`model.merge_and_unload()`)."
+            )
         self._sites = self._find_sites(layers)
         self._output_bias = self._find_output_bias(output_bias)
         self._handles: list[RemovableHandle] = []
-        self._attach()
+        self._taken_out: dict[str, nn.Parameter] = {}  # by `merge`
+        self.attach()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -214,25 +241,40 @@ class FiLM(PhiSpace):
                 for tensor, value in zip((weight, bias), merged, strict=True):
                     if tensor is not None:
                         tensor.copy_(value)
-                for part in (SCALE, SHIFT, "film_dim"):
+                for part in (SCALE, SHIFT):
                     if hasattr(site.host, part):
+                        self._taken_out[_join(site.host_name, part)] = getattr(site.host, part)
                         delattr(site.host, part)
+                del site.host.film_dim
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def merged_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        result = dict(state_dict)
+    def attach(self) -> None:
         for site in self._sites:
-            scale, shift = (result.pop(_join(site.host_name, part), None) for part in (SCALE, SHIFT))
-            if scale is None:  # merged already
+            if hasattr(site.host, SCALE):
                 continue
-            weight, bias = (_join(site.norm_name, part) for part in ("weight", "bias"))
-            merged = _merged(result[weight], result.get(bias), scale, shift)
-            for name, value in zip((weight, bias), merged, strict=True):
-                if value is not None:
-                    result[name] = value
-        return result
+            site.host.film_dim = site.channel_dim
+            self._insert(site, SCALE)
+            if getattr(site.norm, "bias", None) is not None:  # without a bias, a shift could not merge
+                self._insert(site, SHIFT)
+            name = site.host_name.removeprefix(site.norm_name).removeprefix(".")
+            self._handles += [
+                site.host.register_forward_hook(_modulate),
+                site.norm.register_state_dict_post_hook(partial(_merge_saved, name)),
+                site.norm.register_load_state_dict_pre_hook(partial(_load_plain, name)),
+            ]
+
+    def _insert(self, site: _Site, part: str) -> None:
+        weight = site.norm.weight
+        # float32 whatever the model's dtype: steps of 1e-3 vanish in bfloat16
+        zeros = torch.zeros(weight.numel(), device=weight.device, dtype=torch.float32)
+        parameter = self._taken_out.pop(_join(site.host_name, part), None)
+        if parameter is None:
+            parameter = nn.Parameter(zeros)
+        else:
+            parameter.data = zeros
+        site.host.register_parameter(part, parameter)
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
@@ -242,17 +284,6 @@ class FiLM(PhiSpace):
                 if tensor is not None:
                     state[_join(site.norm_name, part)] = whole(tensor.detach()).cpu().clone()
         return state
-
-    def _attach(self) -> None:
-        for site in self._sites:
-            weight = site.norm.weight
-            site.host.film_dim = site.channel_dim
-            # float32 whatever the model's dtype: steps of 1e-3 vanish in bfloat16
-            parameter = torch.zeros(weight.numel(), device=weight.device, dtype=torch.float32)
-            site.host.register_parameter(SCALE, nn.Parameter(parameter))
-            if getattr(site.norm, "bias", None) is not None:  # without a bias, a shift could not merge
-                site.host.register_parameter(SHIFT, nn.Parameter(parameter.clone()))
-            self._handles.append(site.host.register_forward_hook(_modulate))
 
     def _find_sites(self, layers: str | None) -> list[_Site]:
         norms = _norm_layers(self.model)

@@ -1,7 +1,8 @@
 """PhiSpace: a few parameters of a model as one flat vector phi, read, written and restored in place.
 
 Extension point: a new space says which parameters it is made of (`names`), and, if it inserted something into the
-model, how that merges back into plain weights (`merge`, `merged_state_dict`, `state_dict`).
+model, how that merges back into plain weights and comes in again (`merge`, `attach`, `state_dict`), also in the model's
+own `state_dict()`, which anybody may save.
 """
 
 from __future__ import annotations
@@ -95,12 +96,25 @@ class PhiSpace(ABC):
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
 
-    def merge(self) -> None:  # noqa: B027, where nothing was inserted there is nothing to do
-        """Turn whatever was inserted into plain weights and take it out; the outputs stay the same. Once only."""
+    def attach(self) -> None:  # noqa: B027, where nothing was inserted there is nothing to do
+        """Insert again, as the identity, what `merge` took out: the same parameters, so that an optimizer has them."""
 
-    def merged_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state_dict` of the attached model as it would be after `merge`; the model is not touched."""
-        return dict(state_dict)
+    def merge(self) -> None:  # noqa: B027
+        """Turn whatever is inserted into plain weights and take it out; the outputs stay the same."""
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the model is the plain one that `merge` would leave; afterwards, bit for bit what it was."""
+        if not self.inserted:
+            yield
+            return
+        state = self.state_dict()
+        self.merge()
+        try:
+            yield
+        finally:
+            self.attach()
+            self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that has to be put back, beside a merged checkpoint, to go on exactly."""
@@ -148,12 +162,13 @@ class Union(PhiSpace):
     def inserted(self) -> tuple[str, ...]:
         return self.parts[0].inserted + self.parts[1].inserted
 
+    def attach(self) -> None:
+        for part in self.parts:
+            part.attach()
+
     def merge(self) -> None:
         for part in self.parts:
             part.merge()
-
-    def merged_state_dict(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.parts[1].merged_state_dict(self.parts[0].merged_state_dict(state_dict))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**self.parts[0].state_dict(), **self.parts[1].state_dict()}

@@ -204,7 +204,7 @@ def test_film_is_the_identity_at_first_and_folds_into_plain_weights(name):
     phi.write(somewhere(phi))
     tuned = outputs(model, inputs)
     assert (tuned - before).abs().max() > 1e-3
-    merged = phi.merged_state_dict(model.state_dict())
+    merged = model.state_dict()
     phi.merge()
     assert torch.allclose(outputs(model, inputs), tuned, rtol=1e-5, atol=1e-5)
     assert list(model.state_dict()) == keys == list(merged)
@@ -246,7 +246,7 @@ def test_building_film_leaves_modes_weights_and_random_state_alone():
     phi = FiLM(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
-    after = phi.merged_state_dict(model.state_dict())
+    after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
 
 
@@ -271,7 +271,7 @@ def test_the_saved_weights_fold_with_the_phi_that_was_saved_with_them():
     saved, then = copy.deepcopy(model.state_dict()), outputs(model, inputs)
     phi.write(somewhere(phi))
     fresh = tiny_bert().eval()
-    fresh.load_state_dict(phi.merged_state_dict(saved))
+    fresh.load_state_dict(saved)
     assert torch.allclose(outputs(fresh, inputs), then, atol=1e-5)
 
 
@@ -283,7 +283,7 @@ def test_folding_twice_changes_nothing_more():
     once = outputs(model, inputs)
     phi.merge()
     assert torch.equal(outputs(model, inputs), once)
-    assert list(phi.merged_state_dict(model.state_dict())) == list(model.state_dict())
+    assert list(model.state_dict()) == list(model.state_dict())
     assert FiLM(model).inserted  # and another can be built
 
 
@@ -495,7 +495,7 @@ def test_the_saved_state_puts_everything_back_on_a_folded_checkpoint(name):
     phi, inputs = space(name), tokens()
     phi.write(somewhere(phi))
     expected, state = outputs(phi.model, inputs), phi.state_dict()
-    merged = phi.merged_state_dict(phi.model.state_dict())
+    merged = phi.model.state_dict()
 
     other = space(name)
     other.model.load_state_dict(merged, strict=not other.inserted)
