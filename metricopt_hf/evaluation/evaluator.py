@@ -62,13 +62,13 @@ class Scores:
         values: [n] the metric; nan where the call failed.
         errors: [n] why it failed; None where it did not.
         seconds: [n] that the forward passes and the call took.
-        predictions: [n] predictions and labels, where they were asked for (None where the call failed); else None.
+        predictions: [n] predictions and labels, where they were asked for; else None.
     """
 
     values: np.ndarray
     errors: Sequence[str | None]
     seconds: np.ndarray
-    predictions: Sequence[EvalPrediction | None] | None = None
+    predictions: Sequence[EvalPrediction] | None = None
 
 
 class Evaluator:
@@ -102,7 +102,7 @@ class Evaluator:
         progress: bool = False,
     ):
         self.phi, self.metric, self.ledger = phi, metric, ledger
-        self.rank, self.world_size, self.progress = rank, world_size, progress
+        self.rank, self.world_size, self.progress, self.concat = rank, world_size, progress, concat
         self.parts = [_Part(phi.model, predict, batches, max_bytes / len(parts), concat) for batches in parts]
 
     def freeze(self, moved: Callable[[], AbstractContextManager]) -> None:
@@ -127,14 +127,14 @@ class Evaluator:
         """
         outcome: list[Any] = [None]
         if self.rank == 0:
-            with self.ledger.charge(purpose), undisturbed(self.phi.model):
+            with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
                 try:
                     outcome = [self.metric(self.parts[part].predictions())]
                 except MetricError as error:
                     outcome = [error]
         else:  # nobody predicts behind a test of its rank: a model's loss may wait for all of them
             self.predictions(part)
-            self.ledger.add(purpose, 1, 0.0)
+            self.ledger.add(purpose, 1, 0.0, passes=1)
         if self.world_size > 1:
             broadcast_object_list(outcome)
         if isinstance(outcome[0], MetricError):
@@ -163,16 +163,16 @@ class Evaluator:
                     self.predictions(parts[-1])
                     continue
                 start, score, error, prediction = perf_counter(), float("nan"), None, None
-                with self.ledger.charge(purpose), undisturbed(self.phi.model):
+                with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
                     try:
                         prediction = self.parts[parts[i]].predictions()
                         score = self.metric(prediction)
                     except MetricError as failure:
-                        prediction, error = None, str(failure)
+                        error = str(failure)
                 taken.append((i, score, error, perf_counter() - start, prediction if predictions else None))
         if self.world_size > 1:
             others = [entry for entry in gather_object(taken) if entry[0] % self.world_size != self.rank]
-            self.ledger.add(purpose, len(others), sum(entry[3] for entry in others))
+            self.ledger.add(purpose, len(others), sum(entry[3] for entry in others), len(others))
             taken += others
         taken.sort(key=lambda entry: entry[0])
         _, values, errors, seconds, predicted = zip(*taken, strict=True)

@@ -1,0 +1,146 @@
+"""Interpolator: a model's outputs near phi as a function of the coordinates, so that a metric call costs no pass.
+
+Near a centre the outputs are smooth in z: o(z) = o_0 + sum_j z_j d_j, where d_j is the difference quotient of two
+forward passes at plus and minus h along coordinate j. Minimum error rate training (Och, 2003) does this for the few
+weights of a log-linear model; here it is for the adapters of any network. The metric is called on o(z) as it is: the
+metric is exact, its argument is approximate, and by how much is measured (`error`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction
+
+from .rows import FIELDS, take_rows
+
+# Arrays of interpolated outputs that are made at once, in bytes.
+CHUNK_BYTES = 2**26
+INTERPOLATED = ("predictions", "losses")  # fields of a prediction; the others are what they are
+
+
+class NotInterpolable(Exception):
+    """The outputs are no smooth function of phi; the message says why."""
+
+
+class Interpolator:
+    """Outputs as a function of z, relative to a centre.
+
+    Args:
+        centre: predictions and labels at the centre.
+        pairs: for each coordinate the predictions at plus and at minus `step` along it.
+        step: h, in units of the coordinates.
+        concat: whether batches are joined (see `rows`).
+
+    Raises:
+        NotInterpolable: there is no floating-point output, or shapes or integers change with phi (generated tokens).
+    """
+
+    def __init__(
+        self,
+        centre: EvalPrediction,
+        pairs: Sequence[tuple[EvalPrediction, EvalPrediction]],
+        step: float,
+        concat: bool = True,
+    ):
+        leaves = _leaves(centre)
+        slopes: dict[tuple, np.ndarray] = {}
+        for j, (plus, minus) in enumerate(pairs):
+            above, below = _leaves(plus), _leaves(minus)
+            for path, value in leaves.items():
+                if path[0] not in INTERPOLATED:
+                    continue
+                ends = above.get(path), below.get(path)
+                if any(end is None or end.shape != value.shape for end in ends):
+                    raise NotInterpolable("the shape of the model's outputs changes with phi")
+                if np.issubdtype(value.dtype, np.floating):
+                    slope = (ends[0].astype(np.float32) - ends[1]) / (2 * step)
+                    slopes.setdefault(path, np.empty((len(pairs), *value.shape), np.float32))[j] = slope
+                elif not all(np.array_equal(value, end) for end in ends):
+                    raise NotInterpolable("the model's outputs are whole numbers that change with phi")
+        if not any(path[0] == "predictions" for path in slopes):
+            raise NotInterpolable("the model's outputs hold no floating-point numbers")
+        self._set(centre, slopes, concat)
+
+    def _set(self, centre: EvalPrediction, slopes: dict[tuple, np.ndarray], concat: bool) -> None:
+        self.centre, self.concat = centre, concat
+        self._slopes = slopes  # path of a leaf -> [k, *shape] float32
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the slopes."""
+        return sum(slopes.nbytes for slopes in self._slopes.values())
+
+    def take(self, rows: np.ndarray) -> Interpolator:
+        """The same for some of the examples; see `take_rows`."""
+        count = len(next(iter(self._slopes.values())))
+        trees = [_planted(self.centre, {path: slopes[j] for path, slopes in self._slopes.items()}) for j in range(count)]
+        taken = [_leaves(take_rows(tree, rows, self.concat)) for tree in trees]
+        centre = take_rows(self.centre, rows, self.concat)
+        paths = [
+            path
+            for path, value in _leaves(centre).items()
+            if path[0] in INTERPOLATED and np.issubdtype(value.dtype, np.floating)
+        ]
+        part = object.__new__(Interpolator)
+        part._set(centre, {path: np.stack([leaves[path] for leaves in taken]) for path in paths}, self.concat)
+        return part
+
+    def at(self, z: np.ndarray) -> Iterator[EvalPrediction]:
+        """Predictions and labels at each of the points z: [n, k], relative to the centre."""
+        z = np.asarray(z, np.float32)
+        leaves = _leaves(self.centre)
+        size = max(1, sum(4 * leaves[path].size for path in self._slopes))
+        chunk = max(1, CHUNK_BYTES // size)
+        for start in range(0, len(z), chunk):
+            points = z[start : start + chunk]
+            moved = {
+                path: leaves[path] + (points @ slopes.reshape(len(slopes), -1)).reshape(len(points), *leaves[path].shape)
+                for path, slopes in self._slopes.items()
+            }
+            for i in range(len(points)):
+                yield _planted(self.centre, {path: values[i] for path, values in moved.items()})
+
+    def error(self, z: np.ndarray, true: EvalPrediction) -> float:
+        """How far the outputs at z: [k] are off, as a share of how far they have moved: 0 exact, 1 worthless."""
+        leaves, there = _leaves(self.centre), _leaves(true)
+        (here,) = map(_leaves, self.at(z[None]))
+        off = sum(float(np.abs(here[path] - there[path]).sum()) for path in self._slopes)
+        moved = sum(float(np.abs(leaves[path] - there[path]).sum()) for path in self._slopes)
+        return off / moved if moved else 0.0
+
+
+def _leaves(prediction: EvalPrediction) -> dict[tuple, np.ndarray]:
+    """Path -> array, of all arrays in the fields of a prediction."""
+    found: dict[tuple, np.ndarray] = {}
+
+    def walk(tree: Any, path: tuple) -> None:
+        if isinstance(tree, np.ndarray):
+            found[path] = tree
+        elif isinstance(tree, Mapping):
+            for key, value in tree.items():
+                walk(value, (*path, key))
+        elif isinstance(tree, (list, tuple)):
+            for i, value in enumerate(tree):
+                walk(value, (*path, i))
+
+    for name in FIELDS:
+        walk(getattr(prediction, name), (name,))
+    return found
+
+
+def _planted(prediction: EvalPrediction, leaves: Mapping[tuple, np.ndarray]) -> EvalPrediction:
+    """`prediction` with other arrays at some paths."""
+
+    def walk(tree: Any, path: tuple) -> Any:
+        if path in leaves:
+            return leaves[path]
+        if isinstance(tree, Mapping):
+            return {key: walk(value, (*path, key)) for key, value in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(walk(value, (*path, i)) for i, value in enumerate(tree))
+        return tree
+
+    return EvalPrediction(**{name: walk(getattr(prediction, name), (name,)) for name in FIELDS})

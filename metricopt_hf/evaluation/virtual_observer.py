@@ -1,0 +1,131 @@
+"""VirtualObserver: many observations from few forward passes, by calling the metric on interpolated predictions.
+
+A pass over thousands of examples gives as many rows of outputs, and an observation of the score keeps one number of
+them. Here the outputs are kept: a few passes round phi make an `Interpolator`, and the metric is called on what that
+says of other phi, on a random half of the rows each round, so that what holds for some rows only averages away.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..errors import MetricError
+from ..phi import Coordinates
+from .evaluator import Evaluator
+from .interpolator import Interpolator, NotInterpolable
+from .observation import Observation
+from .observer import Observed
+from .rows import num_rows, take_rows
+
+
+class VirtualObserver:
+    """Expands the outputs round phi, and observes on what is interpolated.
+
+    Args:
+        evaluator: predicts, and gives the metric on the observation set.
+        perturbation_std: standard deviation of the perturbation on each coordinate.
+        step: length of the step along each coordinate from which slopes are taken.
+        on_all_rows: whether the metric makes sense on all rows only.
+        seed: of the private generator, the same on every rank.
+    """
+
+    def __init__(self, evaluator: Evaluator, perturbation_std: float, step: float, on_all_rows: bool, seed: int):
+        self.evaluator, self.perturbation_std, self.step, self.on_all_rows = evaluator, perturbation_std, step, on_all_rows
+        self.generator = torch.Generator().manual_seed(seed)
+        self.interpolator: Interpolator | None = None
+        self.centre: Tensor | None = None  # phi round which was expanded: [d]
+        self.error: float | None = None  # of the last interpolator where the next one was made; see `Interpolator.error`
+
+    def passes(self, dim: int) -> int:
+        """Forward passes of an expansion in `dim` coordinates."""
+        return 2 * dim + 1
+
+    def expand(self, coordinates: Coordinates, step: int) -> Observed:
+        """Take the passes round the present phi, and measure how far the last interpolator was off there.
+
+        Returns:
+            The real observations that come with it: the metric at phi, and at both ends of each coordinate.
+
+        Raises:
+            NotInterpolable: the outputs are no smooth function of phi.
+        """
+        phi = self.evaluator.phi.read()
+        offsets = torch.cat([torch.zeros(1, coordinates.dim), torch.eye(coordinates.dim).repeat_interleave(2, 0)])
+        offsets[1::2] *= self.step
+        offsets[2::2] *= -self.step
+        points = torch.stack([phi + coordinates.lift(offset.to(phi.device)) for offset in offsets])
+        scores = self.evaluator.evaluate_many(points, "observe", predictions=True)
+        centre, *ends = scores.predictions
+        if self.interpolator is not None:
+            self.error = self.interpolator.error(self._relative(coordinates), centre)
+        pairs = list(zip(ends[::2], ends[1::2], strict=True))
+        self.interpolator = Interpolator(centre, pairs, self.step, self.evaluator.concat)
+        self.centre = phi
+        z = coordinates.encode(phi).cpu()
+        fine = [i for i, error in enumerate(scores.errors) if error is None]
+        return Observed(
+            [
+                Observation(
+                    (z + offsets[i]).numpy(), float(scores.values[i]), float("nan"), step, float(scores.seconds[i])
+                )
+                for i in fine
+            ],
+            [error for error in scores.errors if error is not None],
+            [scores.predictions[i] for i in fine],
+        )
+
+    def observe(self, coordinates: Coordinates, step: int, pairs: int) -> Observed:
+        """The metric at antithetic pairs round the present phi, on interpolated predictions: 2 `pairs` + 1 calls.
+
+        One half of the rows may be harder than another. So scores are moved by what the metric at phi itself is better
+        on all rows than the pairs are on average.
+        """
+        phi = self.evaluator.phi.read()
+        here, z = self._relative(coordinates), coordinates.encode(phi).cpu()
+        draws = torch.randn(pairs, coordinates.dim, generator=self.generator) * self.perturbation_std
+        offsets = torch.stack([draws, -draws], dim=1).reshape(-1, coordinates.dim)
+        part = self.interpolator
+        if not self.on_all_rows:
+            count = num_rows(part.centre, part.concat)
+            rows = torch.randperm(count, generator=self.generator)[: max(1, count // 2)]
+            part = part.take(np.sort(rows.numpy()))
+        start = perf_counter()
+        (whole,), errors = self._scores(self.interpolator, here[None])
+        scores, more = self._scores(part, here + offsets.numpy())
+        seconds = (perf_counter() - start) / (len(scores) + 1)
+        complete = scores.reshape(-1, 2)
+        complete = complete[np.isfinite(complete).all(1)]
+        if len(complete) and np.isfinite(whole):
+            scores = scores + (whole - complete.mean())
+        observations = [
+            Observation((z + offset).numpy(), float(score), float("nan"), step, seconds, virtual=True)
+            for offset, score in zip(offsets, scores, strict=True)
+            if np.isfinite(score)
+        ]
+        return Observed(observations, errors + more, None)
+
+    def _scores(self, interpolator: Interpolator, z: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """The metric at z: [n, k] relative to the centre, [n] with nan where it failed, and why; the same on all ranks."""
+        evaluator = self.evaluator
+        mine = np.arange(evaluator.rank, len(z), evaluator.world_size)
+        taken: list[tuple[int, float, str | None]] = []
+        start = perf_counter()
+        for i, prediction in zip(mine, interpolator.at(z[mine]), strict=True):
+            try:
+                taken.append((int(i), evaluator.metric(prediction), None))
+            except MetricError as error:
+                taken.append((int(i), float("nan"), str(error)))
+        if evaluator.world_size > 1:
+            taken = sorted(gather_object(taken))
+        evaluator.ledger.add("observe", len(z), perf_counter() - start)
+        return np.array([score for _, score, _ in taken]), [error for *_, error in taken if error is not None]
+
+    def _relative(self, coordinates: Coordinates) -> np.ndarray:
+        """[k] where phi is, relative to where it was expanded."""
+        phi = self.evaluator.phi.read()
+        return (coordinates.encode(phi) - coordinates.encode(self.centre.to(phi.device))).cpu().numpy()
