@@ -69,15 +69,19 @@ class Interpolator:
         self._slopes = slopes  # path of a leaf -> [k, *shape] float32
 
     @property
+    def num_coordinates(self) -> int:
+        """k."""
+        return len(next(iter(self._slopes.values())))
+
+    @property
     def nbytes(self) -> int:
         """Memory of the slopes."""
         return sum(slopes.nbytes for slopes in self._slopes.values())
 
     def take(self, rows: np.ndarray) -> Interpolator:
         """The same for some of the examples; see `take_rows`."""
-        count = len(next(iter(self._slopes.values())))
-        trees = [_planted(self.centre, {path: slopes[j] for path, slopes in self._slopes.items()}) for j in range(count)]
-        taken = [_leaves(take_rows(tree, rows, self.concat)) for tree in trees]
+        columns = ({path: slopes[j] for path, slopes in self._slopes.items()} for j in range(self.num_coordinates))
+        taken = [_leaves(take_rows(_planted(self.centre, column), rows, self.concat)) for column in columns]
         centre = take_rows(self.centre, rows, self.concat)
         paths = [
             path
@@ -96,10 +100,7 @@ class Interpolator:
         chunk = max(1, CHUNK_BYTES // size)
         for start in range(0, len(z), chunk):
             points = z[start : start + chunk]
-            moved = {
-                path: leaves[path] + (points @ slopes.reshape(len(slopes), -1)).reshape(len(points), *leaves[path].shape)
-                for path, slopes in self._slopes.items()
-            }
+            moved = {path: leaves[path] + np.tensordot(points, slopes, 1) for path, slopes in self._slopes.items()}
             for i in range(len(points)):
                 yield _planted(self.centre, {path: values[i] for path, values in moved.items()})
 

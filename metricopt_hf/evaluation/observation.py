@@ -18,7 +18,6 @@ class Observation:
         step: optimizer step at which it was taken; observations of one step are one round.
         cost: seconds that the forward passes and the metric call took.
         fold: which part of the observation set was evaluated on.
-        virtual: whether the predictions were interpolated, and not computed by the model.
     """
 
     z: np.ndarray
@@ -27,4 +26,3 @@ class Observation:
     step: int
     cost: float
     fold: int = 0
-    virtual: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+
 import numpy as np
 import pyarrow
 import pyarrow.compute
@@ -90,6 +91,17 @@ class Trajectory(Sequence[Observation]):
     def last_round(self) -> Trajectory:
         """The observations of the latest step."""
         return self.where(self.steps == self.steps[-1]) if len(self) else Trajectory()
+
+    def joined(self, other: Trajectory) -> Trajectory:
+        """These and then the others, as a trajectory of their own."""
+        if not len(self) or not len(other):
+            return other if len(other) else self
+        columns = zip(self._columns.items(), other._columns.values(), strict=True)
+        return self._of({name: np.concatenate([a[: len(self)], b[: len(other)]]) for (name, a), b in columns})
+
+    def latest(self, count: int) -> Trajectory:
+        """The last `count`, as a trajectory of their own."""
+        return self.where(np.arange(len(self)) >= len(self) - count)
 
     def where(self, wanted: np.ndarray) -> Trajectory:
         """Those of [n] bool that are wanted, as a trajectory of their own."""

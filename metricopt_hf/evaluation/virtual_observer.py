@@ -17,10 +17,10 @@ from torch import Tensor
 from ..errors import MetricError
 from ..phi import Coordinates
 from .evaluator import Evaluator
-from .interpolator import Interpolator, NotInterpolable
+from .interpolator import Interpolator
 from .observation import Observation
 from .observer import Observed
-from .rows import num_rows, take_rows
+from .rows import num_rows
 
 
 class VirtualObserver:
@@ -35,11 +35,12 @@ class VirtualObserver:
     """
 
     def __init__(self, evaluator: Evaluator, perturbation_std: float, step: float, on_all_rows: bool, seed: int):
-        self.evaluator, self.perturbation_std, self.step, self.on_all_rows = evaluator, perturbation_std, step, on_all_rows
+        self.evaluator, self.perturbation_std, self.step = evaluator, perturbation_std, step
+        self.on_all_rows = on_all_rows
         self.generator = torch.Generator().manual_seed(seed)
         self.interpolator: Interpolator | None = None
         self.centre: Tensor | None = None  # phi round which was expanded: [d]
-        self.error: float | None = None  # of the last interpolator where the next one was made; see `Interpolator.error`
+        self.error: float | None = None  # of the last interpolator, where the next one was made
 
     def passes(self, dim: int) -> int:
         """Forward passes of an expansion in `dim` coordinates."""
@@ -103,14 +104,14 @@ class VirtualObserver:
         if len(complete) and np.isfinite(whole):
             scores = scores + (whole - complete.mean())
         observations = [
-            Observation((z + offset).numpy(), float(score), float("nan"), step, seconds, virtual=True)
+            Observation((z + offset).numpy(), float(score), float("nan"), step, seconds)
             for offset, score in zip(offsets, scores, strict=True)
             if np.isfinite(score)
         ]
         return Observed(observations, errors + more, None)
 
     def _scores(self, interpolator: Interpolator, z: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """The metric at z: [n, k] relative to the centre, [n] with nan where it failed, and why; the same on all ranks."""
+        """The metric at z: [n, k] relative to the centre, [n] nan where it failed, and why; the same on every rank."""
         evaluator = self.evaluator
         mine = np.arange(evaluator.rank, len(z), evaluator.world_size)
         taken: list[tuple[int, float, str | None]] = []

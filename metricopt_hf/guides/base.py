@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -51,12 +51,21 @@ class Round:
     """One round of observations, as a guide gets it.
 
     Attributes:
-        trajectory: all observations so far; the new ones are its `last_round`.
-        predictions: predictions and labels behind each of the new ones, where the guide `wants_predictions`.
+        trajectory: all real observations so far; where the round is real, the new ones are its `last_round`.
+        interpolated: observations on interpolated predictions (see `VirtualObserver`), the latest ones.
+        predictions: predictions and labels behind each of the new real ones, where the guide `wants_predictions`.
+        is_real: whether the round's own observations are real ones, by which the guide is judged.
     """
 
     trajectory: Trajectory
+    interpolated: Trajectory = field(default_factory=Trajectory)
     predictions: Sequence[EvalPrediction] | None = None
+    is_real: bool = True
+
+    @property
+    def everything(self) -> Trajectory:
+        """All of them, the real ones first."""
+        return self.trajectory.joined(self.interpolated)
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,12 @@ class Guide(ABC):
         self.context, self.trust, self.off = context, Trust(), None
 
     def observe(self, observed: Round) -> None:
-        """Be judged on a round, then learn from it."""
-        observed = Round(observed.trajectory.aligned(), observed.predictions)
-        predicted = self.predict_held_out(observed.trajectory)
-        if predicted is not None:
-            self.trust.update(predicted, observed.trajectory.last_round.scores)
+        """Be judged on a real round, then learn from it."""
+        observed = replace(observed, trajectory=observed.trajectory.aligned())
+        if observed.is_real:
+            predicted = self.predict_held_out(observed.trajectory)
+            if predicted is not None:
+                self.trust.update(predicted, observed.trajectory.last_round.scores)
         self.learn(observed)
 
     @abstractmethod
@@ -169,7 +179,7 @@ class DirectionGuide(Guide):
     """A guide that is fitted to the observations and answers the direction in which its fit improves."""
 
     def learn(self, observed: Round) -> None:
-        self.fit(observed.trajectory)
+        self.fit(observed.everything)
 
     @abstractmethod
     def fit(self, trajectory: Trajectory) -> None:

@@ -69,7 +69,7 @@ class ValueFunctionGuide(DirectionGuide):
         return self.calibration.coverage
 
     def observe(self, observed: Round) -> None:
-        if self.fitted:
+        if self.fitted and observed.is_real:
             self.calibration.update(self._network, observed.trajectory.aligned().last_round)
         super().observe(observed)
 

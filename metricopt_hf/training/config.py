@@ -15,8 +15,7 @@ from ..phi.coordinates import KINDS as COORDINATES
 
 logger = logging.getLogger(__name__)
 
-CALLS = 160  # of the metric, to observe
-SELECTIONS = 20  # at the selection split, beside the last one
+OBSERVE = ("predictions", "scores")
 
 # They take their step inside the backward pass, before there is a gradient that could be blended.
 STEP_IN_BACKWARD = {name for name in OptimizerNames if "layerwise" in name.value or "lomo" in name.value}
@@ -80,10 +79,34 @@ class MetricOptConfig(TrainingArguments):
             "None: it stays."
         },
     )
-    metric_call_budget: int | None = field(
-        default=CALLS,
+    observe: str = field(
+        default="predictions",
         metadata={
-            "help": "The most metric calls that the guidance may make to observe. None: no bound, 0: no guidance."
+            "help": "What is observed of the model: predictions, from a few forward passes round phi, between which "
+            "they are interpolated, so that each pass serves many metric calls; or scores, a pass for each, as is done "
+            "anyway where predictions cannot be interpolated (generated text).",
+            "choices": OBSERVE,
+        },
+    )
+    forward_pass_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most forward passes over the observation set that the guidance may make. Default: 60, of "
+            "scores 160. 0: no guidance."
+        },
+    )
+    metric_call_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "The most metric calls that the guidance may make to observe. Default: 1200, of scores 160. 0: no "
+            "guidance."
+        },
+    )
+    metric_on_all_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Call the metric on all rows of the observation set only, and never on a random half of them: for "
+            "one that makes no sense on a part (a complete gallery, rows by position)."
         },
     )
     max_metric_failures: int = field(
@@ -104,7 +127,7 @@ class MetricOptConfig(TrainingArguments):
             "choices": COORDINATES,
         },
     )
-    phi_dim: int = field(default=6, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
+    phi_dim: int = field(default=8, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
     phi_learning_rate: float | None = field(
         default=5e-3,
         metadata={
@@ -120,10 +143,11 @@ class MetricOptConfig(TrainingArguments):
             "choices": GUIDES,
         },
     )
-    value_weight: float = field(
-        default=64.0,
+    value_weight: float | None = field(
+        default=None,
         metadata={
-            "help": "lambda: length of the value gradient against the task gradient's, at full trust and agreement."
+            "help": "lambda: length of the value gradient against the task gradient's, at full trust and agreement. "
+            "Default: 10, of scores 64."
         },
     )
     value_function_name_or_path: str | None = field(
@@ -145,15 +169,18 @@ class MetricOptConfig(TrainingArguments):
         metadata={"help": "Metric calls in a round: antithetic pairs, and, if odd, one at phi itself."},
     )
     observation_folds: int = field(
-        default=2,
+        default=1,
         metadata={
             "help": "Disjoint parts of the observation set. Each metric call sees one of them; what was learned from "
             "others says how far to trust it, so that a gain which holds for one part alone is not followed. "
             "1: each call sees the whole set."
         },
     )
-    perturbation_std: float = field(
-        default=0.4, metadata={"help": "Standard deviation of the perturbation on each compact coordinate."}
+    perturbation_std: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation of the perturbation on each compact coordinate. Default: 0.2, of scores 0.4."
+        },
     )
     observation_size: int | None = field(
         default=None,
@@ -193,14 +220,19 @@ class MetricOptConfig(TrainingArguments):
             "phi_learning_rate": (self.phi_learning_rate is None or self.phi_learning_rate > 0, "positive"),
             "guide": (self.guide in GUIDES, f"one of {', '.join(GUIDES)}"),
             "value_weight": (
-                0 <= self.value_weight < float("inf"),
+                self.value_weight is None or 0 <= self.value_weight < float("inf"),
                 "at least 0 (the sign of the metric is greater_is_better's)",
             ),
             "select_steps": (self.select_steps is None or self.select_steps >= 1, "at least 1"),
             "observe_steps": (self.observe_steps is None or self.observe_steps >= 1, "at least 1"),
             "observations_per_step": (self.observations_per_step >= 2, "at least 2, one antithetic pair"),
             "observation_folds": (self.observation_folds >= 1, "at least 1"),
-            "perturbation_std": (0 < self.perturbation_std < float("inf"), "positive"),
+            "perturbation_std": (
+                self.perturbation_std is None or 0 < self.perturbation_std < float("inf"),
+                "positive",
+            ),
+            "observe": (self.observe in OBSERVE, f"one of {', '.join(OBSERVE)}"),
+            "forward_pass_budget": (self.forward_pass_budget is None or self.forward_pass_budget >= 0, "at least 0"),
             "observation_size": (self.observation_size is None or self.observation_size >= 1, "at least 1"),
             "observation_cache_gb": (self.observation_cache_gb >= 0, "at least 0"),
         }
@@ -219,25 +251,6 @@ class MetricOptConfig(TrainingArguments):
             )
             return guess
         return self.greater_is_better
-
-    def guided_steps(self, metric_steps: int) -> int:
-        """How many optimizer steps of a metric phase of `metric_steps` are guided, and not by the loss alone."""
-        return max(1, metric_steps - round(self.unguided_ratio * metric_steps))
-
-    def selects_every(self, metric_steps: int) -> int:
-        """Optimizer steps from one look at the selection split to the next in a metric phase of `metric_steps`."""
-        return max(1, metric_steps // SELECTIONS) if self.select_steps is None else self.select_steps
-
-    def observes_every(self, metric_steps: int, before: int = 0) -> int:
-        """Optimizer steps from one round of observations to the next in a metric phase of `metric_steps`.
-
-        before: steps of the first phase in which the guide observes too.
-        """
-        if self.observe_steps is not None:
-            return self.observe_steps
-        calls = CALLS if not self.metric_call_budget else self.metric_call_budget
-        rounds = -(-calls // self.observations_per_step)
-        return max(1, (before + self.guided_steps(metric_steps)) // rounds)
 
     def check_optimizer(self) -> None:
         """Raises ConfigurationError for an `optim` whose gradients cannot be blended."""

@@ -2,14 +2,15 @@
 
 This is the sentence of the whole library, as `advance` and `correct` read it:
 
-    phi.read -> Observer.observe -> Trajectory -> guide.observe -> guide.direction (with trust) -> blend
+    phi.read -> passes -> Interpolator (metric calls without passes) -> Trajectory
+        -> guide.observe -> guide.direction (with trust) -> blend
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,40 +19,30 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.observer import Observer
+from ..evaluation.interpolator import NotInterpolable
+from ..evaluation.observer import Observed, Observer
 from ..evaluation.trajectory import Trajectory
+from ..evaluation.virtual_observer import VirtualObserver
 from ..guides import Direction, Guide, GuideContext, Round, blend
 from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace
 from ..value import Signature
 from .faults import Faults
+from .plan import PhasePlan
 from .result import RunResult
 from .selection import Selection
 
 logger = logging.getLogger(__name__)
 
 UNGUIDED_BRANCH = "the unguided branch"
-
-
-@dataclass(frozen=True)
-class PhasePlan:
-    """The numbers of a metric phase.
-
-    Attributes:
-        value_weight: lambda in `blend`.
-        select_steps: optimizer steps from one evaluation on the selection split to the next.
-        observe_steps: the same from one round of observations to the next.
-        observations_per_step: metric calls in a round.
-        max_failures: metric calls failed in a row after which guidance is switched off.
-        seed: of the guide.
-    """
-
-    value_weight: float
-    select_steps: int
-    observe_steps: int
-    observations_per_step: int
-    max_failures: int
-    seed: int
+# step along each coordinate from which the outputs' slopes are taken, in its units
+STEP = 0.1
+# antithetic pairs on interpolated predictions behind the first expansion
+FIRST_PAIRS = 64
+# the latest observations on interpolated predictions that are kept, and fitted to
+MOST_INTERPOLATED = 512
+# an interpolator that was further off where the next one was made (see `Interpolator.error`) was used for too long
+LARGE_ERROR = 0.5
 
 
 class MetricPhase:
@@ -60,11 +51,12 @@ class MetricPhase:
     Args:
         phi: tuned here.
         moving: what moves, and so what is selected: phi, or more of the model where the guide's `scope` is "all".
-        observer: takes the observations.
+        observer: takes the real observations.
         selector: the metric on the selection split; None where there is none (then the last phi stays).
         guide: follows or does not.
         make_coordinates: computes Q at the start of the phase.
-        plan: the numbers.
+        plans: the numbers; those of "scores" serve where predictions cannot be interpolated.
+        on_all_rows: whether the metric makes sense on all rows of the observation set only.
     """
 
     def __init__(
@@ -75,15 +67,20 @@ class MetricPhase:
         selector: Evaluator | None,
         guide: Guide,
         make_coordinates: Callable[[], Coordinates],
-        plan: PhasePlan,
+        plans: Sequence[PhasePlan],
+        on_all_rows: bool = False,
     ):
         self.phi, self.moving, self.observer, self.guide = phi, moving, observer, guide
-        self.make_coordinates, self.plan = make_coordinates, plan
-        self.evaluator = observer.evaluator
+        self.make_coordinates, (self.plan, *self._other_plans) = make_coordinates, plans
+        plan, self.evaluator = self.plan, observer.evaluator
+        self.virtual = None
+        if plan.observe == "predictions":
+            self.virtual = VirtualObserver(self.evaluator, plan.perturbation_std, STEP, on_all_rows, plan.seed)
         self.metric, self.ledger = self.evaluator.metric, self.evaluator.ledger
         self.faults = Faults(plan.max_failures, self._switch_off)
         self.selection = Selection(selector, moving, self.faults)
-        self.trajectory = Trajectory()
+        self.trajectory, self.interpolated = Trajectory(), Trajectory()
+        self.next_expansion, self.expand_steps = 0, plan.expand_steps
         self.coordinates: Coordinates | None = None
         self.start_step = -1
         self.before = False  # whether this is still the run's first phase, in which everything is trained
@@ -111,7 +108,8 @@ class MetricPhase:
             before: begin with the run's first phase, in which all of the model moves: nothing is selected there.
         """
         self.start_step, self.start_phi, self.before = step, self.moving.read(), before
-        self.trajectory = Trajectory()
+        self.trajectory, self.interpolated = Trajectory(), Trajectory()
+        self.next_expansion = step
         self.coordinates = coordinates or self.make_coordinates()
         self.phi_description = self.phi.description  # of what merging takes out nothing could be said later
         self.guide.start(
@@ -132,13 +130,9 @@ class MetricPhase:
         if step == self.unguided_step:  # phi is where the phase began, and was evaluated then
             return
         since = step - self.start_step
-        selects, observes = since % self.plan.select_steps == 0, since % self.plan.observe_steps == 0
-        selects &= not self.before
+        selects = since % self.plan.select_steps == 0 and not self.before
         score = self.selection.consider(step) if selects else None
-        if observes and self.guides:
-            count = int(min(self.plan.observations_per_step, self.ledger.remaining))
-            if count > 0 and self.guide.off is None:
-                self._observe(step, count)
+        observes = self.guides and self.guide.off is None and self._observe(step)
         if selects or observes:
             self._record(step, score)
 
@@ -249,6 +243,8 @@ class MetricPhase:
             "observation_mean",
             "coverage",
             "calls",
+            "passes",
+            "interpolation_error",
         )
         scalars = {name: float(latest[name]) for name in names if latest.get(name) is not None}
         scalars["failed_calls"] = float(self.faults.total)
@@ -290,8 +286,65 @@ class MetricPhase:
         self.faults.load_state_dict(state["faults"])
         self.curve = state["curve"]
 
-    def _observe(self, step: int, count: int) -> None:
-        observed = self.observer.observe(self.coordinates, step, count, self.guide.wants_predictions)
+    def _observe(self, step: int) -> bool:
+        """Take observations, where it is time to, and let the guide learn; whether real ones were taken."""
+        if self.virtual is not None and step >= self.next_expansion:
+            self._expand(step)
+            return True
+        since = step - self.start_step
+        if self.virtual is not None:
+            if since % self.plan.observe_steps == 0:
+                self._observe_virtually(step, self.plan.round_size)
+            return False
+        if since % self.plan.observe_steps:
+            return False
+        count = int(min(self.plan.round_size, self.ledger.remaining, self.ledger.remaining_passes))
+        if count > 0:
+            self._take(self.observer.observe(self.coordinates, step, count, self.guide.wants_predictions))
+        return True
+
+    def _expand(self, step: int) -> None:
+        """Expand the outputs round phi, if the budgets allow it, and let the guide be judged on what was computed."""
+        first, passes = self.virtual.interpolator is None, self.virtual.passes(self.coordinates.dim)
+        if passes + self.plan.checks * first > min(self.ledger.remaining, self.ledger.remaining_passes):
+            self.next_expansion = sys.maxsize
+            return
+        try:
+            observed = self.virtual.expand(self.coordinates, step)
+        except NotInterpolable as error:
+            self._observe_scores(str(error))
+            return
+        if first:  # the guide is judged before it is followed
+            self._observe_virtually(step, FIRST_PAIRS)
+            self._take(self.observer.observe(self.coordinates, step, self.plan.checks, self.guide.wants_predictions))
+        elif self.virtual.error > LARGE_ERROR:
+            self.expand_steps = max(1, self.expand_steps // 2)
+        self._take(observed, judges=not first)
+        self._observe_virtually(step, self.plan.round_size)
+        self.next_expansion = step + self.expand_steps
+
+    def _observe_scores(self, why: str) -> None:
+        """From now on scores are observed, and not predictions."""
+        logger.warning(f"The metric's scores are observed, not the model's predictions: {why}.")
+        self.virtual, self.next_expansion = None, sys.maxsize
+        if self._other_plans:
+            self.plan = self._other_plans[0]
+            self.observer.perturbation_std = self.plan.perturbation_std
+            self.ledger.budget, self.ledger.pass_budget = self.plan.calls, self.plan.passes
+
+    def _observe_virtually(self, step: int, pairs: int) -> None:
+        pairs = int(min(pairs, (self.ledger.remaining - 1) // 2))
+        if pairs < 1:
+            return
+        observed = self.virtual.observe(self.coordinates, step, pairs)
+        self.faults.add(observed.errors, succeeded=len(observed.observations))
+        if observed.observations and self.guide.off is None:
+            self.interpolated.extend(observed.observations)
+            self.interpolated = self.interpolated.latest(MOST_INTERPOLATED)
+            self.guide.observe(Round(self.trajectory, self.interpolated, is_real=False))
+
+    def _take(self, observed: Observed, judges: bool = True) -> None:
+        """Take in real observations: faults are left out, the guide is judged by the others and learns from them."""
         fine = [not self.faults.is_outlier(o.score) for o in observed.observations]
         usable = [o for o, good in zip(observed.observations, fine, strict=True) if good]
         outliers = [o for o, good in zip(observed.observations, fine, strict=True) if not good]
@@ -301,10 +354,10 @@ class MetricPhase:
             self.faults.accept([o.score for o in usable])
             self.trajectory.extend(usable)
             self._forget(self.faults.revoke())
-            predictions = observed.predictions
+            predictions = observed.predictions if self.guide.wants_predictions else None
             if predictions is not None:
                 predictions = [p for p, good in zip(predictions, fine, strict=True) if good]
-            self.guide.observe(Round(self.trajectory, predictions))
+            self.guide.observe(Round(self.trajectory, self.interpolated, predictions, judges))
 
     def _forget(self, scores: list[float]) -> None:
         """These turned out to be faults of the metric: what was learned from them is learned anew without."""
@@ -342,5 +395,7 @@ class MetricPhase:
                 "predicted": predicted,
                 "coverage": self.guide.coverage,
                 "calls": self.ledger.calls["observe"],
+                "passes": self.ledger.passes["observe"],
+                "interpolation_error": None if self.virtual is None else self.virtual.error,
             }
         )

@@ -27,7 +27,8 @@ from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace, make_coordinates
 from . import checkpoint, preflight
 from .optimization import forget, give_own_learning_rate, raise_learning_rate, restart_schedule
-from .phase import MetricPhase, PhasePlan
+from .phase import MetricPhase
+from .plan import PhasePlan
 from .sharing import SharingTrainer
 
 logger = logging.getLogger(__name__)
@@ -156,10 +157,10 @@ class MetricOptTrainer(SharingTrainer):
             self.phi = self._build_phi(self.model)  # merged at the end of an earlier run
         self._requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
         self._metric_start = round(self.args.metric_start_ratio * max_steps)
-        self._unguided_start = self._metric_start + self.args.guided_steps(max_steps - self._metric_start)
         for parameter in self.phi.parameters:
             parameter.requires_grad_(True)
         self.phase = self._build_phase(max_steps)
+        self._unguided_start = self._metric_start + self.phase.plan.guided_steps
         if self._metric_start == 0:
             self._freeze()
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -341,27 +342,26 @@ class MetricOptTrainer(SharingTrainer):
 
     def _build_phase(self, max_steps: int) -> MetricPhase:
         args, metric_steps = self.args, max_steps - self._metric_start
-        ledger = Ledger(args.metric_call_budget)
+        guide = self._given_guide or guides.from_spec(args.guide, self._given_value_function)
+        before = self._metric_start if guide.in_first_phase else 0
+        given = self._given_value_function
+        dim = min(args.phi_dim, self.phi.dim) if given is None else given.num_coordinates
+        kinds = ("predictions", "scores") if args.observe == "predictions" else ("scores",)
+        plans = [PhasePlan.from_args(args, kind, metric_steps, before, dim) for kind in kinds]
+        ledger = Ledger(plans[0].calls, plans[0].passes)
         folds = data.folds(self.observation_dataset, args.observation_folds, args.seed)
         if len(folds) < args.observation_folds:
             logger.warning("The observation set cannot be divided: every call sees all of it (observation_folds=1).")
-        selection = self.selection_dataset
-        guide = self._given_guide or guides.from_spec(args.guide, self._given_value_function)
+        evaluator, selection = self._evaluator(folds, ledger, progress=True), self.selection_dataset
         return MetricPhase(
             phi=self.phi,
             moving=self.phi if guide.scope == "phi" else spaces.trainable(self.model),
-            observer=Observer(self._evaluator(folds, ledger, progress=True), args.perturbation_std, args.seed),
+            observer=Observer(evaluator, plans[0].perturbation_std, args.seed),
             selector=None if selection is None else self._evaluator([selection], ledger),
             guide=guide,
             make_coordinates=self._make_coordinates,
-            plan=PhasePlan(
-                value_weight=args.value_weight,
-                select_steps=args.selects_every(metric_steps),
-                observe_steps=args.observes_every(metric_steps, self._metric_start if guide.in_first_phase else 0),
-                observations_per_step=args.observations_per_step,
-                max_failures=args.max_metric_failures,
-                seed=args.seed,
-            ),
+            plans=plans,
+            on_all_rows=args.metric_on_all_rows,
         )
 
     def _evaluator(self, parts: Sequence[Any], ledger: Ledger, progress: bool = False) -> Evaluator:
