@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 from transformers import EvalPrediction
 
-from . import Ledger, Metric, MetricError
+from .errors import MetricError
+from .evaluation.ledger import Ledger
+from .evaluation.metric import Metric
 
 # The first step, in standard deviations of the logits: wide, because a metric of decisions is flat close by.
 FIRST_STEP = 2.0
@@ -39,7 +41,7 @@ def tune_bias(metric: Metric, prediction: EvalPrediction, ledger: Ledger, max_ca
         >>> accuracy(prediction) < 0.5, accuracy(add_bias(prediction, bias))
         (True, 1.0)
     """
-    logits = _logits(prediction)
+    logits = logits_of(prediction)
     bias = np.zeros(logits.shape[-1] if logits.ndim > 1 else 1)
     calls = 0
 
@@ -73,12 +75,13 @@ def tune_bias(metric: Metric, prediction: EvalPrediction, ledger: Ledger, max_ca
 
 def add_bias(prediction: EvalPrediction, bias: np.ndarray) -> EvalPrediction:
     """`prediction` with `bias` [classes] added to its logits; the original is left as it is."""
-    logits = _logits(prediction) + bias
+    logits = logits_of(prediction) + bias
     if isinstance(prediction.predictions, (tuple, list)):
         logits = (logits, *prediction.predictions[1:])
     return EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
 
 
-def _logits(prediction: EvalPrediction) -> np.ndarray:
+def logits_of(prediction: EvalPrediction) -> np.ndarray:
+    """What a bias is added to: the predictions, or, of a model's tuple of outputs, the first."""
     predictions = prediction.predictions
     return np.asarray(predictions[0] if isinstance(predictions, (tuple, list)) else predictions)

@@ -226,6 +226,10 @@ class FiLM(PhiSpace):
         return self.inserted + ((self._output_bias,) if self._output_bias else ())
 
     @property
+    def output_bias(self) -> str | None:
+        return self._output_bias
+
+    @property
     def inserted(self) -> tuple[str, ...]:
         return tuple(
             _join(site.host_name, part) for site in self._sites for part in (SCALE, SHIFT) if hasattr(site.host, part)

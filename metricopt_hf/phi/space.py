@@ -54,6 +54,11 @@ class PhiSpace(ABC):
         return ()
 
     @property
+    def output_bias(self) -> str | None:
+        """Which of `names` is the bias of the layer that makes the logits, where the space knows it."""
+        return None
+
+    @property
     def dim(self) -> int:
         return sum(p.numel() for p in self.parameters)
 
@@ -161,6 +166,10 @@ class Union(PhiSpace):
     @property
     def inserted(self) -> tuple[str, ...]:
         return self.parts[0].inserted + self.parts[1].inserted
+
+    @property
+    def output_bias(self) -> str | None:
+        return self.parts[0].output_bias or self.parts[1].output_bias
 
     def attach(self) -> None:
         for part in self.parts:

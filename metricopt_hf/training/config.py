@@ -150,6 +150,13 @@ class MetricOptConfig(TrainingArguments):
             "Default: 10, of scores 64."
         },
     )
+    tune_output_bias: bool = field(
+        default=True,
+        metadata={
+            "help": "Search a bias per logit on the observation set behind the last step, at the start and at the best "
+            "phi, and let the selection split say whether it is kept. It becomes part of the output layer."
+        },
+    )
     value_function_name_or_path: str | None = field(
         default=None, metadata={"help": "A value function to start from: a folder, or a name on the Hub."}
     )

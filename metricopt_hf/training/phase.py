@@ -29,6 +29,7 @@ from ..phi import Coordinates, PhiSpace
 from ..value import Signature
 from .faults import Faults
 from .plan import PhasePlan
+from .polish import polish
 from .result import RunResult
 from .selection import Selection
 
@@ -99,6 +100,10 @@ class MetricPhase:
         """Whether it has begun, and phi does not yet follow the loss alone."""
         return self.started and self.unguided_step is None
 
+    @property
+    def _branch(self) -> str:
+        return "guided" if self.unguided_step is None else "unguided"
+
     def start(self, step: int, coordinates: Coordinates | None = None, before: bool = False) -> None:
         """Begin, and forget what was observed in other coordinates: what does not move stands still from here on.
 
@@ -131,7 +136,7 @@ class MetricPhase:
             return
         since = step - self.start_step
         selects = since % self.plan.select_steps == 0 and not self.before
-        score = self.selection.consider(step) if selects else None
+        score = self.selection.consider(step, self._branch) if selects else None
         observes = self.guides and self.guide.off is None and self._observe(step)
         if selects or observes:
             self._record(step, score)
@@ -169,24 +174,21 @@ class MetricPhase:
         """The last phi is a candidate too; then the best is put in place, or `last_phi` where there is none."""
         if self.guides:
             self.last_phi = self.moving.read()
-        self._record(step, self.selection.consider(step))
+        self._record(step, self.selection.consider(step, self._branch))
+        if self.plan.tune_bias and self.moving is self.phi:
+            polish(self.evaluator, self.selection, self.start_phi, step)
         self.selection.confirm()
         best = self.selection.best
         if best.phi is None:
             self.moving.write(self.last_phi)
         else:
             self.moving.write(best.phi)
-            of = "" if self.kept_branch == "guided" else f", in {UNGUIDED_BRANCH}"
+            branches = {"guided": "", "unguided": f", in {UNGUIDED_BRANCH}", "bias": ", with its output bias tuned"}
+            of = branches[best.branch]
             logger.info(
                 f"Best {self.metric.name} on the selection split: {best.score:.4f} at step {best.step}{of}; this phi "
                 "is kept."
             )
-
-    @property
-    def kept_branch(self) -> str:
-        """Of which branch the best phi so far is."""
-        guided = self.unguided_step is None or self.selection.best.step <= self.unguided_step
-        return "guided" if guided else "unguided"
 
     def result(self) -> RunResult:
         """What can be told of the phase by now; it must have begun."""
@@ -198,7 +200,7 @@ class MetricPhase:
             best_phi=best.phi,
             best_score=best.score,
             best_step=best.step,
-            kept_branch=self.kept_branch,
+            kept_branch=best.branch,
             last_phi=self.last_phi,
             unguided_step=self.unguided_step,
             curve=self.curve,

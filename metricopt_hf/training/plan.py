@@ -46,6 +46,7 @@ class PhasePlan:
         round_size: of scores, metric calls in a round; of predictions, antithetic pairs in one.
         expand_steps: optimizer steps from one expansion of the outputs round phi to the next.
         checks: real observations by which the guide is judged before it is followed for the first time.
+        tune_bias: whether a tuned output bias is a candidate in the end.
         max_failures: metric calls failed in a row after which guidance is switched off.
         seed: of the guide.
     """
@@ -61,6 +62,7 @@ class PhasePlan:
     round_size: int
     expand_steps: int
     checks: int
+    tune_bias: bool
     max_failures: int
     seed: int
 
@@ -102,6 +104,7 @@ class PhasePlan:
             round_size=round_size,
             expand_steps=max(1, -(-observed // expansions)),
             checks=checks,
+            tune_bias=args.tune_output_bias,
             max_failures=args.max_metric_failures,
             seed=args.seed,
         )

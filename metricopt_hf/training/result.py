@@ -12,7 +12,7 @@ from ..evaluation.trajectory import Trajectory
 from ..hub import ValueFunction
 from ..phi import Coordinates
 
-Branch = Literal["guided", "unguided"]
+Branch = Literal["guided", "unguided", "bias"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class RunResult:
         best_phi: [d] the phi that the selection split preferred; None where nothing could be selected.
         best_score: its score on the selection split; nan without one.
         best_step: optimizer steps taken before it; -1 without one.
-        kept_branch: whether the best phi is of the guided steps (its start among them) or of the unguided branch.
+        kept_branch: whether the best phi is of the guided steps (its start among them), of the unguided branch, or has
+            got its output bias tuned behind the last step.
         last_phi: [d] where guided training ended, whichever phi was selected; None before its end.
         unguided_step: optimizer step at which the unguided branch began; None before that, or without one.
         curve: one entry per round or selection: step, selection (or None), trust, reason, gradient_agreement,

@@ -21,11 +21,13 @@ class Candidate:
         phi: [d], or None before there is one.
         score: the metric on the selection split.
         step: optimizer steps taken before it.
+        branch: of which it is: "guided" (the start among them), "unguided", or "bias", tuned behind the last step.
     """
 
     phi: Tensor | None = None
     score: float = float("nan")
     step: int = -1
+    branch: str = "guided"
 
 
 # so many of the best candidates are kept, in case that the first turns out to be a fault of the metric
@@ -50,7 +52,7 @@ class Selection:
         """The best so far; one without phi before there is any."""
         return self.candidates[0] if self.candidates else Candidate()
 
-    def consider(self, step: int) -> float | None:
+    def consider(self, step: int, branch: str = "guided") -> float | None:
         """Evaluate the present phi, and keep it if it is among the best so far; None where there is no score."""
         score = self._score()
         if score is None:
@@ -61,7 +63,7 @@ class Selection:
         self.faults.accept([score])
         place = sum(not self._better(score, candidate.score) for candidate in self.candidates)
         if place < KEPT:
-            self.candidates.insert(place, Candidate(self.space.read(), score, step))
+            self.candidates.insert(place, Candidate(self.space.read(), score, step, branch))
             del self.candidates[KEPT:]
         return score
 
@@ -95,4 +97,4 @@ class Selection:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.space.read().device
-        self.candidates = [Candidate(c["phi"].to(device), c["score"], c["step"]) for c in state["candidates"]]
+        self.candidates = [Candidate(**{**c, "phi": c["phi"].to(device)}) for c in state["candidates"]]
