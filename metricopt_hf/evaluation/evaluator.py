@@ -141,6 +141,15 @@ class Evaluator:
             raise outcome[0]
         return outcome[0]
 
+    def predict_many(self, points: Tensor) -> list[EvalPrediction]:
+        """Predictions and labels at other phi: points [n, d], on every rank all of them; nothing is charged."""
+        with self.phi.restored():
+            made = []
+            for point in points:
+                self.phi.write(point)
+                made.append(self.predictions())
+        return made
+
     def evaluate_many(
         self, points: Tensor, purpose: str, parts: Sequence[int] | None = None, predictions: bool = False
     ) -> Scores:

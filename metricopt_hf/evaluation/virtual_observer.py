@@ -7,12 +7,15 @@ says of other phi, on a random half of the rows each round, so that what holds f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..phi import Coordinates
@@ -56,16 +59,11 @@ class VirtualObserver:
             NotInterpolable: the outputs are no smooth function of phi.
         """
         phi = self.evaluator.phi.read()
-        offsets = torch.cat([torch.zeros(1, coordinates.dim), torch.eye(coordinates.dim).repeat_interleave(2, 0)])
-        offsets[1::2] *= self.step
-        offsets[2::2] *= -self.step
-        points = torch.stack([phi + coordinates.lift(offset.to(phi.device)) for offset in offsets])
+        offsets, points = self._points(coordinates, phi)
         scores = self.evaluator.evaluate_many(points, "observe", predictions=True)
-        centre, *ends = scores.predictions
         if self.interpolator is not None:
-            self.error = self.interpolator.error(self._relative(coordinates), centre)
-        pairs = list(zip(ends[::2], ends[1::2], strict=True))
-        self.interpolator = Interpolator(centre, pairs, self.step, self.evaluator.concat)
+            self.error = self.interpolator.error(self._relative(coordinates), scores.predictions[0])
+        self._interpolate(scores.predictions)
         self.centre = phi
         z = coordinates.encode(phi).cpu()
         fine = [i for i, error in enumerate(scores.errors) if error is None]
@@ -109,6 +107,28 @@ class VirtualObserver:
             if np.isfinite(score)
         ]
         return Observed(observations, errors + more, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state(), "centre": self.centre, "error": self.error}
+
+    def load_state_dict(self, state: dict[str, Any], coordinates: Coordinates) -> None:
+        """Predict round the same centre again: that takes a few passes, and the outputs take up no checkpoint."""
+        self.generator.set_state(state["generator"].to(torch.uint8))
+        self.error = state["error"]
+        if state["centre"] is not None:
+            self.centre = state["centre"].to(self.evaluator.phi.read().device)
+            self._interpolate(self.evaluator.predict_many(self._points(coordinates, self.centre)[1]))
+
+    def _points(self, coordinates: Coordinates, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """[2k + 1, k] offsets in the coordinates and [2k + 1, d] points: phi, and both ends of each coordinate."""
+        ends = self.step * torch.eye(coordinates.dim)
+        offsets = torch.cat([torch.zeros(1, coordinates.dim), torch.stack([ends, -ends], 1).flatten(0, 1)])
+        return offsets, torch.stack([phi + coordinates.lift(offset.to(phi.device)) for offset in offsets])
+
+    def _interpolate(self, predictions: Sequence[EvalPrediction]) -> None:
+        centre, *ends = predictions
+        pairs = list(zip(ends[::2], ends[1::2], strict=True))
+        self.interpolator = Interpolator(centre, pairs, self.step, self.evaluator.concat)
 
     def _scores(self, interpolator: Interpolator, z: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """The metric at z: [n, k] relative to the centre, [n] nan where it failed, and why; the same on every rank."""

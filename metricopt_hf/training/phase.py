@@ -265,6 +265,10 @@ class MetricPhase:
             "coordinates": self.coordinates.kind,
             "trajectory": {name: torch.as_tensor(array) for name, array in self.trajectory.state_dict().items()},
             "guide": self.guide.state_dict(),
+            "interpolated": {name: torch.as_tensor(array) for name, array in self.interpolated.state_dict().items()},
+            "virtual": None if self.virtual is None else self.virtual.state_dict(),
+            "next_expansion": self.next_expansion,
+            "expand_steps": self.expand_steps,
             "generator": self.observer.generator.get_state(),
             "selection": self.selection.state_dict(),
             "faults": self.faults.state_dict(),
@@ -281,7 +285,15 @@ class MetricPhase:
         self.start(state["start_step"], coordinates, state["before"])
         self.start_phi, self.last_phi = here(state["start_phi"]), here(state["last_phi"])
         self.unguided_step = state["unguided_step"]
-        self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})
+        self.trajectory, self.interpolated = (
+            Trajectory.from_state_dict({n: t.numpy() for n, t in state[name].items()})
+            for name in ("trajectory", "interpolated")
+        )
+        if state["virtual"] is None and self.virtual is not None:
+            self._observe_scores("they were in the run that is resumed")
+        elif self.virtual is not None:
+            self.virtual.load_state_dict(state["virtual"], coordinates)
+        self.next_expansion, self.expand_steps = state["next_expansion"], state["expand_steps"]
         self.guide.load_state_dict(state["guide"])
         self.observer.generator.set_state(state["generator"].to(torch.uint8))
         self.selection.load_state_dict(state["selection"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..errors import ValueFunctionError
 from .model import ValueNetwork
@@ -14,6 +15,7 @@ from .model import ValueNetwork
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.1
 RANKING_WEIGHT = 1.0
+RIDGE = 1.0  # of the linear part, in standardised units: as much as one observation says
 # standardised variance added to every observation's, so that a round that looks noiseless does not drown the others
 VARIANCE_FLOOR = 0.3
 # and the most: what is beyond it weighs nothing as it is, and would not fit into float32
@@ -49,6 +51,19 @@ def learners(folds: np.ndarray, num_members: int) -> np.ndarray:
     """
     groups = num_groups(folds, num_members)
     return np.arange(num_members)[:, None] % groups == np.unique(folds, return_inverse=True)[1][None] % groups
+
+
+def _fit_linear_part(network: ValueNetwork, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+    """Ridge regression in closed form: the slopes and intercepts of all members at once. weights: [members, n]."""
+    h = (inputs - network.z_mean) / network.z_std
+    design = torch.cat([h, torch.ones(len(h), 1)], 1).double()
+    penalty = torch.eye(design.shape[1], dtype=torch.float64)
+    penalty[-1, -1] = 1e-6  # the intercept is free
+    moments = torch.einsum("mn,ni,nj->mij", weights.double(), design, design) + RIDGE * penalty
+    solution = torch.linalg.solve(moments, torch.einsum("mn,ni,n->mi", weights.double(), design, targets.double()))
+    with torch.no_grad():
+        network.slopes.copy_(solution[:, :-1, None])
+        network.intercepts.copy_(solution[:, -1:, None])
 
 
 def fit(
@@ -107,6 +122,8 @@ def fit(
     # what a member does not learn weighs nothing; the mean weight stays
     weights = weights / weights.mean() * bootstrap * learns / learns.mean(1, keepdim=True).clamp_min(1 / n)
 
+    if standardise:
+        _fit_linear_part(network, inputs, targets, weights)
     # fused: these networks are so small that the optimizer's bookkeeping is a good part of a step
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     for _ in range(steps):

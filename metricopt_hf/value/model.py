@@ -48,6 +48,8 @@ class ValueNetwork(nn.Module):
         shapes = list(zip(sizes[:-1], sizes[1:], strict=True))
         self.weights = nn.ParameterList(nn.Parameter(torch.empty(num_members, i, o)) for i, o in shapes)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(num_members, 1, o)) for _, o in shapes)
+        self.slopes = nn.Parameter(torch.zeros(num_members, num_coordinates, 1))
+        self.intercepts = nn.Parameter(torch.zeros(num_members, 1, 1))
         self.register_buffer("z_mean", torch.zeros(num_coordinates))
         self.register_buffer("z_std", torch.ones(num_coordinates))
         self.register_buffer("score_mean", torch.zeros(()))
@@ -63,15 +65,19 @@ class ValueNetwork(nn.Module):
                 draw = torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
                 weight.copy_(draw)
                 bias.zero_()
+            self.weights[-1].zero_()  # at first the linear part alone, which is fitted in closed form
+            self.slopes.zero_()
+            self.intercepts.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
         """Standardised predictions of every member. z: [n, k], or for each its own [members, n, k] -> [members, n]."""
         h = ((z - self.z_mean) / self.z_std).expand(self.num_members, *z.shape[-2:])
+        linear = torch.baddbmm(self.intercepts, h, self.slopes)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             h = torch.baddbmm(bias, h, weight)
             if i < len(self.weights) - 1:
                 h = F.silu(h)  # measured: ranks new observations better than tanh, softplus or gelu
-        return h.squeeze(-1)
+        return (linear + h).squeeze(-1)
 
     @torch.no_grad()
     def predict(self, z: Tensor) -> tuple[Tensor, Tensor]:

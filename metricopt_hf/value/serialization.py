@@ -52,6 +52,8 @@ def network_shapes(num_coordinates: int, hidden_size: int, num_members: int) -> 
     return {
         **{f"weights.{i}": (num_members, inputs, outputs) for i, (inputs, outputs) in layers},
         **{f"biases.{i}": (num_members, 1, outputs) for i, (_, outputs) in layers},
+        "slopes": (num_members, num_coordinates, 1),
+        "intercepts": (num_members, 1, 1),
     }
 
 
