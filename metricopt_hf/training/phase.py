@@ -28,7 +28,7 @@ from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace
 from ..value import Signature
 from .faults import Faults
-from .plan import PhasePlan
+from .plan import FIRST_ROUNDS, PhasePlan
 from .polish import polish
 from .result import RunResult
 from .selection import Selection
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 UNGUIDED_BRANCH = "the unguided branch"
 # step along each coordinate from which the outputs' slopes are taken, in its units
 STEP = 0.1
-# antithetic pairs on interpolated predictions behind the first expansion
-FIRST_PAIRS = 64
 # the latest observations on interpolated predictions that are kept, and fitted to
 MOST_INTERPOLATED = 512
 # an interpolator that was further off where the next one was made (see `Interpolator.error`) was used for too long
@@ -302,8 +300,7 @@ class MetricPhase:
 
     def _observe(self, step: int) -> bool:
         """Take observations, where it is time to, and let the guide learn; whether real ones were taken."""
-        if self.virtual is not None and step >= self.next_expansion:
-            self._expand(step)
+        if self.virtual is not None and step >= self.next_expansion and self._expand(step):
             return True
         since = step - self.start_step
         if self.virtual is not None:
@@ -317,25 +314,30 @@ class MetricPhase:
             self._take(self.observer.observe(self.coordinates, step, count, self.guide.wants_predictions))
         return True
 
-    def _expand(self, step: int) -> None:
-        """Expand the outputs round phi, if the budgets allow it, and let the guide be judged on what was computed."""
+    def _expand(self, step: int) -> bool:
+        """Expand the outputs round phi, and let the guide be judged on what was computed; whether that was possible."""
         first, passes = self.virtual.interpolator is None, self.virtual.passes(self.coordinates.dim)
-        if passes + self.plan.checks * first > min(self.ledger.remaining, self.ledger.remaining_passes):
+        passes += self.plan.checks * first
+        if passes > (left := min(self.ledger.remaining, self.ledger.remaining_passes)):
             self.next_expansion = sys.maxsize
-            return
+            if first and left > 0:
+                self._observe_scores(f"that takes {passes} forward passes to begin with, and the budgets allow {left}")
+            return False
         try:
             observed = self.virtual.expand(self.coordinates, step)
         except NotInterpolable as error:
             self._observe_scores(str(error))
-            return
+            return False
         if first:  # the guide is judged before it is followed
-            self._observe_virtually(step, FIRST_PAIRS)
+            for _ in range(FIRST_ROUNDS):
+                self._observe_virtually(step, self.plan.round_size)
             self._take(self.observer.observe(self.coordinates, step, self.plan.checks, self.guide.wants_predictions))
         elif self.virtual.error > LARGE_ERROR:
             self.expand_steps = max(1, self.expand_steps // 2)
         self._take(observed, judges=not first)
         self._observe_virtually(step, self.plan.round_size)
         self.next_expansion = step + self.expand_steps
+        return True
 
     def _observe_scores(self, why: str) -> None:
         """From now on scores are observed, and not predictions."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from .config import MetricOptConfig
 
 SELECTIONS = 20  # evaluations on the selection split, beside the last one
-VIRTUAL_ROUNDS = 40  # rounds of observations on interpolated predictions
+PAIRS = 16  # antithetic pairs in a round of observations on interpolated predictions
+FIRST_ROUNDS = 2  # such rounds behind the first expansion, before the guide is judged
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,11 @@ class PhasePlan:
         expansion, checks = 2 * dim + 1, args.observations_per_step
         expansions = max(1, (real - checks) // expansion)
         if observe == "scores":
-            round_size, rounds = checks, max(1, -(-real // checks))
-        else:
-            rounds = VIRTUAL_ROUNDS
-            round_size = max(0, (calls - expansions * expansion - checks) // (rounds + expansions) - 1) // 2
+            round_size, rounds = checks, -(-real // checks)
+        else:  # what is left of the calls, beside those of expansions and of the rounds that come with them
+            round_size = PAIRS
+            left = calls - checks - expansions * (expansion + 2 * PAIRS + 1) - FIRST_ROUNDS * (2 * PAIRS + 1)
+            rounds = left // (2 * PAIRS + 1)
         return cls(
             observe=observe,
             passes=passes,
@@ -100,7 +102,7 @@ class PhasePlan:
             perturbation_std=given(args.perturbation_std, default.perturbation_std),
             guided_steps=guided,
             select_steps=given(args.select_steps, max(1, steps // SELECTIONS)),
-            observe_steps=given(args.observe_steps, max(1, observed // rounds)),
+            observe_steps=given(args.observe_steps, max(1, observed // max(1, rounds))),
             round_size=round_size,
             expand_steps=max(1, -(-observed // expansions)),
             checks=checks,
