@@ -1,7 +1,7 @@
 """Interpolator: a model's outputs near phi as a function of the coordinates, so that a metric call costs no pass.
 
-Near a centre the outputs are smooth in z: o(z) = o_0 + sum_j z_j d_j, where d_j is the difference quotient of two
-forward passes at plus and minus h along coordinate j. Minimum error rate training (Och, 2003) does this for the few
+Near a centre the outputs are smooth in z: o(z) = o_0 + D z, where D is had from the differences of forward passes at
+both ends of k directions in z. Minimum error rate training (Och, 2003) does this for the few
 weights of a log-linear model; here it is for the adapters of any network. The metric is called on o(z) as it is: the
 metric is exact, its argument is approximate, and by how much is measured (`error`).
 """
@@ -30,8 +30,8 @@ class Interpolator:
 
     Args:
         centre: predictions and labels at the centre.
-        pairs: for each coordinate the predictions at plus and at minus `step` along it.
-        step: h, in units of the coordinates.
+        pairs: predictions at both ends of each direction.
+        directions: [k, k] from the centre to the first of these, orthogonal to each other and of one length.
         concat: whether batches are joined (see `rows`).
 
     Raises:
@@ -42,11 +42,11 @@ class Interpolator:
         self,
         centre: EvalPrediction,
         pairs: Sequence[tuple[EvalPrediction, EvalPrediction]],
-        step: float,
+        directions: np.ndarray,
         concat: bool = True,
     ):
         leaves = _leaves(centre)
-        slopes: dict[tuple, np.ndarray] = {}
+        differences: dict[tuple, np.ndarray] = {}
         for j, (plus, minus) in enumerate(pairs):
             above, below = _leaves(plus), _leaves(minus)
             for path, value in leaves.items():
@@ -56,13 +56,15 @@ class Interpolator:
                 if any(end is None or end.shape != value.shape for end in ends):
                     raise NotInterpolable("the shape of the model's outputs changes with phi")
                 if np.issubdtype(value.dtype, np.floating):
-                    slope = (ends[0].astype(np.float32) - ends[1]) / (2 * step)
-                    slopes.setdefault(path, np.empty((len(pairs), *value.shape), np.float32))[j] = slope
+                    differences.setdefault(path, np.empty((len(pairs), *value.shape), np.float32))[j] = (
+                        ends[0].astype(np.float32) - ends[1]
+                    ) / 2
                 elif not all(np.array_equal(value, end) for end in ends):
                     raise NotInterpolable("the model's outputs are whole numbers that change with phi")
-        if not any(path[0] == "predictions" for path in slopes):
+        if not any(path[0] == "predictions" for path in differences):
             raise NotInterpolable("the model's outputs hold no floating-point numbers")
-        self._set(centre, slopes, concat)
+        inverse = np.asarray(directions, np.float32) / np.square(directions[0]).sum()  # of what is orthogonal
+        self._set(centre, {path: np.tensordot(inverse.T, d, 1) for path, d in differences.items()}, concat)
 
     def _set(self, centre: EvalPrediction, slopes: dict[tuple, np.ndarray], concat: bool) -> None:
         self.centre, self.concat = centre, concat

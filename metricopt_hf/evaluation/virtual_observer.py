@@ -29,20 +29,22 @@ from .rows import num_rows
 class VirtualObserver:
     """Expands the outputs round phi, and observes on what is interpolated.
 
+    An expansion takes passes at both ends of as many orthogonal directions as there are coordinates, drawn at random
+    and as long as an ordinary perturbation: so the real scores that come with them say what the guide is worth.
+
     Args:
         evaluator: predicts, and gives the metric on the observation set.
         perturbation_std: standard deviation of the perturbation on each coordinate.
-        step: length of the step along each coordinate from which slopes are taken.
         on_all_rows: whether the metric makes sense on all rows only.
         seed: of the private generator, the same on every rank.
     """
 
-    def __init__(self, evaluator: Evaluator, perturbation_std: float, step: float, on_all_rows: bool, seed: int):
-        self.evaluator, self.perturbation_std, self.step = evaluator, perturbation_std, step
-        self.on_all_rows = on_all_rows
+    def __init__(self, evaluator: Evaluator, perturbation_std: float, on_all_rows: bool, seed: int):
+        self.evaluator, self.perturbation_std, self.on_all_rows = evaluator, perturbation_std, on_all_rows
         self.generator = torch.Generator().manual_seed(seed)
         self.interpolator: Interpolator | None = None
         self.centre: Tensor | None = None  # phi round which was expanded: [d]
+        self.directions: Tensor | None = None  # along which: [k, k], a step each
         self.error: float | None = None  # of the last interpolator, where the next one was made
 
     def passes(self, dim: int) -> int:
@@ -53,17 +55,19 @@ class VirtualObserver:
         """Take the passes round the present phi, and measure how far the last interpolator was off there.
 
         Returns:
-            The real observations that come with it: the metric at phi, and at both ends of each coordinate.
+            The real observations that come with it: the metric at phi, and at both ends of each direction.
 
         Raises:
             NotInterpolable: the outputs are no smooth function of phi.
         """
         phi = self.evaluator.phi.read()
-        offsets, points = self._points(coordinates, phi)
+        draws = torch.randn(coordinates.dim, coordinates.dim, generator=self.generator, dtype=torch.float64)
+        directions = torch.linalg.qr(draws).Q.float() * self.perturbation_std * coordinates.dim**0.5
+        offsets, points = self._points(coordinates, phi, directions)
         scores = self.evaluator.evaluate_many(points, "observe", predictions=True)
         if self.interpolator is not None:
             self.error = self.interpolator.error(self._relative(coordinates), scores.predictions[0])
-        self._interpolate(scores.predictions)
+        self._interpolate(scores.predictions, directions)
         self.centre = phi
         z = coordinates.encode(phi).cpu()
         fine = [i for i, error in enumerate(scores.errors) if error is None]
@@ -109,7 +113,12 @@ class VirtualObserver:
         return Observed(observations, errors + more, None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state(), "centre": self.centre, "error": self.error}
+        return {
+            "generator": self.generator.get_state(),
+            "centre": self.centre,
+            "directions": self.directions,
+            "error": self.error,
+        }
 
     def load_state_dict(self, state: dict[str, Any], coordinates: Coordinates) -> None:
         """Predict round the same centre again: that takes a few passes, and the outputs take up no checkpoint."""
@@ -117,18 +126,21 @@ class VirtualObserver:
         self.error = state["error"]
         if state["centre"] is not None:
             self.centre = state["centre"].to(self.evaluator.phi.read().device)
-            self._interpolate(self.evaluator.predict_many(self._points(coordinates, self.centre)[1]))
+            _, points = self._points(coordinates, self.centre, state["directions"])
+            self._interpolate(self.evaluator.predict_many(points), state["directions"])
 
-    def _points(self, coordinates: Coordinates, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """[2k + 1, k] offsets in the coordinates and [2k + 1, d] points: phi, and both ends of each coordinate."""
-        ends = self.step * torch.eye(coordinates.dim)
-        offsets = torch.cat([torch.zeros(1, coordinates.dim), torch.stack([ends, -ends], 1).flatten(0, 1)])
+    @staticmethod
+    def _points(coordinates: Coordinates, phi: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """[2k + 1, k] offsets in the coordinates and [2k + 1, d] points: phi, and both ends of each direction."""
+        ends = torch.stack([directions, -directions], 1).flatten(0, 1)
+        offsets = torch.cat([torch.zeros(1, coordinates.dim), ends])
         return offsets, torch.stack([phi + coordinates.lift(offset.to(phi.device)) for offset in offsets])
 
-    def _interpolate(self, predictions: Sequence[EvalPrediction]) -> None:
+    def _interpolate(self, predictions: Sequence[EvalPrediction], directions: Tensor) -> None:
         centre, *ends = predictions
         pairs = list(zip(ends[::2], ends[1::2], strict=True))
-        self.interpolator = Interpolator(centre, pairs, self.step, self.evaluator.concat)
+        self.interpolator = Interpolator(centre, pairs, directions.numpy(), self.evaluator.concat)
+        self.directions = directions
 
     def _scores(self, interpolator: Interpolator, z: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """The metric at z: [n, k] relative to the centre, [n] nan where it failed, and why; the same on every rank."""

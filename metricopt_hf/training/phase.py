@@ -36,8 +36,6 @@ from .selection import Selection
 logger = logging.getLogger(__name__)
 
 UNGUIDED_BRANCH = "the unguided branch"
-# step along each coordinate from which the outputs' slopes are taken, in its units
-STEP = 0.1
 # the latest observations on interpolated predictions that are kept, and fitted to
 MOST_INTERPOLATED = 512
 # an interpolator that was further off where the next one was made (see `Interpolator.error`) was used for too long
@@ -74,7 +72,7 @@ class MetricPhase:
         plan, self.evaluator = self.plan, observer.evaluator
         self.virtual = None
         if plan.observe == "predictions":
-            self.virtual = VirtualObserver(self.evaluator, plan.perturbation_std, STEP, on_all_rows, plan.seed)
+            self.virtual = VirtualObserver(self.evaluator, plan.perturbation_std, on_all_rows, plan.seed)
         self.metric, self.ledger = self.evaluator.metric, self.evaluator.ledger
         self.faults = Faults(plan.max_failures, self._switch_off)
         self.selection = Selection(selector, moving, self.faults)

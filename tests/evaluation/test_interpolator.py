@@ -9,6 +9,7 @@ from metricopt_hf.evaluation.interpolator import Interpolator, NotInterpolable
 ROWS, CLASSES, DIM = 6, 3, 4
 RNG = np.random.default_rng(0)
 CENTRE, SLOPES = RNG.normal(size=(ROWS, CLASSES)).astype(np.float32), RNG.normal(size=(DIM, ROWS, CLASSES))
+DIRECTIONS = np.linalg.qr(RNG.normal(size=(DIM, DIM)))[0]
 LABELS = (np.arange(ROWS) % CLASSES, np.arange(ROWS) % 2)
 
 
@@ -25,8 +26,8 @@ def batches(z):
 
 
 def made(outputs=linear, step=0.1, concat=True):
-    ends = step * np.eye(DIM)
-    return Interpolator(outputs(np.zeros(DIM)), [(outputs(end), outputs(-end)) for end in ends], step, concat)
+    ends = step * DIRECTIONS
+    return Interpolator(outputs(np.zeros(DIM)), [(outputs(end), outputs(-end)) for end in ends], ends, concat)
 
 
 POINTS = RNG.normal(size=(5, DIM))
