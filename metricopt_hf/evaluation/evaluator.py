@@ -5,6 +5,7 @@ Whoever asks for scores does not know how they are computed: here point by point
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -169,7 +170,9 @@ class Evaluator:
                         score = self.metric(prediction)
                     except MetricError as failure:
                         prediction, error = None, str(failure)
-                taken.append((i, score, error, perf_counter() - start, prediction if predictions else None))
+                # a copy: they may be views of kept batches, or, of a model that returns parameters, of phi itself
+                handed_out = copy.deepcopy(prediction) if predictions else None
+                taken.append((i, score, error, perf_counter() - start, handed_out))
         if self.world_size > 1:
             others = [entry for entry in gather_object(taken) if entry[0] % self.world_size != self.rank]
             self.ledger.add(purpose, len(others), sum(entry[3] for entry in others))
