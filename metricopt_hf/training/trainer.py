@@ -253,7 +253,7 @@ class MetricOptTrainer(SharingTrainer):
         args, start, unguided = self.args, self._metric_start, self._unguided_start
         scheduler = super().create_scheduler(start or unguided, optimizer)
         if start:
-            restart_schedule(scheduler, self.phi.parameters, args, start, unguided)
+            restart_schedule(scheduler, self.phase.moving.parameters, args, start, unguided)
         if unguided < num_training_steps:
             rate = args.unguided_learning_rate or args.phi_learning_rate or args.learning_rate
             raise_learning_rate(scheduler, self.phi.parameters, unguided, num_training_steps, rate)
