@@ -49,7 +49,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["metricopt_hf", "metricopt_hf.*"]),
     # The `evaluate` scripts lie in folders that are no packages: `evaluate.load` reads them as files.
-    package_data={"metricopt_hf": ["metrics/*/*.py", "templates/*.md"]},
+    package_data={"metricopt_hf": ["metrics/*/*.py", "hub/templates/*.md"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[
