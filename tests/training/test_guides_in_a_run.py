@@ -1,6 +1,5 @@
 """What a guide may ask for in a run: a loss of its own, all parameters, the first phase, predictions, the metric."""
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
