@@ -1,8 +1,8 @@
 """Metric: the user's black box, called with predictions and labels, answering one finite number.
 
-Nobody looks inside. What is checked is what comes out, and what goes in is a copy; what a call changes of the world (see
-`world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and whatever
-it answers or raises, a call ends in one finite number or in a `MetricError`.
+Nobody looks inside. What is checked is what comes out, and what goes in is a copy; what a call changes of the world
+(see `world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and
+whatever it answers or raises, a call ends in one finite number or in a `MetricError`.
 """
 
 from __future__ import annotations
