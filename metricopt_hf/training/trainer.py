@@ -25,7 +25,7 @@ from ..evaluation.observer import Observer
 from ..guides import Guide
 from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace, make_coordinates
-from . import checkpoint, preflight
+from . import checkpoint, preflight, ranks
 from .optimization import forget, give_own_learning_rate, raise_learning_rate, restart_schedule
 from .phase import MetricPhase, PhasePlan
 from .sharing import SharingTrainer
@@ -125,7 +125,7 @@ class MetricOptTrainer(SharingTrainer):
         if resume_from_checkpoint:
             last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
             checkpoint.check(last or resume_from_checkpoint)
-        with self._wrapped():
+        with self._wrapped(), ranks.told_when_lost(self.args):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._finish_run()
         return output
