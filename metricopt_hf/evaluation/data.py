@@ -87,6 +87,11 @@ def places(dataset: Any) -> np.ndarray:
     return np.arange(len(dataset)) if found is None else found
 
 
+def is_part(dataset: Any) -> bool:
+    """Whether it was taken from another."""
+    return hasattr(dataset, "_metricopt_places")
+
+
 def examples_of(features: Any, examples: Any) -> Any:
     """Those of `examples` that `features`, a part of a set, were made of; see `CompletingTrainer`.
 

@@ -129,8 +129,11 @@ class Evaluator:
         with undisturbed(self.phi.model):
             return self.parts[part].predictions()
 
-    def evaluate(self, purpose: str, part: int = 0) -> float:
+    def evaluate(self, purpose: str, part: int = 0, complete: Callable | None = None) -> float:
         """The metric at the present phi, charged to `purpose`. All ranks predict, and rank 0 calls the metric.
+
+        Args:
+            complete: what the metric is given instead of the predictions, other than what the part's own says.
 
         Raises:
             MetricError: see `Metric`; the same on every rank.
@@ -139,7 +142,7 @@ class Evaluator:
         if self.rank == 0:
             with self.ledger.charge(purpose), undisturbed(self.phi.model):
                 try:
-                    outcome = [self._score(part)[0]]
+                    outcome = [self._score(part, complete=complete)[0]]
                 except MetricError as error:
                     outcome = [error]
         else:  # nobody predicts behind a test of its rank: a model's loss may wait for all of them
@@ -188,17 +191,20 @@ class Evaluator:
         return Scores(np.array(values), errors, np.array(seconds), predicted if predictions else None)
 
 
-    def _score(self, part: int, predictions: bool = False) -> tuple[float, EvalPrediction | None]:
+    def _score(
+        self, part: int, predictions: bool = False, complete: Callable | None = None
+    ) -> tuple[float, EvalPrediction | None]:
         """The metric at the present phi, and, where they are wanted, the predictions too."""
         if not self.phi.read().isfinite().all():
             raise MetricError(
                 f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
                 "moved it. What was selected before stays."
             )
-        if self.metric.batchwise and self.complete[part] is None and not predictions:
+        complete = complete or self.complete[part]
+        if self.metric.batchwise and complete is None and not predictions:
             return self.metric.over(self.parts[part].each()), None
         prediction = self.parts[part].predictions()
-        return self.metric(prediction, self.complete[part]), prediction
+        return self.metric(prediction, complete), prediction
 
 
 class _Part:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from transformers import EvalPrediction, Trainer
+import numpy as np
+from transformers import EvalPrediction, Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import denumpify_detensorize
 
+from ..errors import MetricError
 from ..evaluation import data
+from ..evaluation.evaluator import Evaluator
+
+logger = logging.getLogger(__name__)
 
 INDICES = "indices"  # in `include_for_metrics`
+POST_PROCESS = (
+    "evaluate() is overridden here: if it makes something else of the predictions before it calls compute_metrics, hand "
+    "the same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see CompletingTrainer)."
+)
 
 
 class CompletingTrainer(Trainer):
@@ -82,5 +92,47 @@ class CompletingTrainer(Trainer):
         examples = dataset if self.eval_examples is None else data.examples_of(dataset, self.eval_examples)
         return self._post_process(examples, dataset, prediction)
 
+    def _tell_of_places(self, evaluator: Evaluator, scores: Sequence[float]) -> None:
+        """Warn of a metric that looks rows up by their place, where it is given parts of `eval_dataset`: in another
+        order of the rows it answers another number. `scores` are what it answered on each part."""
+        if self._completes or not data.is_part(self.observation_dataset):
+            return
+        try:
+            for part, score in enumerate(scores[:2]):
+                other = evaluator.evaluate("check", part, partial(_reordered, by_label=part == 0))
+                if np.isclose(other, score):
+                    continue
+                if np.isclose(evaluator.evaluate("check", part), score):  # else it is never twice the same
+                    logger.warning(
+                        f"In another order of the same rows {self.metric.name} is {other:g} instead of {score:g}: does "
+                        "it look rows up by their place in eval_dataset? It is given random parts of that. Set "
+                        'include_for_metrics=["indices"] and look up prediction.indices, or pass an '
+                        "observation_dataset and a selection_dataset that it knows, with observation_folds=1."
+                    )
+                return
+        except MetricError:
+            pass
+
+    @property
+    def _hint(self) -> str:
+        """What a metric that fails at its first call may lack."""
+        overridden = type(self).evaluate not in (CompletingTrainer.evaluate, Seq2SeqTrainer.evaluate)
+        return POST_PROCESS if overridden and self.post_process_function is None else ""
+
     def _post_process(self, examples: Any, features: Any, prediction: EvalPrediction) -> EvalPrediction:
         return self.post_process_function(examples, features, prediction.predictions)
+
+
+def _reordered(prediction: EvalPrediction, by_label: bool) -> EvalPrediction:
+    """The same rows, sorted by their labels, or the last first."""
+    labels = prediction.label_ids
+    sortable = by_label and isinstance(labels, np.ndarray) and labels.ndim == 1
+    order = np.argsort(labels, kind="stable") if sortable else slice(None, None, -1)
+
+    def turn(rows: Any) -> Any:
+        if isinstance(rows, tuple):
+            return tuple(map(turn, rows))
+        return rows[order].copy() if isinstance(rows, np.ndarray) and rows.ndim else rows
+
+    fields = ("predictions", "label_ids", "inputs", "losses")
+    return EvalPrediction(**{name: turn(getattr(prediction, name)) for name in fields})

@@ -92,7 +92,7 @@ class Faults:
         self.in_a_row = 0 if succeeded else self.in_a_row + len(errors)
         for error, times in Counter(errors).items():
             dropped = "The observation is dropped" if times == 1 else f"{times} observations are dropped"
-            logger.warning(f"{error} {dropped} ({self.in_a_row} failed in a row).")
+            logger.warning(f"{error.rstrip('.')}. {dropped} ({self.in_a_row} failed in a row).")
         if self.in_a_row >= self.max_in_a_row:
             reason = f"the metric failed {self.in_a_row} times in a row"
             if self.give_up(reason):

@@ -425,8 +425,9 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
                 f"{error}\nThis was the first call of the metric, on the observation set, before training; nothing "
                 "was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
                 "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite number, "
-                "or a dict that holds one."
+                f"or a dict that holds one. {self._hint}".rstrip()
             ) from error
+        self._tell_of_places(evaluator, scores)
         score = sum(scores) / len(scores)
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
