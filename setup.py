@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
     "numpy",
     "pyarrow>=14.0.1",  # an older one can be made to run code that a parquet file holds
     "jinja2",  # model cards
+    "psutil",  # which rank of a run has gone
 ]
 
 EXTRAS = {
