@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -40,12 +40,12 @@ def cut(dataset: Any, size: int | None, seed: int) -> tuple[Any, Any]:
 def folds(dataset: Any, count: int, seed: int) -> list[Any]:
     """Disjoint random parts of a data set, of equal size but for one example, each in its order.
 
-    One that is iterated, or has no length, cannot be divided: it is the only part.
+    One without a length cannot be divided: it is the only part.
 
     Raises:
         ConfigurationError: there are fewer examples than parts.
     """
-    if count == 1 or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if count == 1 or not hasattr(dataset, "__len__"):
         return [dataset]
     if len(dataset) < count:
         raise ConfigurationError(
@@ -56,10 +56,58 @@ def folds(dataset: Any, count: int, seed: int) -> list[Any]:
     return [take(dataset, np.sort(part)) for part in parts]
 
 
+class _Picked(IterableDataset):
+    """Some rows of a data set that can only be iterated, in its order."""
+
+    def __init__(self, dataset: Iterable[Any], indices: Collection[int]):
+        self.dataset, self.indices = dataset, frozenset(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (row for i, row in enumerate(self.dataset) if i in self.indices)
+
+
 def take(dataset: Any, indices: np.ndarray) -> Any:
-    """The examples at `indices` of a `datasets.Dataset` or a map-style torch data set, in this order."""
-    indices = [int(i) for i in indices]
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
+    """The examples at `indices` of a `datasets.Dataset` or a torch data set, in this order (iterated: in its own)."""
+    if isinstance(dataset, IterableDataset):
+        indices = np.sort(indices)
+        taken = _Picked(dataset, indices.tolist())
+    else:
+        rows = [int(i) for i in indices]
+        taken = dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
+    taken._metricopt_places = places(dataset)[indices]
+    return taken
+
+
+def places(dataset: Any) -> np.ndarray:
+    """[n] int64, where the rows of a part lie in the data set that it was taken from, or of that itself all."""
+    found = getattr(dataset, "_metricopt_places", None)
+    return np.arange(len(dataset)) if found is None else found
+
+
+def is_part(dataset: Any) -> bool:
+    """Whether it was taken from another."""
+    return hasattr(dataset, "_metricopt_places")
+
+
+def examples_of(features: Any, examples: Any) -> Any:
+    """Those of `examples` that `features`, a part of a set, were made of; see `CompletingTrainer`.
+
+    Raises:
+        ConfigurationError: which they are cannot be told.
+    """
+    if "example_id" in getattr(features, "column_names", ()) and "id" in getattr(examples, "column_names", ()):
+        wanted = set(features["example_id"])
+        return take(examples, np.array([i for i, name in enumerate(examples["id"]) if name in wanted], int))
+    where = places(features)
+    if len(where) and where.max() >= len(examples):
+        raise ConfigurationError(
+            f"eval_examples has {len(examples)} rows, too few for features up to row {where.max()}: give one example "
+            'per feature, or features with a column "example_id" and examples with "id".'
+        )
+    return take(examples, where)
 
 
 def in_order(dataset: Any, batch_size: int, collate: Callable, num_workers: int = 0) -> Callable[[], Iterator[Any]]:

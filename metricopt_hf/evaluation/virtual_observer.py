@@ -40,7 +40,9 @@ class VirtualObserver:
     """
 
     def __init__(self, evaluator: Evaluator, perturbation_std: float, on_all_rows: bool, seed: int):
-        self.evaluator, self.perturbation_std, self.on_all_rows = evaluator, perturbation_std, on_all_rows
+        self.evaluator, self.perturbation_std = evaluator, perturbation_std
+        # what completes predictions knows all rows by their place
+        self.on_all_rows = on_all_rows or evaluator.complete[0] is not None
         self.generator = torch.Generator().manual_seed(seed)
         self.interpolator: Interpolator | None = None
         self.centre: Tensor | None = None  # phi round which was expanded: [d]
@@ -150,7 +152,7 @@ class VirtualObserver:
         start = perf_counter()
         for i, prediction in zip(mine, interpolator.at(z[mine]), strict=True):
             try:
-                taken.append((int(i), evaluator.metric(prediction), None))
+                taken.append((int(i), evaluator.metric(prediction, evaluator.complete[0]), None))
             except MetricError as error:
                 taken.append((int(i), float("nan"), str(error)))
         if evaluator.world_size > 1:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments, get_scheduler
+
+# in an optimizer's group: the peak learning rate that its parameters would have as part of the whole model
+SHARED_RATE = "shared_lr"
 
 
 def give_own_learning_rate(optimizer: Optimizer, parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
@@ -19,7 +23,7 @@ def give_own_learning_rate(optimizer: Optimizer, parameters: Sequence[nn.Paramet
         moved = [p for p in group["params"] if id(p) in mine]
         group["params"] = [p for p in group["params"] if id(p) not in mine]
         if moved:
-            groups.append({**group, "params": moved, "lr": learning_rate})
+            groups.append({**group, "params": moved, "lr": learning_rate, SHARED_RATE: group["lr"]})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     for group in groups:
         optimizer.add_param_group(group)
@@ -30,13 +34,14 @@ def restart_schedule(
 ) -> None:
     """Let the groups of `parameters` run the schedule once more, from `start` to `end`.
 
-    Before `start` they follow, as part of the whole model, the same learning rate as everything else. Schedules that
-    react to evaluation instead of counting steps are left as they are.
+    Before `start` they follow, as part of the whole model, the learning rate that they would have had without one of
+    their own. Schedules that react to evaluation instead of counting steps are left as they are.
     """
 
-    def change(before: Callable[[int], float], peak: float) -> Callable[[int], float]:
+    def change(before: Callable[[int], float], group: dict[str, Any]) -> Callable[[int], float]:
         again = _schedule(args, end - start)
-        return lambda step: args.learning_rate / peak * before(step) if step < start else again(step - start)
+        ratio = group.get(SHARED_RATE, group["initial_lr"]) / group["initial_lr"]
+        return lambda step: ratio * before(step) if step < start else again(step - start)
 
     _change_schedule(scheduler, parameters, change)
 
@@ -51,8 +56,8 @@ def raise_learning_rate(
     """
     rising = max(1, (end - start) // 3)
 
-    def change(before: Callable[[int], float], peak: float) -> Callable[[int], float]:
-        ratio = learning_rate / peak
+    def change(before: Callable[[int], float], group: dict[str, Any]) -> Callable[[int], float]:
+        ratio = learning_rate / group["initial_lr"]
         return lambda step: before(step) if step < start else ratio ** min(1, (step - start) / rising)
 
     _change_schedule(scheduler, parameters, change)
@@ -67,15 +72,15 @@ def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
 def _change_schedule(
     scheduler: LRScheduler,
     parameters: Sequence[nn.Parameter],
-    change: Callable[[Callable[[int], float], float], Callable[[int], float]],
+    change: Callable[[Callable[[int], float], dict[str, Any]], Callable[[int], float]],
 ) -> None:
-    """Replace the step -> factor of the groups of `parameters`, given the old one and the group's peak rate."""
+    """Replace the step -> factor of the groups of `parameters`, given the old one and the group."""
     if not isinstance(scheduler, LambdaLR):
         return
     mine = {id(p) for p in parameters}
     for i, group in enumerate(scheduler.optimizer.param_groups):
         if any(id(p) in mine for p in group["params"]):
-            scheduler.lr_lambdas[i] = change(scheduler.lr_lambdas[i], group["initial_lr"])
+            scheduler.lr_lambdas[i] = change(scheduler.lr_lambdas[i], group)
             group["lr"] = group["initial_lr"] * scheduler.lr_lambdas[i](0)
 
 

@@ -50,8 +50,10 @@ def resolve_metric(
         )
     if compute_metrics is None or name is None:
         return None
-    function = metrics.whole_set(compute_metrics) if args.batch_eval_metrics else compute_metrics
-    return Metric(function, name, args.resolved_greater_is_better, args.metric_timeout, exact=True)
+    batchwise = args.batch_eval_metrics and metrics.takes_batches(compute_metrics)
+    return Metric(
+        compute_metrics, name, args.resolved_greater_is_better, args.metric_timeout, exact=True, batchwise=batchwise
+    )
 
 
 def metric_name(args: TrainingArguments, eval_dataset: Any) -> str | None:

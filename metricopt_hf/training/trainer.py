@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import guides
@@ -25,7 +26,8 @@ from ..evaluation.observer import Observer
 from ..guides import Guide
 from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace, make_coordinates
-from . import checkpoint, preflight
+from . import checkpoint, preflight, ranks
+from .completing import CompletingTrainer
 from .optimization import forget, give_own_learning_rate, raise_learning_rate, restart_schedule
 from .phase import MetricPhase
 from .plan import PhasePlan
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 FIRST, METRIC = "first phase", "metric phase"
 
 
-class MetricOptTrainer(SharingTrainer):
+class MetricOptTrainer(SharingTrainer, CompletingTrainer):
     """`Trainer` that also follows a black-box metric (after MetricOpt; Huang, Zhai, Guo and Susskind, CVPR 2021).
 
     A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
@@ -126,7 +128,7 @@ class MetricOptTrainer(SharingTrainer):
         if resume_from_checkpoint:
             last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
             checkpoint.check(last or resume_from_checkpoint)
-        with self._wrapped():
+        with self._wrapped(), ranks.told_when_lost(self.args):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self._finish_run()
         return output
@@ -254,7 +256,7 @@ class MetricOptTrainer(SharingTrainer):
         args, start, unguided = self.args, self._metric_start, self._unguided_start
         scheduler = super().create_scheduler(start or unguided, optimizer)
         if start:
-            restart_schedule(scheduler, self.phi.parameters, args, start, unguided)
+            restart_schedule(scheduler, self.phase.moving.parameters, args, start, unguided)
         if unguided < num_training_steps:
             rate = args.unguided_learning_rate or args.phi_learning_rate or args.learning_rate
             raise_learning_rate(scheduler, self.phi.parameters, unguided, num_training_steps, rate)
@@ -380,6 +382,8 @@ class MetricOptTrainer(SharingTrainer):
             args.process_index,
             args.world_size,
             progress and not args.disable_tqdm and self.is_local_process_zero(),
+            [partial(self._complete, part) for part in parts] if self._completes else None,
+            args.eval_accumulation_steps,
         )
 
     def _columns(self, dataset: Any, batch_size: int) -> tuple[Any, int, Callable]:
@@ -393,14 +397,13 @@ class MetricOptTrainer(SharingTrainer):
             loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
         if self.preprocess_logits_for_metrics is not None:
             logits = self.preprocess_logits_for_metrics(logits, labels)
-        wanted = self.args.include_for_metrics
-        main_input = getattr(self.model, "main_input_name", "input_ids")
-        return BatchOutput(
-            logits,
-            labels,
-            loss.repeat(len(batch[main_input])) if "loss" in wanted and loss is not None else None,
-            self._prepare_input(batch[main_input]) if "inputs" in wanted else None,
-        )
+        losses, inputs, wanted = None, None, self.args.include_for_metrics
+        if "loss" in wanted and loss is not None:
+            losses = loss.repeat(find_batch_size(batch) or self.args.eval_batch_size)
+        if "inputs" in wanted:  # as Trainer: with batch_eval_metrics all of the batch
+            main_input = batch[getattr(self.model, "main_input_name", "input_ids")]
+            inputs = self._prepare_input(batch if self.args.batch_eval_metrics else main_input)
+        return BatchOutput(logits, labels, losses, inputs)
 
     @contextmanager
     def _own_token_count(self) -> Iterator[None]:
@@ -422,8 +425,9 @@ class MetricOptTrainer(SharingTrainer):
                 f"{error}\nThis was the first call of the metric, on the observation set, before training; nothing "
                 "was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
                 "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite number, "
-                "or a dict that holds one."
+                f"or a dict that holds one. {self._hint}".rstrip()
             ) from error
+        self._tell_of_places(evaluator, scores)
         score = sum(scores) / len(scores)
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
