@@ -138,7 +138,7 @@ def parse(
     directions = {**shipped, **(directions or {})}
     if "greater_is_better" not in given and metric in directions:
         args = replace(args, greater_is_better=directions[metric])
-    args = replace(args, greater_is_better=args.resolved_greater_is_better)  # a guess is said aloud once
+    args = replace(args, greater_is_better=args.direction_of(metric))  # a guess is said aloud once
     return (*own, study, args)
 
 

@@ -211,8 +211,8 @@ class FiLM(PhiSpace):
         super().__init__(model)
         if hasattr(model, "peft_config"):
             raise PhiError(
-                f"{type(model).__name__} is a PEFT model, of which the adapter alone is saved: what FiLM does to its norm "
-                'layers would be lost. Use phi="adapter", which is the default for it; or merge the adapter first '
+                f"{type(model).__name__} is a PEFT model, of which the adapter alone is saved: what FiLM does to its "
+                'norm layers would be lost. Use phi="adapter", which is the default for it; or merge the adapter first '
                 "(`model.merge_and_unload()`)."
             )
         self._sites = self._find_sites(layers)

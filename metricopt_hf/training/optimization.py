@@ -1,4 +1,4 @@
-"""The optimizer's and the schedule's share in the two phases: phi has a learning rate and a schedule of its own."""
+"""The optimizer's share in the two phases: in the metric phase phi has a learning rate and a schedule of its own."""
 
 from __future__ import annotations
 
@@ -7,55 +7,78 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments, get_scheduler
 
-
-def give_own_learning_rate(optimizer: Optimizer, parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
-    """Move `parameters` out of their groups into groups that differ by the learning rate alone."""
-    mine = {id(p) for p in parameters}
-    groups = []
-    for group in optimizer.param_groups:
-        moved = [p for p in group["params"] if id(p) in mine]
-        group["params"] = [p for p in group["params"] if id(p) not in mine]
-        if moved:
-            groups.append({**group, "params": moved, "lr": learning_rate})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    for group in groups:
-        optimizer.add_param_group(group)
+from ..errors import ConfigurationError
 
 
-def restart_schedule(
-    scheduler: LRScheduler, parameters: Sequence[nn.Parameter], args: TrainingArguments, start: int, end: int
-) -> None:
-    """Let the groups of `parameters` run the schedule once more, from `start` to `end`.
+class PhiSchedule:
+    """phi's learning rate in the metric phase, whoever made optimizer and schedule.
 
-    Before `start` they follow, as part of the whole model, the same learning rate as everything else. Schedules that
-    react to evaluation instead of counting steps are left as they are.
+    It runs the schedule of `args` once, over the guided steps. Behind them it rises from its peak to
+    `unguided_learning_rate`, exponentially over a third of the steps, as in a range test (Smith, 2017, "Cyclical
+    learning rates"), so that small steps are tried too, and stays there. It is set before each update of phi, over
+    whatever the trainer's schedule has set, which is the first phase's.
+
+    Args:
+        start: first step of the metric phase.
+        unguided: first step behind the guided ones.
+        end: the number of steps.
     """
 
-    def change(before: Callable[[int], float], peak: float) -> Callable[[int], float]:
-        again = _schedule(args, end - start)
-        return lambda step: args.learning_rate / peak * before(step) if step < start else again(step - start)
+    def __init__(self, args: TrainingArguments, start: int, unguided: int, end: int):
+        self.args, self.start, self.unguided = args, start, unguided
+        self.rising = max(1, (end - unguided) // 3)
+        # without warm-up behind a first phase: the model is trained already
+        self.guided = _schedule(args, unguided - start, 0 if start else args.get_warmup_steps(unguided))
 
-    _change_schedule(scheduler, parameters, change)
+    def rate(self, step: int, peak: float) -> float:
+        """At an optimizer step of the metric phase; `peak` is the guided steps'."""
+        if step < self.unguided:
+            return peak * self.guided(step - self.start)
+        last = self.args.unguided_learning_rate or self.args.phi_learning_rate or self.args.learning_rate
+        return peak * (last / peak) ** min(1, (step - self.unguided) / self.rising)
+
+    def apply(
+        self, optimizer: Optimizer, scheduler: LRScheduler | None, parameters: Sequence[nn.Parameter], step: int
+    ) -> None:
+        """Set the rate of the groups that hold `parameters`; whatever else is in them has no gradient by now.
+
+        A schedule that reacts to evaluation instead of counting steps starts from the peak, and is left to itself then.
+        """
+        reacts = isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler)
+        for group in _groups(optimizer, parameters):
+            peak = self.args.phi_learning_rate or group.get("initial_lr", group["lr"])
+            if not reacts:
+                group["lr"] = self.rate(step, peak)
+            elif step == self.start:
+                group["lr"] = peak
 
 
-def raise_learning_rate(
-    scheduler: LRScheduler, parameters: Sequence[nn.Parameter], start: int, end: int, learning_rate: float
-) -> None:
-    """From `start` to `end`, let the groups of `parameters` go from their own learning rate up to another.
+def learning_rate(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> float:
+    """Of the first of `parameters`."""
+    return float(_groups(optimizer, parameters[:1])[0]["lr"])
 
-    It rises exponentially over the first third, as in a range test (Smith, 2017, "Cyclical learning rates"), so that
-    small steps are tried too, and stays there. Schedules that react to evaluation are left as they are.
+
+def hold(optimizer: Optimizer, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[bool]:
+    """Let an optimizer, whoever made it, hold all of `parameters`; says of each whether it did before.
+
+    Others come into a group that there is, as a schedule for it may be there too; of several, into that with the least
+    weight decay.
+
+    Raises:
+        ConfigurationError: it holds nothing of `model`.
     """
-    rising = max(1, (end - start) // 3)
-
-    def change(before: Callable[[int], float], peak: float) -> Callable[[int], float]:
-        ratio = learning_rate / peak
-        return lambda step: before(step) if step < start else ratio ** min(1, (step - start) / rising)
-
-    _change_schedule(scheduler, parameters, change)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise ConfigurationError(
+            f"The optimizer given does not hold any parameter of {type(model).__name__}: make it over "
+            "model.parameters() of the model that the trainer is given, or let the trainer make it."
+        )
+    missing = [p for p in parameters if id(p) not in held]
+    min(optimizer.param_groups, key=lambda group: group.get("weight_decay") or 0)["params"].extend(missing)
+    return [id(p) in held for p in parameters]
 
 
 def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
@@ -64,29 +87,20 @@ def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         optimizer.state.pop(parameter, None)
 
 
-def _change_schedule(
-    scheduler: LRScheduler,
-    parameters: Sequence[nn.Parameter],
-    change: Callable[[Callable[[int], float], float], Callable[[int], float]],
-) -> None:
-    """Replace the step -> factor of the groups of `parameters`, given the old one and the group's peak rate."""
-    if not isinstance(scheduler, LambdaLR):
-        return
+def _groups(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[dict]:
     mine = {id(p) for p in parameters}
-    for i, group in enumerate(scheduler.optimizer.param_groups):
-        if any(id(p) in mine for p in group["params"]):
-            scheduler.lr_lambdas[i] = change(scheduler.lr_lambdas[i], group["initial_lr"])
-            group["lr"] = group["initial_lr"] * scheduler.lr_lambdas[i](0)
+    return [group for group in optimizer.param_groups if any(id(p) in mine for p in group["params"])]
 
 
-def _schedule(args: TrainingArguments, steps: int) -> Callable[[int], float]:
-    """step -> factor on the peak learning rate, without warm-up: the model is trained already."""
+def _schedule(args: TrainingArguments, steps: int, warmup_steps: int) -> Callable[[int], float]:
+    """step -> factor on the peak learning rate."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=0,
+        num_warmup_steps=warmup_steps,
         num_training_steps=steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
-    return scheduler.lr_lambdas[0]
+    # one that reacts to evaluation has none
+    return scheduler.lr_lambdas[0] if hasattr(scheduler, "lr_lambdas") else lambda step: 1.0
