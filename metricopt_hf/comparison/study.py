@@ -209,7 +209,9 @@ def start(
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
     logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
     if first_steps:
-        run_start(made.trainer(), {"observation": splits.observation})  # what is refused, shall be refused now
+        asked = made.trainer()
+        asked.settle()  # what is refused, shall be refused now
+        run_start(asked, {"observation": splits.observation})
         logger.info(f"Seed {args.seed}: training the start model by its loss, {first_steps} steps.")
         plain = {name: value for name, value in options.items() if name in inspect.signature(Trainer).parameters}
         since = perf_counter()

@@ -6,12 +6,13 @@ import re
 
 SMALLER = frozenset(
     """loss losses error errors err mse mae rmse rmsle msle mape smape mase medae wer cer ter mer wil perplexity ppl
-    nll bpb bpc ece brier crps eer fid kid kl divergence distance hamming misclassification regret latency deviance""".split()
+    nll bpb bpc ece brier crps eer fid kid kl divergence distance hamming misclassification regret
+    latency deviance""".split()
 )
 GREATER = frozenset(
     """accuracy acc f f1 fbeta precision recall auc auroc auprc roc ap map mar mrr ndcg dcg bleu sacrebleu gleu rouge
-    meteor chrf bertscore bleurt comet matthews mcc pearson pearsonr spearman spearmanr kendall kendalltau correlation kappa
-    iou miou jaccard dice r2 em exact match ssim psnr sensitivity specificity hit hits top probability likelihood gmean
+    meteor chrf bertscore bleurt comet matthews mcc pearson pearsonr spearman spearmanr kendall kendalltau correlation
+    kappa iou miou jaccard dice r2 em exact match ssim psnr sensitivity specificity hit hits top probability likelihood gmean
     similarity passed reward success""".split()
 )
 

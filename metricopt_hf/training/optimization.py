@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments, get_scheduler
 
 from ..errors import ConfigurationError
+from ..phi import PhiSpace
 
 
 class PhiSchedule:
@@ -41,15 +42,22 @@ class PhiSchedule:
         return peak * (last / peak) ** min(1, (step - self.unguided) / self.rising)
 
     def apply(
-        self, optimizer: Optimizer, scheduler: LRScheduler | None, parameters: Sequence[nn.Parameter], step: int
+        self, optimizer: Optimizer, scheduler: LRScheduler | None, phi: PhiSpace, moving: PhiSpace, step: int
     ) -> None:
-        """Set the rate of the groups that hold `parameters`; whatever else is in them has no gradient by now.
+        """Set the rates of the groups that hold what is `moving`; whatever else is in them has no gradient by now.
 
-        A schedule that reacts to evaluation instead of counting steps starts from the peak, and is left to itself then.
+        Where more than phi moves, the rest runs the schedule from its group's own peak. A schedule that reacts to
+        evaluation instead of counting steps begins with phi's peak, and is left to itself then.
         """
         reacts = isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler)
-        for group in _groups(optimizer, parameters):
-            peak = self.args.phi_learning_rate or group.get("initial_lr", group["lr"])
+        of_phi, of_all = ({id(p) for p in space.parameters} for space in (phi, moving))
+        for group in _groups(optimizer, moving.parameters):
+            shared = group.get("initial_lr", group["lr"])
+            if any(id(p) in of_all - of_phi for p in group["params"]):
+                if not reacts:
+                    group["lr"] = shared * self.guided(step - self.start)
+                continue
+            peak = self.args.phi_learning_rate or shared
             if not reacts:
                 group["lr"] = self.rate(step, peak)
             elif step == self.start:
@@ -79,6 +87,16 @@ def hold(optimizer: Optimizer, model: nn.Module, parameters: Sequence[nn.Paramet
     missing = [p for p in parameters if id(p) not in held]
     min(optimizer.param_groups, key=lambda group: group.get("weight_decay") or 0)["params"].extend(missing)
     return [id(p) in held for p in parameters]
+
+
+def set_apart(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Move `parameters` into groups of their own, which differ from those that they were in by nothing else."""
+    mine = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in mine]
+        if 0 < len(moved) < len(group["params"]):
+            group["params"] = [p for p in group["params"] if id(p) not in mine]
+            optimizer.add_param_group({**group, "params": moved})
 
 
 def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:

@@ -68,8 +68,8 @@ def first_that_works(
         why = "the loss does not reach phi" if errors[0] is None else f"{type(errors[0]).__name__}: {errors[0]}"
         raise ConfigurationError(
             "A training step as the metric phase takes it, with everything but phi frozen and in eval mode, was tried "
-            f"on one batch and failed ({why}). Nothing was trained. It fails also without freezing, and with dropout and "
-            "batch statistics alone switched off."
+            f"on one batch and failed ({why}). Nothing was trained. It fails also without freezing, and with "
+            "dropout and batch statistics alone switched off."
         ) from errors[0]
     chosen = reached.index(max(reached))
     if chosen > 0:

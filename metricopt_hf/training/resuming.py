@@ -97,8 +97,8 @@ class ResumingTrainer(SharingTrainer):
         else:
             raise CheckpointError(
                 f"{folder} was saved by a run whose metric phase begins at step {start} and follows the loss alone "
-                f"from step {unguided}; in this run that is at {self._metric_start} and {self._unguided_start}, and step "
-                f"{self.state.global_step} lies behind. Resume with the same max_steps or num_train_epochs, or with "
+                f"from step {unguided}; in this run that is at {self._metric_start} and {self._unguided_start}, and "
+                f"step {self.state.global_step} lies behind. Resume with the same max_steps or num_train_epochs, or with "
                 "so many more that the first phase goes on; or begin a new run from its weights."
             )
 
@@ -121,8 +121,8 @@ class ResumingTrainer(SharingTrainer):
             if saved[name] != value:
                 raise CheckpointError(
                     f"{folder} was saved by a run with {name}={saved[name]!r}, this one has {name}={value!r}: resume "
-                    "with the same, or begin a new run from its weights (load the model from that folder, and call train() "
-                    "without resume_from_checkpoint)."
+                    "with the same, or begin a new run from its weights (load the model from that folder, and call "
+                    "train() without resume_from_checkpoint)."
                 )
 
 

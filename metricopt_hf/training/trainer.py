@@ -263,7 +263,7 @@ class MetricOptTrainer(SettlingTrainer):
             raise ConfigurationError(
                 f"Step {step} belongs to the metric phase, which begins at {self._metric_start}, and was not guided: "
                 f"{type(self).__name__} takes its steps without `self.training_step`, where guidance is blended in. "
-                "Let its training loop call self.training_step(model, inputs, num_items_in_batch) for every micro-batch."
+                "Let its training loop call self.training_step(model, inputs, num_items_in_batch) for each micro-batch."
             )
 
     def _finish_run(self) -> None:
@@ -296,6 +296,8 @@ class MetricOptTrainer(SettlingTrainer):
         optimizer = self._inner["create_optimizer"](*args, **kwargs)
         held = optimization.hold(self.optimizer, self.model, self.phi.parameters)
         self._left_out |= {name for name, was_held in zip(self.phi.names, held, strict=True) if not was_held}
+        if self.phase.guide.scope == "all" and self.lr_scheduler is None:
+            optimization.set_apart(self.optimizer, self.phi.parameters)  # beside others that move, at a rate of its own
         ours = self._left_out | set(self.phi.inserted)
         self._tuned_only = {name for name in self.phi.names if name in ours or not self._requires_grad[name]}
         return optimizer
