@@ -12,8 +12,8 @@ SMALLER = frozenset(
 GREATER = frozenset(
     """accuracy acc f f1 fbeta precision recall auc auroc auprc roc ap map mar mrr ndcg dcg bleu sacrebleu gleu rouge
     meteor chrf bertscore bleurt comet matthews mcc pearson pearsonr spearman spearmanr kendall kendalltau correlation
-    kappa iou miou jaccard dice r2 em exact match ssim psnr sensitivity specificity hit hits top probability likelihood gmean
-    similarity passed reward success""".split()
+    kappa iou miou jaccard dice r2 em exact match ssim psnr sensitivity specificity hit hits top probability likelihood
+    gmean similarity passed reward success""".split()
 )
 
 

@@ -81,7 +81,9 @@ def eval_part(args: TrainingArguments, eval_dataset: Any) -> str | None:
     return max(named, key=len) if named else next(iter(eval_dataset))
 
 
-def split(observation: Any, selection: Any, eval_dataset: Any, args: MetricOptConfig) -> tuple[Any, Any]:
+def split(
+    observation: Any, selection: Any, eval_dataset: Any, args: MetricOptConfig, label_name: str
+) -> tuple[Any, Any]:
     """The observation and the selection set: those given, else cut from the eval set (and said so).
 
     Raises:
@@ -100,7 +102,7 @@ def split(observation: Any, selection: Any, eval_dataset: Any, args: MetricOptCo
         "held out. Pass observation_dataset and selection_dataset, or report on another set."
     )
     if observation is None and selection is None:
-        return data.cut(source, args.observation_size, args.seed)
+        return data.cut(source, args.observation_size, args.seed, label_name)
     return (source, selection) if observation is None else (observation, source)
 
 

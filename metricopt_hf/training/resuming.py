@@ -98,8 +98,8 @@ class ResumingTrainer(SharingTrainer):
             raise CheckpointError(
                 f"{folder} was saved by a run whose metric phase begins at step {start} and follows the loss alone "
                 f"from step {unguided}; in this run that is at {self._metric_start} and {self._unguided_start}, and "
-                f"step {self.state.global_step} lies behind. Resume with the same max_steps or num_train_epochs, or with "
-                "so many more that the first phase goes on; or begin a new run from its weights."
+                f"step {self.state.global_step} lies behind. Resume with the same max_steps or num_train_epochs, or "
+                "with so many more that the first phase goes on; or begin a new run from its weights."
             )
 
     def _begin_anew(self, folder: str, start: int) -> None:

@@ -107,8 +107,12 @@ class SettlingTrainer(ResumingTrainer):
         if not self.guided:
             return self._given_sets
         if self._sets is None:
-            self._sets = preflight.split(*self._given_sets, self.eval_dataset, self.args)
+            self._sets = preflight.split(*self._given_sets, self.eval_dataset, self.args, self._label_name)
         return self._sets
+
+    @property
+    def _label_name(self) -> str:
+        return self.label_names[0] if self.label_names else "labels"
 
     def _build_phi(self, model: nn.Module) -> PhiSpace:
         given = self._given_phi

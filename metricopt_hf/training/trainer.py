@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -36,6 +37,7 @@ from .settling import SettlingTrainer
 logger = logging.getLogger(__name__)
 
 FIRST, METRIC = "first phase", "metric phase"
+MAX_TRIED = 32  # of phi's parameters, whether they move a prediction, at a forward pass on one batch each
 
 
 class _Watch(TrainerCallback):
@@ -323,7 +325,7 @@ class MetricOptTrainer(SettlingTrainer):
     def _build_phase(self, max_steps: int) -> MetricPhase:
         args, metric_steps = self.args, max_steps - self._metric_start
         ledger = Ledger(args.metric_call_budget)
-        folds = data.folds(self.observation_dataset, args.observation_folds, args.seed)
+        folds = data.folds(self.observation_dataset, args.observation_folds, args.seed, self._label_name)
         if len(folds) < args.observation_folds:
             logger.warning("The observation set cannot be divided: every call sees all of it (observation_folds=1).")
         selection = self.selection_dataset
@@ -372,6 +374,7 @@ class MetricOptTrainer(SettlingTrainer):
     def _predict(self, batch: Any) -> BatchOutput:
         with self._own_token_count():
             loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
+        self._unlabelled = sorted(batch) if labels is None and isinstance(batch, Mapping) else None
         if self.preprocess_logits_for_metrics is not None:
             logits = self.preprocess_logits_for_metrics(logits, labels)
         wanted = self.args.include_for_metrics
@@ -399,8 +402,14 @@ class MetricOptTrainer(SettlingTrainer):
         try:
             scores = [evaluator.evaluate("check", part) for part in range(len(evaluator.parts))]
         except MetricError as error:
+            hint = ""
+            if self._unlabelled is not None:
+                hint = (
+                    f"\nIt was given no labels: of the columns {', '.join(self._unlabelled)} none is among label_names="
+                    f"{self.label_names}. If one holds them, name it in the arguments: label_names=[...]."
+                )
             raise MetricError(
-                f"{error}\nThis was the first call of the metric, on the observation set, before training; nothing "
+                f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; nothing "
                 "was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
                 "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite number, "
                 "or a dict that holds one."
@@ -438,11 +447,28 @@ class MetricOptTrainer(SettlingTrainer):
             candidates = [Stillness(freeze, mode) for mode in (True, False) for freeze in frozen]
             wanted = len(self.phase.moving.parameters)
             self._stillness = chosen = first_that_works(candidates, attempt, wanted, self.args.world_size)
+            self._tell_idle(batch)
             if not self.phase.started:
                 state = self.phase.rehearse(self._make_coordinates(max_batches=1))
                 with TemporaryDirectory() as folder:
                     checkpoint.save(self._guidance_state(state), folder)
         return chosen
+
+    def _tell_idle(self, batch: Any) -> None:
+        """Warn of parts of phi that move no prediction, such as the bias of a head that is for the loss alone."""
+
+        def outputs() -> list[torch.Tensor]:
+            with self._own_token_count(), torch.no_grad():
+                logits = self.prediction_step(self.model, copy.copy(batch), False, self._ignore_keys)[1]
+            leaves = [leaf for leaf in tree_flatten(logits)[0] if isinstance(leaf, torch.Tensor)]
+            return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+        # tokens that were generated may stay the same, and of an adapter there are too many
+        if len(self.phi.names) <= MAX_TRIED and outputs() and (idle := self.phi.idle(outputs)):
+            logger.warning(
+                f"{', '.join(idle)} of phi moves no prediction of the model, so it is tuned in vain. Leave it out, with "
+                "phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
+            )
 
     def _make_coordinates(self, max_batches: int | None = None) -> Coordinates:
         """Q for the metric phase: the given value function's, else from the present phi."""
@@ -450,11 +476,10 @@ class MetricOptTrainer(SettlingTrainer):
         if given is not None and given.signature is not None:
             return given.coordinates_from(self.phi.read())
         generator = torch.Generator().manual_seed(args.seed)
-        label_name = self.label_names[0] if self.label_names else "labels"
 
         def group_batches() -> Iterator[Any]:
             dataset, batch_size, collate = self._columns(self.train_dataset, args.train_batch_size)
-            return islice(data.group_batches(dataset, label_name, 4 * batch_size, collate, generator), max_batches)
+            return islice(data.group_batches(dataset, self._label_name, 4 * batch_size, collate, generator), max_batches)
 
         with undisturbed(self.model), torch.enable_grad(), pinned(self.model, self._stillness.eval_mode):
             self.model.train()
