@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import Trainer
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, MetricOptError
 from ..evaluation.evaluator import undisturbed
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def first_that_works(
         if reached[-1] == wanted:
             break
     if max(reached) == 0:
-        why = "the loss does not reach phi" if errors[0] is None else f"{type(errors[0]).__name__}: {errors[0]}"
+        why = "the loss does not reach phi" if None in errors else f"{type(errors[0]).__name__}: {errors[0]}"
         raise ConfigurationError(
             "A training step as the metric phase takes it, with everything but phi frozen and in eval mode, was tried "
             f"on one batch and failed ({why}). Nothing was trained. It fails also without freezing, and with "
@@ -82,6 +82,20 @@ def first_that_works(
             "are in eval mode.")
         )
     return candidates[chosen]
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Inside, `what` is rehearsed: an error that nobody has explained yet says so."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MetricOptError) or should_reduce_batch_size(error):
+            raise
+        raise ConfigurationError(
+            f"{what[0].upper() + what[1:]}, as the metric phase will need, was tried before training and failed "
+            f"({type(error).__name__}: {error}). Nothing was trained."
+        ) from error
 
 
 @contextmanager

@@ -56,7 +56,6 @@ class ResumingTrainer(SharingTrainer):
             "phi": self.phi.state_dict(),
             "ledger": self.ledger.state_dict(),
             "settings": self._settings,
-            "steps": [self._metric_start, self._unguided_start],
             "phase": phase,
         }
 
@@ -88,17 +87,19 @@ class ResumingTrainer(SharingTrainer):
             self.ledger.load_state_dict(state["ledger"])
             return
         self._refuse_others(folder, state["settings"], self._settings)
-        start, unguided = state["steps"]
-        if [start, unguided] == [self._metric_start, self._unguided_start]:
+        phase = state["phase"]
+        start, unguided = phase["start_step"], phase["unguided_step"]
+        same_start = phase["before"] or start >= self._metric_start
+        if same_start and unguided in (None, self._unguided_start):
             self.ledger.load_state_dict(state["ledger"])
-            self.phase.load_state_dict(state["phase"])
+            self.phase.load_state_dict(phase)
         elif self.state.global_step <= self._metric_start:
             self._begin_anew(folder, start)
         else:
             raise CheckpointError(
-                f"{folder} was saved by a run whose metric phase begins at step {start} and follows the loss alone "
-                f"from step {unguided}; in this run that is at {self._metric_start} and {self._unguided_start}, and "
-                f"step {self.state.global_step} lies behind. Resume with the same max_steps or num_train_epochs, or "
+                f"{folder} was saved in a metric phase that began at step {start}, its unguided branch at step "
+                f"{unguided}; in this run they begin at {self._metric_start} and {self._unguided_start}, and step "
+                f"{self.state.global_step} lies behind. Resume with the same max_steps or num_train_epochs, or "
                 "with so many more that the first phase goes on; or begin a new run from its weights."
             )
 

@@ -31,7 +31,7 @@ from ..phi import Coordinates, make_coordinates
 from . import checkpoint, optimization
 from .modes import pinned
 from .phase import MetricPhase, PhasePlan
-from .rehearsal import Stillness, first_that_works, is_trainers, untouched
+from .rehearsal import Stillness, first_that_works, is_trainers, told, untouched
 from .settling import SettlingTrainer
 
 logger = logging.getLogger(__name__)
@@ -449,9 +449,10 @@ class MetricOptTrainer(SettlingTrainer):
             self._stillness = chosen = first_that_works(candidates, attempt, wanted, self.args.world_size)
             self._tell_idle(batch)
             if not self.phase.started:
-                state = self.phase.rehearse(self._make_coordinates(max_batches=1))
-                with TemporaryDirectory() as folder:
-                    checkpoint.save(self._guidance_state(state), folder)
+                with told("computing coordinates"):
+                    coordinates = self._make_coordinates(max_batches=1)
+                with told("saving the guide's state"), TemporaryDirectory() as folder:
+                    checkpoint.save(self._guidance_state(self.phase.rehearse(coordinates)), folder)
         return chosen
 
     def _tell_idle(self, batch: Any) -> None:
