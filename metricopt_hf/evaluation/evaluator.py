@@ -27,7 +27,6 @@ from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
 
-
 NOTHING = "The set on which the metric is observed is empty, or the model returns no logits."
 
 
