@@ -51,8 +51,8 @@ def cut(dataset: Any, size: int | None, seed: int, label_name: str = "labels") -
 def folds(dataset: Any, count: int, seed: int, label_name: str = "labels") -> list[Any]:
     """Disjoint random parts of a data set, of equal size but for one example, each in its order.
 
-    Where chance would leave a class out of one, the classes are shared out evenly, as in `cut`. One without a length cannot be
-    divided: it is the only part.
+    Where chance would leave a class out of one, the classes are shared out evenly, as in `cut`. One without a length
+    cannot be divided: it is the only part.
 
     Raises:
         ConfigurationError: there are fewer examples than parts.
@@ -131,8 +131,8 @@ def _tell_missing(labels: np.ndarray, rows: np.ndarray, what: str) -> None:
     if len(missing):
         named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         logger.warning(
-            f"Class {named} is missing in {what}: of classes with so few examples a metric per class may have no value. "
-            "Pass observation_dataset and selection_dataset that hold all classes, or set observation_folds=1."
+            f"Class {named} is missing in {what}: of classes with so few examples a metric per class may have no "
+            "value. Pass observation_dataset and selection_dataset that hold all classes, or set observation_folds=1."
         )
 
 

@@ -162,8 +162,8 @@ def _output_layer(model: nn.Module) -> str | None:
     """Name of the layer that makes the logits, if the model ends in one.
 
     The last linear layer with `config.num_labels` outputs, or, as of DETR and YOLOS, with one more for "no object",
-    heads of boxes and auxiliary heads left out; else timm's classifier, else the last layer that has parameters if it is linear or a
-    convolution (a model that ends in a norm is an encoder without logits).
+    heads of boxes and auxiliary heads left out; else timm's classifier, else the last layer that has parameters if it
+    is linear or a convolution (a model that ends in a norm is an encoder without logits).
     """
     owners = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
     layers = {

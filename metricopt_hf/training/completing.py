@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 INDICES = "indices"  # in `include_for_metrics`
 POST_PROCESS = (
-    "evaluate() is overridden here: if it makes something else of the predictions before it calls compute_metrics, hand "
-    "the same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see CompletingTrainer)."
+    "evaluate() is overridden here: if it makes something else of the predictions before it calls compute_metrics, "
+    "hand the same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see "
+    "CompletingTrainer)."
 )
 
 
@@ -29,14 +30,14 @@ class CompletingTrainer(Trainer):
 
     The same in `evaluate()` and where the guidance looks at the metric, on parts of `eval_dataset`.
 
-    With "indices" in `args.include_for_metrics` the `EvalPrediction` has an attribute `indices`: [n] int64, which rows of
-    `eval_dataset` (or of the `observation_dataset`, `selection_dataset` given) the predictions are of, in their order.
+    With "indices" in `args.include_for_metrics` the `EvalPrediction` has an attribute `indices`: [n] int64, which rows
+    of `eval_dataset` (or of the `observation_dataset`, `selection_dataset` given) the predictions are of, in their order.
 
     Args:
         post_process_function: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
             question-answering example. `features` are the rows that were predicted, with all of their columns.
-        eval_examples: of which the features were made; those of the predicted features are passed, found by "example_id"
-            and "id", or, where there are as many as features, by their place. Default: the features themselves.
+        eval_examples: of which the features were made; those of the predicted features are passed, found by
+            "example_id" and "id", or, where there are as many as features, by their place. Default: the features themselves.
 
     A subclass may set both attributes itself, as that example's trainer does.
     """
@@ -54,7 +55,7 @@ class CompletingTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict) or self.compute_metrics is None or not self._completes:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # of a dict it comes here part by part
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # a dict comes here part by part
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         compute_metrics, complete, called = self.compute_metrics, partial(self._complete, dataset), []
 

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -412,8 +413,8 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
                     f"{self.label_names}. If one holds them, name it in the arguments: label_names=[...]."
                 )
             raise MetricError(
-                f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; nothing "
-                "was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
+                f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "
+                "nothing was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
                 "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite number, "
                 f"or a dict that holds one. {self._hint}".rstrip()
             ) from error
@@ -471,8 +472,8 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
         # tokens that were generated may stay the same, and of an adapter there are too many
         if len(self.phi.names) <= MAX_TRIED and outputs() and (idle := self.phi.idle(outputs)):
             logger.warning(
-                f"{', '.join(idle)} of phi moves no prediction of the model, so it is tuned in vain. Leave it out, with "
-                "phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
+                f"{', '.join(idle)} of phi moves no prediction of the model, so it is tuned in vain. Leave it out, "
+                "with phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
             )
 
     def _make_coordinates(self, max_batches: int | None = None) -> Coordinates:
@@ -484,7 +485,8 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
 
         def group_batches() -> Iterator[Any]:
             dataset, batch_size, collate = self._columns(self.train_dataset, args.train_batch_size)
-            return islice(data.group_batches(dataset, self._label_name, 4 * batch_size, collate, generator), max_batches)
+            batches = data.group_batches(dataset, self._label_name, 4 * batch_size, collate, generator)
+            return islice(batches, max_batches)
 
         with undisturbed(self.model), torch.enable_grad(), pinned(self.model, self._stillness.eval_mode):
             self.model.train()

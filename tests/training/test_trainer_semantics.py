@@ -1,4 +1,4 @@
-"""What Trainer gives a metric, the guidance gives it too: losses, batches, rows by place, post-processed predictions."""
+"""What Trainer gives a metric, the guidance gives it too: losses, batches, rows by place, post-processing."""
 
 import datasets
 import numpy as np
@@ -227,7 +227,8 @@ def by_place(prediction):
 
 def test_a_metric_that_looks_rows_up_by_place_without_asking_is_warned_of(tmp_path, caplog):
     make(tmp_path, by_place, max_steps=2).train()
-    assert 'look rows up by their place in eval_dataset' in caplog.text and 'include_for_metrics=["indices"]' in caplog.text
+    assert "look rows up by their place in eval_dataset" in caplog.text
+    assert 'include_for_metrics=["indices"]' in caplog.text
 
 
 def test_nobody_else_is_warned(tmp_path, caplog):
@@ -324,9 +325,8 @@ class QuestionAnsweringTrainer(MetricOptTrainer):
         eval_examples = self.eval_examples if eval_examples is None else eval_examples
         compute_metrics, self.compute_metrics = self.compute_metrics, None
         try:
-            output = self.evaluation_loop(
-                self.get_eval_dataloader(eval_dataset), "Evaluation", prediction_loss_only=False, ignore_keys=ignore_keys
-            )
+            loader = self.get_eval_dataloader(eval_dataset)
+            output = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=False, ignore_keys=ignore_keys)
         finally:
             self.compute_metrics = compute_metrics
         processed = self.post_process_function(eval_examples, eval_dataset, output.predictions)
