@@ -138,7 +138,7 @@ def parse(
     directions = {**shipped, **(directions or {})}
     if "greater_is_better" not in given and metric in directions:
         args = replace(args, greater_is_better=directions[metric])
-    args = replace(args, greater_is_better=args.resolved_greater_is_better)  # a guess is said aloud once
+    args = replace(args, greater_is_better=args.direction_of(metric))  # a guess is said aloud once
     return (*own, study, args)
 
 
@@ -209,7 +209,9 @@ def start(
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
     logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
     if first_steps:
-        run_start(made.trainer(), {"observation": splits.observation})  # what is refused, shall be refused now
+        asked = made.trainer()
+        asked.settle()  # what is refused, shall be refused now
+        run_start(asked, {"observation": splits.observation})
         logger.info(f"Seed {args.seed}: training the start model by its loss, {first_steps} steps.")
         plain = {name: value for name, value in options.items() if name in inspect.signature(Trainer).parameters}
         since = perf_counter()

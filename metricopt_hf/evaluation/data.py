@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -12,9 +13,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..errors import ConfigurationError
 
+logger = logging.getLogger(__name__)
 
-def cut(dataset: Any, size: int | None, seed: int) -> tuple[Any, Any]:
+
+def cut(dataset: Any, size: int | None, seed: int, label_name: str = "labels") -> tuple[Any, Any]:
     """Two disjoint random parts of a data set of known length, for observation and for selection.
+
+    Where its class labels can be read without its rows (see `class_labels`), each class has its share of both, and a
+    class that cannot be in both is named in a warning.
 
     Args:
         size: examples of each; None: half of the data set each.
@@ -34,13 +40,19 @@ def cut(dataset: Any, size: int | None, seed: int) -> tuple[Any, Any]:
             "selection: pass observation_dataset and selection_dataset, or a smaller observation_size."
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
-    return take(dataset, order[:size]), take(dataset, order[size : 2 * size])
+    labels = class_labels(dataset, label_name)
+    parts = (order[:size], order[size : 2 * size]) if labels is None else _stratified(order, labels, 2, size)
+    if labels is not None:
+        for name, rows in zip(("observation", "selection"), parts, strict=True):
+            _tell_missing(labels, rows, f"the {name} set that was cut from eval_dataset")
+    return take(dataset, parts[0]), take(dataset, parts[1])
 
 
-def folds(dataset: Any, count: int, seed: int) -> list[Any]:
+def folds(dataset: Any, count: int, seed: int, label_name: str = "labels") -> list[Any]:
     """Disjoint random parts of a data set, of equal size but for one example, each in its order.
 
-    One without a length cannot be divided: it is the only part.
+    Where chance would leave a class out of one, the classes are shared out evenly, as in `cut`. One without a length
+    cannot be divided: it is the only part.
 
     Raises:
         ConfigurationError: there are fewer examples than parts.
@@ -52,7 +64,13 @@ def folds(dataset: Any, count: int, seed: int) -> list[Any]:
             f"The observation set has {len(dataset)} examples, too few for observation_folds={count}: give it more, or "
             "set observation_folds=1."
         )
-    parts = np.array_split(np.random.default_rng(seed).permutation(len(dataset)), count)
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    parts = np.array_split(order, count)
+    labels = class_labels(dataset, label_name)
+    if labels is not None and any(len(np.unique(labels[rows])) < len(np.unique(labels)) for rows in parts):
+        parts = _stratified(order, labels, count)
+        for i, rows in enumerate(parts):
+            _tell_missing(labels, rows, f"fold {i + 1} of the {count} of the observation set")
     return [take(dataset, np.sort(part)) for part in parts]
 
 
@@ -67,6 +85,55 @@ class _Picked(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         return (row for i, row in enumerate(self.dataset) if i in self.indices)
+
+
+def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
+    """[rows] integer class labels, where they can be had without computing rows; else None.
+
+    Of a `datasets.Dataset` the column, of a list of dicts the entry, of a torch data set (or a `Subset` of one) its
+    attribute, called `label_name`, "label", "labels" or, as torchvision's, "targets".
+    """
+    names = (label_name, "label", "labels", "targets")
+    if isinstance(dataset, Subset):
+        labels = class_labels(dataset.dataset, label_name)
+        return None if labels is None else labels[np.asarray(dataset.indices)]
+    try:
+        if isinstance(dataset, list):
+            name = next(name for name in names if name in dataset[0])
+            labels = np.asarray([np.asarray(row[name]) for row in dataset])
+        elif (columns := getattr(dataset, "column_names", None)) is not None:
+            labels = np.asarray(dataset.with_format("numpy")[next(name for name in names if name in columns)][:])
+        else:
+            labels = np.asarray(next(getattr(dataset, name) for name in names if hasattr(dataset, name)))
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
+        return None
+    is_classes = labels.shape == (len(dataset),) and labels.dtype.kind in "iub"
+    return labels if is_classes and 1 < len(np.unique(labels)) <= len(labels) // 2 else None
+
+
+def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int | None = None) -> list[np.ndarray]:
+    """`count` disjoint parts of the rows in `order`, each with its share of every class, and of `size` if it is given.
+
+    First come the rows that every part needs for a class to be in all of them, as far as there are so many.
+    """
+    rank, sizes = np.zeros(len(order)), np.zeros(len(order))
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels[order] == label)
+        rank[rows], sizes[rows] = np.arange(len(rows)), len(rows)
+    first = np.lexsort((order, (rank + 0.5) / sizes, rank >= count))
+    chosen = order[first][: len(order) if size is None else count * size]
+    dealt = chosen[np.argsort(labels[chosen], kind="stable")]
+    return [dealt[i::count] for i in range(count)]
+
+
+def _tell_missing(labels: np.ndarray, rows: np.ndarray, what: str) -> None:
+    missing = np.setdiff1d(labels, labels[rows])
+    if len(missing):
+        named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        logger.warning(
+            f"Class {named} is missing in {what}: of classes with so few examples a metric per class may have no "
+            "value. Pass observation_dataset and selection_dataset that hold all classes, or set observation_folds=1."
+        )
 
 
 def take(dataset: Any, indices: np.ndarray) -> Any:

@@ -335,7 +335,7 @@ def resolve(
     if isinstance(metric, Metric):
         return metric
     if isinstance(metric, (str, os.PathLike)):
-        metric = _load(os.fspath(metric))
+        metric = load(os.fspath(metric))
     if isinstance(metric, evaluate.EvaluationModule):
         return from_evaluate(metric, greater_is_better, inputs, key, kwargs, timeout)
     if callable(metric):
@@ -361,7 +361,8 @@ def _as_tensors(prediction: EvalPrediction) -> EvalPrediction:
     return EvalPrediction(**tensors)
 
 
-def _load(name: str) -> evaluate.EvaluationModule:
+def load(name: str) -> evaluate.EvaluationModule:
+    """The module of a name or path, see `resolve`."""
     if not os.path.exists(name) and name in shipped_metrics.names():
         name = shipped_metrics.path(name)
     try:

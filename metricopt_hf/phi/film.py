@@ -162,14 +162,15 @@ def _output_layer(model: nn.Module) -> str | None:
     """Name of the layer that makes the logits, if the model ends in one.
 
     The last linear layer with `config.num_labels` outputs, or, as of DETR and YOLOS, with one more for "no object",
-    heads of boxes left out; else timm's classifier, else the last layer that has parameters if it is linear or a
-    convolution (a model that ends in a norm is an encoder without logits).
+    heads of boxes and auxiliary heads left out; else timm's classifier, else the last layer that has parameters if it
+    is linear or a convolution (a model that ends in a norm is an encoder without logits).
     """
     owners = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
     layers = {
         n: m
         for n, m in owners.items()
-        if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and "box" not in n  # four outputs, as of four classes
+        # a box has four outputs, as four classes have; auxiliary heads are for the loss alone
+        if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and "box" not in n and "aux" not in n
     }
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     for outputs in () if num_labels is None else (num_labels, num_labels + 1):
@@ -179,7 +180,7 @@ def _output_layer(model: nn.Module) -> str | None:
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
         return next((n for n, m in layers.items() if m is classifier), None)
-    last = next(reversed(owners), None)
+    last = next((name for name in reversed(owners) if "aux" not in name), None)
     return last if last in layers else None
 
 

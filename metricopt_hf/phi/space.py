@@ -8,7 +8,7 @@ own `state_dict()`, which anybody may save.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -100,6 +100,18 @@ class PhiSpace(ABC):
             with torch.no_grad():
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
+
+    def idle(self, outputs: Callable[[], Sequence[Tensor]]) -> list[str]:
+        """Those of `names` that move nothing of what `outputs` computes: parts of phi that tune in vain."""
+        before, idle = outputs(), []
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            with self.restored(), torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
+                after = outputs()
+            if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+                idle.append(name)
+        return idle
 
     def attach(self) -> None:  # noqa: B027, where nothing was inserted there is nothing to do
         """Insert again, as the identity, what `merge` took out: the same parameters, so that an optimizer has them."""

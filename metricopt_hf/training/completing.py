@@ -31,13 +31,14 @@ class CompletingTrainer(Trainer):
     The same in `evaluate()` and where the guidance looks at the metric, on parts of `eval_dataset`.
 
     With "indices" in `args.include_for_metrics` the `EvalPrediction` has an attribute `indices`: [n] int64, which rows
-    of `eval_dataset` (or of the `observation_dataset`, `selection_dataset` given) the predictions are of, in their order.
+    of `eval_dataset` (or of the `observation_dataset`, `selection_dataset` given) the predictions are of, in order.
 
     Args:
         post_process_function: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
             question-answering example. `features` are the rows that were predicted, with all of their columns.
         eval_examples: of which the features were made; those of the predicted features are passed, found by
-            "example_id" and "id", or, where there are as many as features, by their place. Default: the features themselves.
+            "example_id" and "id", or, where there are as many as features, by their place. Default: the features
+            themselves.
 
     A subclass may set both attributes itself, as that example's trainer does.
     """

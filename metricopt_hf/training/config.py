@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigurationError
+from ..evaluation import direction
 from ..evaluation.metric import INPUTS
 from ..guides import GUIDES
 from ..phi.coordinates import KINDS as COORDINATES
@@ -113,10 +114,11 @@ class MetricOptConfig(TrainingArguments):
         default=8, metadata={"help": "Metric calls failed in a row after which guidance is switched off."}
     )
     phi: str = field(
-        default="film",
+        default="auto",
         metadata={
             "help": "What is tuned in the metric phase: film (scale and shift behind the last block's norms, and the "
-            "output bias), adapter (a PEFT model's), or a regular expression over parameter names."
+            "output bias), adapter (a PEFT model's), auto (adapter for a PEFT model, else film), or a regular "
+            "expression over parameter names."
         },
     )
     phi_coordinates: str = field(
@@ -206,12 +208,14 @@ class MetricOptConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "metric_kwargs"]
 
     def __post_init__(self):
-        # Trainer guesses an unset direction from the name; whoever guesses should say so, once there is a metric
-        self._direction_was_given = self.greater_is_better is not None
+        self._given_direction = self.greater_is_better
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # None leaves it to Trainer, to whom everything but a loss is better the greater it is
+            self.greater_is_better = direction.by_name(self.metric_for_best_model)
         super().__post_init__()
         checks = {
             "metric_kwargs": (not isinstance(self.metric_kwargs, str), 'JSON, such as \'{"average": "macro"}\''),
-            "phi": (bool(self.phi), '"film", "adapter" or a regular expression over parameter names'),
+            "phi": (bool(self.phi), '"auto", "film", "adapter" or a regular expression over parameter names'),
             "metric_inputs": (self.metric_inputs in INPUTS, f"one of {', '.join(INPUTS)}"),
             "metric_timeout": (self.metric_timeout is None or self.metric_timeout > 0, "positive"),
             "metric_start_ratio": (0 <= self.metric_start_ratio < 1, "in [0, 1)"),
@@ -247,17 +251,30 @@ class MetricOptConfig(TrainingArguments):
             if not fine:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r} must be {expected}.")
 
-    @property
-    def resolved_greater_is_better(self) -> bool:
-        """The direction, as Trainer resolves it; a guess is said aloud."""
-        if not self._direction_was_given:
-            guess = self.greater_is_better is not False
-            logger.warning(
-                f"greater_is_better is not set: taking {'greater' if guess else 'smaller'} values of "
-                f"{self.metric_for_best_model or 'the metric'} for better. Set it to be sure."
+    def direction_of(self, name: str, description: str = "") -> bool:
+        """Whether greater values of a metric are better: as given, else by its description or its name, and said aloud.
+
+        Raises:
+            ConfigurationError: neither says.
+        """
+        if self._given_direction is not None:
+            return self._given_direction
+        told = direction.by_description(description)
+        greater = direction.by_name(name) if told is None else told
+        if greater is None:
+            raise ConfigurationError(
+                f"Nothing says which way the metric {name!r} is better: set greater_is_better=True, if a greater value "
+                "is better, or greater_is_better=False, if a smaller one is."
             )
-            return guess
-        return self.greater_is_better
+        logger.warning(
+            f"greater_is_better is not set: taking {'greater' if greater else 'smaller'} values of {name} for better, "
+            f"as its {'name' if told is None else 'description'} says. Set it to be sure."
+        )
+        return greater
+
+    def guided_steps(self, metric_steps: int) -> int:
+        """How many optimizer steps of a metric phase of `metric_steps` are guided, and not the unguided branch's."""
+        return max(1, metric_steps - round(self.unguided_ratio * metric_steps))
 
     def check_optimizer(self) -> None:
         """Raises ConfigurationError for an `optim` whose gradients cannot be blended."""

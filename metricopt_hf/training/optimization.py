@@ -1,66 +1,102 @@
-"""The optimizer's and the schedule's share in the two phases: phi has a learning rate and a schedule of its own."""
+"""The optimizer's share in the two phases: in the metric phase phi has a learning rate and a schedule of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from transformers import TrainingArguments, get_scheduler
 
-# in an optimizer's group: the peak learning rate that its parameters would have as part of the whole model
-SHARED_RATE = "shared_lr"
+from ..errors import ConfigurationError
+from ..phi import PhiSpace
 
 
-def give_own_learning_rate(optimizer: Optimizer, parameters: Sequence[nn.Parameter], learning_rate: float) -> None:
-    """Move `parameters` out of their groups into groups that differ by the learning rate alone."""
+class PhiSchedule:
+    """phi's learning rate in the metric phase, whoever made optimizer and schedule.
+
+    It runs the schedule of `args` once, over the guided steps. Behind them it rises from its peak to
+    `unguided_learning_rate`, exponentially over a third of the steps, as in a range test (Smith, 2017, "Cyclical
+    learning rates"), so that small steps are tried too, and stays there. It is set before each update of phi, over
+    whatever the trainer's schedule has set, which is the first phase's.
+
+    Args:
+        start: first step of the metric phase.
+        unguided: first step behind the guided ones.
+        end: the number of steps.
+    """
+
+    def __init__(self, args: TrainingArguments, start: int, unguided: int, end: int):
+        self.args, self.start, self.unguided = args, start, unguided
+        self.rising = max(1, (end - unguided) // 3)
+        # without warm-up behind a first phase: the model is trained already
+        self.guided = _schedule(args, unguided - start, 0 if start else args.get_warmup_steps(unguided))
+
+    def rate(self, step: int, peak: float) -> float:
+        """At an optimizer step of the metric phase; `peak` is the guided steps'."""
+        if step < self.unguided:
+            return peak * self.guided(step - self.start)
+        last = self.args.unguided_learning_rate or self.args.phi_learning_rate or self.args.learning_rate
+        return peak * (last / peak) ** min(1, (step - self.unguided) / self.rising)
+
+    def apply(
+        self, optimizer: Optimizer, scheduler: LRScheduler | None, phi: PhiSpace, moving: PhiSpace, step: int
+    ) -> None:
+        """Set the rates of the groups that hold what is `moving`; whatever else is in them has no gradient by now.
+
+        Where more than phi moves, the rest runs the schedule from its group's own peak. A schedule that reacts to
+        evaluation instead of counting steps begins with phi's peak, and is left to itself then.
+        """
+        reacts = isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler)
+        of_phi, of_all = ({id(p) for p in space.parameters} for space in (phi, moving))
+        for group in _groups(optimizer, moving.parameters):
+            shared = group.get("initial_lr", group["lr"])
+            if any(id(p) in of_all - of_phi for p in group["params"]):
+                if not reacts:
+                    group["lr"] = shared * self.guided(step - self.start)
+                continue
+            peak = self.args.phi_learning_rate or shared
+            if not reacts:
+                group["lr"] = self.rate(step, peak)
+            elif step == self.start:
+                group["lr"] = peak
+
+
+def learning_rate(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> float:
+    """Of the first of `parameters`."""
+    return float(_groups(optimizer, parameters[:1])[0]["lr"])
+
+
+def hold(optimizer: Optimizer, model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[bool]:
+    """Let an optimizer, whoever made it, hold all of `parameters`; says of each whether it did before.
+
+    Others come into a group that there is, as a schedule for it may be there too; of several, into that with the least
+    weight decay.
+
+    Raises:
+        ConfigurationError: it holds nothing of `model`.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in model.parameters()):
+        raise ConfigurationError(
+            f"The optimizer given does not hold any parameter of {type(model).__name__}: make it over "
+            "model.parameters() of the model that the trainer is given, or let the trainer make it."
+        )
+    missing = [p for p in parameters if id(p) not in held]
+    min(optimizer.param_groups, key=lambda group: group.get("weight_decay") or 0)["params"].extend(missing)
+    return [id(p) in held for p in parameters]
+
+
+def set_apart(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
+    """Move `parameters` into groups of their own, which differ from those that they were in by nothing else."""
     mine = {id(p) for p in parameters}
-    groups = []
-    for group in optimizer.param_groups:
+    for group in list(optimizer.param_groups):
         moved = [p for p in group["params"] if id(p) in mine]
-        group["params"] = [p for p in group["params"] if id(p) not in mine]
-        if moved:
-            groups.append({**group, "params": moved, "lr": learning_rate, SHARED_RATE: group["lr"]})
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-    for group in groups:
-        optimizer.add_param_group(group)
-
-
-def restart_schedule(
-    scheduler: LRScheduler, parameters: Sequence[nn.Parameter], args: TrainingArguments, start: int, end: int
-) -> None:
-    """Let the groups of `parameters` run the schedule once more, from `start` to `end`.
-
-    Before `start` they follow, as part of the whole model, the learning rate that they would have had without one of
-    their own. Schedules that react to evaluation instead of counting steps are left as they are.
-    """
-
-    def change(before: Callable[[int], float], group: dict[str, Any]) -> Callable[[int], float]:
-        again = _schedule(args, end - start)
-        ratio = group.get(SHARED_RATE, group["initial_lr"]) / group["initial_lr"]
-        return lambda step: ratio * before(step) if step < start else again(step - start)
-
-    _change_schedule(scheduler, parameters, change)
-
-
-def raise_learning_rate(
-    scheduler: LRScheduler, parameters: Sequence[nn.Parameter], start: int, end: int, learning_rate: float
-) -> None:
-    """From `start` to `end`, let the groups of `parameters` go from their own learning rate up to another.
-
-    It rises exponentially over the first third, as in a range test (Smith, 2017, "Cyclical learning rates"), so that
-    small steps are tried too, and stays there. Schedules that react to evaluation are left as they are.
-    """
-    rising = max(1, (end - start) // 3)
-
-    def change(before: Callable[[int], float], group: dict[str, Any]) -> Callable[[int], float]:
-        ratio = learning_rate / group["initial_lr"]
-        return lambda step: before(step) if step < start else ratio ** min(1, (step - start) / rising)
-
-    _change_schedule(scheduler, parameters, change)
+        if 0 < len(moved) < len(group["params"]):
+            group["params"] = [p for p in group["params"] if id(p) not in mine]
+            optimizer.add_param_group({**group, "params": moved})
 
 
 def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
@@ -69,29 +105,20 @@ def forget(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         optimizer.state.pop(parameter, None)
 
 
-def _change_schedule(
-    scheduler: LRScheduler,
-    parameters: Sequence[nn.Parameter],
-    change: Callable[[Callable[[int], float], dict[str, Any]], Callable[[int], float]],
-) -> None:
-    """Replace the step -> factor of the groups of `parameters`, given the old one and the group."""
-    if not isinstance(scheduler, LambdaLR):
-        return
+def _groups(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[dict]:
     mine = {id(p) for p in parameters}
-    for i, group in enumerate(scheduler.optimizer.param_groups):
-        if any(id(p) in mine for p in group["params"]):
-            scheduler.lr_lambdas[i] = change(scheduler.lr_lambdas[i], group)
-            group["lr"] = group["initial_lr"] * scheduler.lr_lambdas[i](0)
+    return [group for group in optimizer.param_groups if any(id(p) in mine for p in group["params"])]
 
 
-def _schedule(args: TrainingArguments, steps: int) -> Callable[[int], float]:
-    """step -> factor on the peak learning rate, without warm-up: the model is trained already."""
+def _schedule(args: TrainingArguments, steps: int, warmup_steps: int) -> Callable[[int], float]:
+    """step -> factor on the peak learning rate."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=0,
+        num_warmup_steps=warmup_steps,
         num_training_steps=steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
-    return scheduler.lr_lambdas[0]
+    # one that reacts to evaluation has none
+    return scheduler.lr_lambdas[0] if hasattr(scheduler, "lr_lambdas") else lambda step: 1.0

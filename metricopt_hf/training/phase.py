@@ -8,6 +8,7 @@ This is the sentence of the whole library, as `advance` and `correct` read it:
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -113,18 +114,18 @@ class MetricPhase:
         self.next_expansion = step
         self.coordinates = coordinates or self.make_coordinates()
         self.phi_description = self.phi.description  # of what merging takes out nothing could be said later
-        self.guide.start(
-            GuideContext(
-                self.coordinates,
-                self.metric.greater_is_better,
-                torch.Generator().manual_seed(self.plan.seed),
-                self._call_metric,
-            )
-        )
+        self._start_guide()
         if self.moving is self.phi and not before:
             for evaluator in (self.evaluator, self.selection.evaluator):
                 if evaluator is not None:
                     evaluator.freeze(lambda: self.observer.moved(self.coordinates))
+
+    def rehearse(self, coordinates: Coordinates) -> dict[str, Any]:
+        """What `state_dict` would be right behind a `start`; the guide is started, the phase is not."""
+        begun = copy.copy(self)
+        begun.coordinates, begun.start_phi = coordinates, self.moving.read()
+        begun._start_guide()
+        return begun.state_dict()
 
     def advance(self, step: int) -> None:
         """Before the update of `step`: select, observe and learn, where it is time to."""
@@ -295,6 +296,16 @@ class MetricPhase:
         self.selection.load_state_dict(state["selection"])
         self.faults.load_state_dict(state["faults"])
         self.curve = state["curve"]
+
+    def _start_guide(self) -> None:
+        self.guide.start(
+            GuideContext(
+                self.coordinates,
+                self.metric.greater_is_better,
+                torch.Generator().manual_seed(self.plan.seed),
+                self._call_metric,
+            )
+        )
 
     def _observe(self, step: int) -> bool:
         """Take observations, where it is time to, and let the guide learn; whether real ones were taken."""

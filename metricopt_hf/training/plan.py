@@ -41,7 +41,6 @@ class PhasePlan:
         passes, calls: the most forward passes and metric calls to observe.
         value_weight: lambda in `blend`.
         perturbation_std: standard deviation of the perturbation on each coordinate.
-        guided_steps: optimizer steps that are guided; the others are the unguided branch's.
         select_steps: optimizer steps from one evaluation on the selection split to the next.
         observe_steps: the same from one round of observations to the next.
         round_size: of scores, metric calls in a round; of predictions, antithetic pairs in one.
@@ -57,7 +56,6 @@ class PhasePlan:
     calls: int
     value_weight: float
     perturbation_std: float
-    guided_steps: int
     select_steps: int
     observe_steps: int
     round_size: int
@@ -84,8 +82,7 @@ class PhasePlan:
         default = DEFAULTS[observe]
         passes = given(args.forward_pass_budget, default.passes)
         calls = given(args.metric_call_budget, default.calls)
-        guided = max(1, steps - round(args.unguided_ratio * steps))
-        observed, real = before + guided, min(passes, calls)
+        observed, real = before + args.guided_steps(steps), min(passes, calls)
         expansion, checks = 2 * dim + 1, args.observations_per_step
         expansions = max(1, (real - checks) // expansion)
         if observe == "scores":
@@ -100,7 +97,6 @@ class PhasePlan:
             calls=calls,
             value_weight=given(args.value_weight, default.value_weight),
             perturbation_std=given(args.perturbation_std, default.perturbation_std),
-            guided_steps=guided,
             select_steps=given(args.select_steps, max(1, steps // SELECTIONS)),
             observe_steps=given(args.observe_steps, max(1, observed // max(1, rounds))),
             round_size=round_size,

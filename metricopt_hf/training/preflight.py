@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
+import evaluate
 from accelerate.utils import DistributedType
-from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
@@ -26,34 +27,42 @@ UNSUPPORTED = {
 }
 
 
-def resolve_metric(
-    given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any
-) -> Metric | None:
-    """The metric to optimise: the one given, the one that `args` names, Trainer's own, or None.
+def names_metric(given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> bool:
+    """Whether there is a metric to optimise: one given, one that `args` names, or Trainer's own."""
+    if given is not None or getattr(args, "metric_name_or_path", None) is not None:
+        return True
+    return compute_metrics is not None and metric_name(args, eval_dataset) is not None
+
+
+def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> Metric:
+    """The metric that `names_metric` speaks of.
 
     Raises:
-        ConfigurationError: there is one, and `args` is no `MetricOptConfig`; or it cannot be loaded.
+        ConfigurationError: `args` is no `MetricOptConfig`; the metric cannot be loaded; or nothing says which way it is
+            better.
     """
-    name = metric_name(args, eval_dataset)
     if not isinstance(args, MetricOptConfig):
-        if given is not None or (compute_metrics is not None and name is not None):
-            raise ConfigurationError(
-                f"MetricOptTrainer needs its arguments as MetricOptConfig, got {type(args).__name__}: "
-                "change the class name there too; all fields stay."
-            )
-        return None
-    given = args.metric_name_or_path if given is None else given
-    if given is not None:
-        better = True if isinstance(given, Metric) else args.resolved_greater_is_better
-        return metrics.resolve(
-            given, better, args.metric_inputs, args.metric_key, args.metric_kwargs, args.metric_timeout
+        raise ConfigurationError(
+            f"MetricOptTrainer needs its arguments as MetricOptConfig, got {type(args).__name__}: "
+            "change the class name there too; all fields stay."
         )
-    if compute_metrics is None or name is None:
-        return None
-    batchwise = args.batch_eval_metrics and metrics.takes_batches(compute_metrics)
-    return Metric(
-        compute_metrics, name, args.resolved_greater_is_better, args.metric_timeout, exact=True, batchwise=batchwise
-    )
+    given = args.metric_name_or_path if given is None else given
+    description = ""
+    if isinstance(given, (str, os.PathLike)):
+        given = metrics.load(os.fspath(given))
+    if isinstance(given, evaluate.EvaluationModule):
+        description = f"{given.description} {given.inputs_description}"
+    if given is None:
+        batchwise = args.batch_eval_metrics and metrics.takes_batches(compute_metrics)
+        name = metric_name(args, eval_dataset)
+        metric = Metric(compute_metrics, name, True, args.metric_timeout, exact=True, batchwise=batchwise)
+    else:
+        metric = metrics.resolve(
+            given, True, args.metric_inputs, args.metric_key, args.metric_kwargs, args.metric_timeout
+        )
+    if not isinstance(given, Metric):  # a user's knows its direction
+        metric.greater_is_better = args.direction_of(metric.name, description)
+    return metric
 
 
 def metric_name(args: TrainingArguments, eval_dataset: Any) -> str | None:
@@ -73,7 +82,9 @@ def eval_part(args: TrainingArguments, eval_dataset: Any) -> str | None:
     return max(named, key=len) if named else next(iter(eval_dataset))
 
 
-def split(observation: Any, selection: Any, eval_dataset: Any, args: MetricOptConfig) -> tuple[Any, Any]:
+def split(
+    observation: Any, selection: Any, eval_dataset: Any, args: MetricOptConfig, label_name: str
+) -> tuple[Any, Any]:
     """The observation and the selection set: those given, else cut from the eval set (and said so).
 
     Raises:
@@ -92,7 +103,7 @@ def split(observation: Any, selection: Any, eval_dataset: Any, args: MetricOptCo
         "held out. Pass observation_dataset and selection_dataset, or report on another set."
     )
     if observation is None and selection is None:
-        return data.cut(source, args.observation_size, args.seed)
+        return data.cut(source, args.observation_size, args.seed, label_name)
     return (source, selection) if observation is None else (observation, source)
 
 
@@ -111,24 +122,6 @@ def check_supported(args: MetricOptConfig, distributed_type: DistributedType) ->
         raise ConfigurationError(
             "Several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
             "`torchrun --nproc_per_node N script.py`, or set CUDA_VISIBLE_DEVICES to one of them."
-        )
-
-
-def check_holds_phi(optimizer: Optimizer | None, phi: PhiSpace) -> None:
-    """An optimizer of the user's own must hold phi.
-
-    Raises:
-        ConfigurationError: names what it lacks.
-    """
-    if optimizer is None:
-        return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for n, p in zip(phi.names, phi.parameters, strict=True) if id(p) not in held]
-    if missing:
-        raise ConfigurationError(
-            f"The optimizer given does not hold {', '.join(missing[:4])} of phi: build phi first "
-            "(`phi = FiLM(model)`), then the optimizer over model.parameters(), and pass both; or let the trainer "
-            "make the optimizer."
         )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import islice
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -20,25 +26,38 @@ from ..errors import ConfigurationError, MetricError
 from ..evaluation import data
 from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from ..evaluation.ledger import Ledger
-from ..evaluation.metric import Metric
 from ..evaluation.observation import Observation
 from ..evaluation.observer import Observer
 from ..guides import Guide
-from ..hub import ValueFunction
-from ..phi import Coordinates, PhiSpace, make_coordinates
-from . import checkpoint, preflight, ranks
+from ..phi import Coordinates, make_coordinates
+from . import checkpoint, optimization, ranks
 from .completing import CompletingTrainer
-from .optimization import forget, give_own_learning_rate, raise_learning_rate, restart_schedule
+from .modes import pinned
 from .phase import MetricPhase
 from .plan import PhasePlan
-from .sharing import SharingTrainer
+from .rehearsal import Stillness, first_that_works, is_trainers, told, untouched
+from .settling import SettlingTrainer
 
 logger = logging.getLogger(__name__)
 
 FIRST, METRIC = "first phase", "metric phase"
+MAX_TRIED = 32  # of phi's parameters, whether they move a prediction, at a forward pass on one batch each
 
 
-class MetricOptTrainer(SharingTrainer, CompletingTrainer):
+class _Watch(TrainerCallback):
+    """Sees to a guided run from where no subclass can pass by."""
+
+    def __init__(self, trainer: MetricOptTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._check_guided()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._finish_run()  # first of all callbacks: what another one saves is the model that comes out
+
+
+class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
     """`Trainer` that also follows a black-box metric (after MetricOpt; Huang, Zhai, Guo and Susskind, CVPR 2021).
 
     A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
@@ -61,9 +80,13 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
         value_function: one to start from; default: `args.value_function_name_or_path`. Its coordinates are taken over.
         guide: a `Guide`; default: from `args.guide`.
 
-    Raises:
-        ConfigurationError, PhiError, ValueFunctionError: something in the arguments cannot work; before any training.
-        MetricError: from `train`, if the metric's very first call fails; later failures only drop observations.
+    Nothing is asked of a trainer that only predicts. `train` settles what it needs, and tries once, before its first
+    step, whatever only the metric phase does.
+
+    Raises, from `train` and before any training:
+        ConfigurationError, PhiError, ValueFunctionError: something in the arguments cannot work.
+        CheckpointError: the checkpoint to resume from cannot be read, or is of another run.
+        MetricError: the metric's very first call fails; later failures only drop observations.
 
     Example:
         trainer = MetricOptTrainer(
@@ -72,42 +95,13 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
         trainer.train()
     """
 
-    def __init__(
-        self,
-        *args,
-        metric: Any = None,
-        observation_dataset: Any = None,
-        selection_dataset: Any = None,
-        phi: PhiSpace | Callable[[nn.Module], PhiSpace] | str | None = None,
-        value_function: ValueFunction | None = None,
-        guide: Guide | None = None,
-        **kwargs,
-    ):
-        self.metric: Metric | None = None
-        self.phi: PhiSpace | None = None
-        self.phase: MetricPhase | None = None
-        self._stage: str | None = None  # which phase a micro-batch is in, while it is computed
-        super().__init__(*args, **kwargs)
-        self._given_phi, self._given_guide = phi, guide
-        self._given_value_function: ValueFunction | None = None
-        self.observation_dataset, self.selection_dataset = observation_dataset, selection_dataset
-        self._ignore_keys: list[str] | None = None
-        self.metric = preflight.resolve_metric(metric, self.args, self.compute_metrics, self.eval_dataset)
-        if self.metric is not None:
-            preflight.check_supported(self.args, self.accelerator.distributed_type)
-            self.observation_dataset, self.selection_dataset = preflight.split(
-                observation_dataset, selection_dataset, self.eval_dataset, self.args
-            )
-            self._given_value_function = preflight.load_value_function(value_function, self.args)
-            self.phi = self._build_phi(self.model)
-            preflight.check_holds_phi(self.optimizer, self.phi)
+    phase: MetricPhase | None = None
+    _stage: str | None = None  # which phase a micro-batch is in, while it is computed
+    _requires_grad: dict[str, bool] | None = None  # before the run; None outside of one
+    _left_out: frozenset[str] = frozenset()  # of phi, by the user's own optimizer
+    _stillness = Stillness()
 
     # What a user reads
-
-    @property
-    def guided(self) -> bool:
-        """Whether there is a metric to optimise."""
-        return self.metric is not None
 
     @property
     def observations(self) -> list[Observation]:
@@ -124,83 +118,121 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         if not self.guided:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.settle()
         self._ignore_keys = ignore_keys_for_eval
-        if resume_from_checkpoint:
-            last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-            checkpoint.check(last or resume_from_checkpoint)
+        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if folder:  # else Trainer says what is missing
+            checkpoint.check(folder)
         with self._wrapped(), ranks.told_when_lost(self.args):
-            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        self._finish_run()
-        return output
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @contextmanager
     def _wrapped(self) -> Iterator[None]:
-        """Inside, `training_step` and `compute_loss` are guided, whatever a subclass makes of them.
+        """Inside, the run is guided whatever a subclass overrides, and afterwards everything is as it was.
 
-        They are wrapped on the instance, around the outermost override, so that none is passed by.
+        What may be overridden is wrapped on the instance, around the outermost override, so that none is passed by.
+        Trainer's calls of callbacks cannot be overridden away; the first in their row is ours.
         """
-        self.training_step = partial(self._guided_training_step, self.training_step)
-        self.compute_loss = partial(self._guided_compute_loss, self.compute_loss)
+        wrappers = {
+            "training_step": self._guided_training_step,
+            "compute_loss": self._guided_compute_loss,
+            "create_optimizer": self._guided_create_optimizer,
+        }
+        if not is_trainers(self.save_model):  # Trainer's own asks the model for its state, which is plain
+            wrappers["save_model"] = self._save_merged
+        before = {name: vars(self)[name] for name in wrappers if name in vars(self)}
+        self._inner = {name: getattr(self, name) for name in wrappers}
+        for name, wrapper in wrappers.items():
+            setattr(self, name, wrapper)
+        watch = _Watch(self)
+        self.callback_handler.callbacks.insert(0, watch)
         try:
             yield
         finally:
-            del self.training_step, self.compute_loss
-
-    def call_model_init(self, trial=None):
-        model = super().call_model_init(trial)
-        if self.guided:
-            self.phi = self._build_phi(model)
-        return model
+            self.callback_handler.callbacks.remove(watch)
+            for name in wrappers:
+                delattr(self, name)
+            vars(self).update(before)
+            self._put_back()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if not self.guided:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if not all(name in dict(self.model.named_parameters()) for name in self.phi.names):
-            self.phi = self._build_phi(self.model)  # merged at the end of an earlier run
+        if self._requires_grad is not None:  # the batch found no room in memory: anew with a smaller one
+            self._put_back()
+            self.phi.attach()
+            if resume_from_checkpoint is not None:
+                self._load_phi(resume_from_checkpoint)
+        if self.optimizer is not None:
+            optimization.forget(self.optimizer, self.phi.parameters)
         self._requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        self._metric_start = round(self.args.metric_start_ratio * max_steps)
         for parameter in self.phi.parameters:
             parameter.requires_grad_(True)
+        self._metric_start = round(self.args.metric_start_ratio * max_steps)
+        self._unguided_start = self._metric_start + self.args.guided_steps(max_steps - self._metric_start)
+        if self._metric_start == max_steps:
+            logger.warning(
+                f"Of {max_steps} steps, metric_start_ratio={self.args.metric_start_ratio} leaves none for the metric "
+                "phase: this run is not guided. Take more steps, or a smaller ratio (0: the metric phase alone)."
+            )
+        self._schedule = optimization.PhiSchedule(self.args, self._metric_start, self._unguided_start, max_steps)
         self.phase = self._build_phase(max_steps)
-        self._unguided_start = self._metric_start + self.phase.plan.guided_steps
-        if self._metric_start == 0:
+        self._updated_at = -1
+        if self._metric_start == 0 and is_trainers(self._inner["training_step"]):
             self._freeze()
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is None:
             self._check_metric()
-        return prepared
+        if self._metric_start < max_steps:
+            self._stillness = self._rehearsed(model)
+        return model, train_dataloader
 
-    def _guided_training_step(self, inner: Callable, model, inputs, num_items_in_batch=None):
-        """A micro-batch: `inner` is Trainer's step, or what a subclass made of it."""
+    def _guided_training_step(self, model, inputs, *args, **kwargs):
+        """A micro-batch; inside is Trainer's step, or what a subclass made of it."""
         step = self.state.global_step
-        if step == self._unguided_start and self.phase.unguided_step is None:
+        if step == self._unguided_start and self.phase.guides:
             self.phase.begin_unguided(step)
-            forget(self.optimizer, self.phase.moving.parameters)
-        self._stage = METRIC if step >= self._metric_start else FIRST
-        if self._stage == METRIC and not self._parallel:
-            self._freeze()
-        if self._stage == FIRST and self.phase.guide.in_first_phase and not self.phase.started:
+            optimization.forget(self.optimizer, self.phase.moving.parameters)
+        if step >= self._metric_start:
+            with self._still():
+                loss = self._staged(METRIC, model, inputs, *args, **kwargs)
+                if self.accelerator.sync_gradients:
+                    self._guide_update(step)
+            return loss
+        if self.phase.guide.in_first_phase and not self.phase.started:
             self.phase.start(step, before=True)
-        try:
-            loss = inner(model, inputs, num_items_in_batch)
-        finally:
-            stage, self._stage = self._stage, None
+        loss = self._staged(FIRST, model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
-            if stage == METRIC:
-                self._guide_update(step)
-            else:
-                if self.phase.started:
-                    self.phase.advance(step)
-                for name in self.phi.inserted:  # not to be trained yet: the first phase is Trainer's own
-                    self.model.get_parameter(name).grad = None
+            if self.phase.started:
+                self.phase.advance(step)
+            for name in self._tuned_only:  # the first phase is Trainer's own
+                self.model.get_parameter(name).grad = None
         return loss
 
-    def _guided_compute_loss(self, inner: Callable, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of a micro-batch; of evaluation, and of a first phase without the guide, as it is."""
-        if self._stage is None or (self._stage == FIRST and not self.phase.started):
-            return inner(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        if self._stage == METRIC and self.phase.guide.scope == "phi":
-            model.eval()
+    def _staged(self, stage: str, *args, **kwargs):
+        self._stage = stage
+        try:
+            return self._inner["training_step"](*args, **kwargs)
+        finally:
+            self._stage = None
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Inside, what is not tuned stands still, whoever calls `model.train()`."""
+        if self._stillness.frozen:
+            self._freeze()
+        tunes_phi = self.phase.guide.scope == "phi"
+        with pinned(self.model, self._stillness.eval_mode) if tunes_phi else nullcontext():
+            yield
+
+    def _guided_compute_loss(self, model, inputs, *args, **kwargs):
+        """The loss of a micro-batch; the guide's instead where it has one, but never in evaluation."""
+        inner = self._inner["compute_loss"]
+        if self._stage is None or not self.phase.started or type(self.phase.guide).loss is Guide.loss:
+            return inner(model, inputs, *args, **kwargs)
+        return self._loss_of_guide(inner, model, inputs, *args, **kwargs)
+
+    def _loss_of_guide(self, inner: Callable, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch = dict(inputs)  # Trainer takes the labels out for label smoothing
         loss, outputs = inner(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         share = self._share_of_update(num_items_in_batch)
@@ -227,120 +259,72 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
             self.phase.start(step)
         self.phase.advance(step)
         self.phase.correct()
+        self._schedule.apply(self.optimizer, self.lr_scheduler, self.phi, self.phase.moving, step)
+        self._updated_at = step
+
+    def _check_guided(self) -> None:
+        """Behind each optimizer step: was it guided, if it should have been?"""
+        step = self.state.global_step - 1
+        if step >= self._metric_start and self._updated_at != step:
+            raise ConfigurationError(
+                f"Step {step} belongs to the metric phase, which begins at {self._metric_start}, and was not guided: "
+                f"{type(self).__name__} takes its steps without `self.training_step`, where guidance is blended in. "
+                "Let its training loop call self.training_step(model, inputs, num_items_in_batch) for each micro-batch."
+            )
 
     def _finish_run(self) -> None:
-        """Put the best phi in place, merge it, and leave the model as ordinary as it came."""
+        """Put the best phi in place, and leave the model as ordinary as it came."""
         best_is_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         if self.phase.started and not best_is_loaded:
             self.phase.finish(self.state.global_step)
-        inserted = bool(self.phi.inserted)
-        self.phi.merge()
+        elif not self.phase.started and self.state.global_step <= self._metric_start < self.state.max_steps:
+            logger.warning(
+                f"Training ended at step {self.state.global_step}, before the metric phase (step {self._metric_start}):"
+                " the model is Trainer's, and nothing was guided."
+            )
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """However the run ended: merge phi as it is, and let train what was trainable."""
+        if self._phi is not None:
+            self._phi.merge()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, True))
-        if inserted:
-            self.optimizer = self.lr_scheduler = None  # they hold parameters that are gone
+            parameter.requires_grad_((self._requires_grad or {}).get(name, parameter.requires_grad))
+        self._requires_grad = None
+
+    def _save_merged(self, *args, **kwargs):
+        with self.phi.merged():
+            return self._inner["save_model"](*args, **kwargs)
 
     # Optimizer and schedule
 
-    def create_optimizer(self, model=None):
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if self.guided and fresh and self.args.phi_learning_rate is not None:
-            give_own_learning_rate(optimizer, self.phi.parameters, self.args.phi_learning_rate)
+    def _guided_create_optimizer(self, *args, **kwargs):
+        optimizer = self._inner["create_optimizer"](*args, **kwargs)
+        held = optimization.hold(self.optimizer, self.model, self.phi.parameters)
+        self._left_out |= {name for name, was_held in zip(self.phi.names, held, strict=True) if not was_held}
+        if self.phase.guide.scope == "all" and self.lr_scheduler is None:
+            optimization.set_apart(self.optimizer, self.phi.parameters)  # beside others that move, at a rate of its own
+        ours = self._left_out | set(self.phi.inserted)
+        self._tuned_only = {name for name in self.phi.names if name in ours or not self._requires_grad[name]}
         return optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """Each phase runs the user's schedule once: the first over its own steps, as a shorter Trainer run would."""
-        if not self.guided or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        args, start, unguided = self.args, self._metric_start, self._unguided_start
-        scheduler = super().create_scheduler(start or unguided, optimizer)
-        if start:
-            restart_schedule(scheduler, self.phase.moving.parameters, args, start, unguided)
-        if unguided < num_training_steps:
-            rate = args.unguided_learning_rate or args.phi_learning_rate or args.learning_rate
-            raise_learning_rate(scheduler, self.phi.parameters, unguided, num_training_steps, rate)
-        return scheduler
+        """For the steps of the first phase alone, as in a shorter Trainer run; phi has its own (`PhiSchedule`)."""
+        if self.guided and self._requires_grad is not None:
+            num_training_steps = self._metric_start or self._unguided_start
+        return super().create_scheduler(num_training_steps, optimizer)
 
-    # Saving, and going on
+    def _get_learning_rate(self):
+        if self._requires_grad is not None and self._updated_at >= self._metric_start:
+            return optimization.learning_rate(self.optimizer, self.phi.parameters)
+        return super()._get_learning_rate()
 
     def log(self, logs, start_time=None):
         if self.phase is not None and "loss" in logs:
             logs.update({f"metricopt/{name}": value for name, value in self.phase.log_scalars().items()})
         super().log(logs, start_time)
 
-    def _save(self, output_dir=None, state_dict=None):
-        if self.guided and self.phi.inserted:
-            state_dict = self.phi.merged_state_dict(self.model.state_dict() if state_dict is None else state_dict)
-        super()._save(output_dir, state_dict)
-
-    def _save_checkpoint(self, model, trial):
-        if self.guided and self.args.should_save and not self.args.save_only_model:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            checkpoint.save(
-                {
-                    "phi": self.phi.state_dict(),
-                    "ledger": self.ledger.state_dict(),
-                    "phase": self.phase.state_dict() if self.phase.started else None,
-                },
-                folder,
-            )
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        with checkpoint.readable(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.guided:
-            self._load_phi(resume_from_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result):
-        if self.guided:  # saved merged, as they should be; `_load_phi` puts them back
-            load_result.missing_keys[:] = [k for k in load_result.missing_keys if k not in self.phi.inserted]
-        super()._issue_warnings_after_load(load_result)
-
-    def _load_best_model(self):
-        super()._load_best_model()
-        if self.guided:
-            self._load_phi(self.state.best_model_checkpoint)
-
-    def _load_phi(self, folder: str) -> None:
-        """The model's weights were saved merged: put phi and what lies under it back."""
-        if os.path.exists(os.path.join(folder, checkpoint.JSON_FILE)):
-            self.phi.load_state_dict(checkpoint.load(folder)["phi"])
-        else:  # saved by a plain Trainer, or with save_only_model: the merged weights and the identity are the same
-            for name in self.phi.inserted:
-                nn.init.zeros_(self.model.get_parameter(name))
-
-    def _load_optimizer_and_scheduler(self, folder):
-        with checkpoint.readable(folder):
-            super()._load_optimizer_and_scheduler(folder)
-        if self.guided and folder is not None:
-            state = checkpoint.load(folder)
-            self.ledger.load_state_dict(state["ledger"])
-            if state["phase"] is not None:
-                self.phase.load_state_dict(state["phase"])
-
     # Building the parts
-
-    @property
-    def _parallel(self) -> bool:
-        return self.args.world_size > 1
-
-    def _build_phi(self, model: nn.Module) -> PhiSpace:
-        given = self._given_phi
-        if given is None or isinstance(given, str):
-            phi = spaces.from_spec(model, given or self.args.phi)
-        elif isinstance(given, PhiSpace):
-            phi = given
-        else:
-            phi = given(model)
-        if phi.model is not model:
-            raise ConfigurationError(
-                "phi was built on another model than the trainer's. With model_init, or to train again, pass a "
-                "function that builds it: phi=lambda model: FiLM(model, layers=...)."
-            )
-        preflight.check_value_function(self._given_value_function, phi, self.metric, self.args)
-        return phi
 
     def _build_phase(self, max_steps: int) -> MetricPhase:
         args, metric_steps = self.args, max_steps - self._metric_start
@@ -351,7 +335,7 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
         kinds = ("predictions", "scores") if args.observe == "predictions" else ("scores",)
         plans = [PhasePlan.from_args(args, kind, metric_steps, before, dim) for kind in kinds]
         ledger = Ledger(plans[0].calls, plans[0].passes)
-        folds = data.folds(self.observation_dataset, args.observation_folds, args.seed)
+        folds = data.folds(self.observation_dataset, args.observation_folds, args.seed, self._label_name)
         if len(folds) < args.observation_folds:
             logger.warning("The observation set cannot be divided: every call sees all of it (observation_folds=1).")
         evaluator, selection = self._evaluator(folds, ledger, progress=True), self.selection_dataset
@@ -388,13 +372,14 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
 
     def _columns(self, dataset: Any, batch_size: int) -> tuple[Any, int, Callable]:
         """`dataset` and a collator without the columns that the model does not take, as Trainer's loaders have them."""
-        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns"):
+        if isinstance(dataset, datasets.Dataset):
             return self._remove_unused_columns(dataset, "observation"), batch_size, self.data_collator
         return dataset, batch_size, self._get_collator_with_removed_columns(self.data_collator, "observation")
 
     def _predict(self, batch: Any) -> BatchOutput:
         with self._own_token_count():
             loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
+        self._unlabelled = sorted(batch) if labels is None and isinstance(batch, Mapping) else None
         if self.preprocess_logits_for_metrics is not None:
             logits = self.preprocess_logits_for_metrics(logits, labels)
         losses, inputs, wanted = None, None, self.args.include_for_metrics
@@ -421,37 +406,117 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
         try:
             scores = [evaluator.evaluate("check", part) for part in range(len(evaluator.parts))]
         except MetricError as error:
+            hint = ""
+            if self._unlabelled is not None:
+                hint = (
+                    f"\nIt was given no labels: of the columns {', '.join(self._unlabelled)} none is among label_names="
+                    f"{self.label_names}. If one holds them, name it in the arguments: label_names=[...]."
+                )
             raise MetricError(
-                f"{error}\nThis was the first call of the metric, on the observation set, before training; nothing "
-                "was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
-                "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite number, "
-                f"or a dict that holds one. {self._hint}".rstrip()
+                f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "
+                "nothing was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
+                "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite "
+                f"number, or a dict that holds one. {self._hint}".rstrip()
             ) from error
         self._tell_of_places(evaluator, scores)
         score = sum(scores) / len(scores)
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
 
-    def _make_coordinates(self) -> Coordinates:
+    def _rehearsed(self, model: nn.Module) -> Stillness:
+        """How to hold still what is not tuned, after a rehearsal of the metric phase on one batch.
+
+        Raises:
+            ConfigurationError: the metric phase would fail.
+        """
+        own_step = not is_trainers(self._inner["training_step"])
+        batch = None
+        with untouched(self, weights=own_step or not is_trainers(self._inner["compute_loss"])):
+            batch = next(self._train_batches(1, torch.Generator().manual_seed(self.args.seed)), None)
+            if batch is None:
+                return Stillness()  # Trainer says that there is no sample
+            inputs, num_items = self.get_batch_samples(iter([batch]), 1, self.args.device)
+            self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
+
+            def attempt(stillness: Stillness) -> int:
+                self._stillness = stillness
+                for name, parameter in self.model.named_parameters():
+                    parameter.requires_grad_(name in self.phi.names or self._requires_grad[name])
+                    parameter.grad = None
+                with self._still(), self.accelerator.no_sync(model):
+                    self._staged(METRIC, model, copy.copy(inputs[0]), num_items)
+                return sum(p.grad is not None for p in self.phase.moving.parameters)
+
+            # gradients of the rest: DistributedDataParallel waits for them, a step of the user's own may look at them
+            frozen = (False,) if own_step or self.args.world_size > 1 else (True, False)
+            candidates = [Stillness(freeze, mode) for mode in (True, False) for freeze in frozen]
+            wanted = len(self.phase.moving.parameters)
+            self._stillness = chosen = first_that_works(candidates, attempt, wanted, self.args.world_size)
+            self._tell_idle(batch)
+            if not self.phase.started:
+                with told("computing coordinates"):
+                    coordinates = self._make_coordinates(max_batches=1)
+                with told("saving the guide's state"), TemporaryDirectory() as folder:
+                    checkpoint.save(self._guidance_state(self.phase.rehearse(coordinates)), folder)
+        return chosen
+
+    def _tell_idle(self, batch: Any) -> None:
+        """Warn of parts of phi that move no prediction, such as the bias of a head that is for the loss alone."""
+
+        def outputs() -> list[torch.Tensor]:
+            with self._own_token_count(), torch.no_grad():
+                logits = self.prediction_step(self.model, copy.copy(batch), False, self._ignore_keys)[1]
+            leaves = [leaf for leaf in tree_flatten(logits)[0] if isinstance(leaf, torch.Tensor)]
+            return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+        # tokens that were generated may stay the same, and of an adapter there are too many
+        if len(self.phi.names) <= MAX_TRIED and outputs() and (idle := self.phi.idle(outputs)):
+            logger.warning(
+                f"{', '.join(idle)} of phi moves no prediction of the model, so it is tuned in vain. Leave it out, "
+                "with phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
+            )
+
+    def _make_coordinates(self, max_batches: int | None = None) -> Coordinates:
         """Q for the metric phase: the given value function's, else from the present phi."""
         args, given = self.args, self._given_value_function
         if given is not None and given.signature is not None:
             return given.coordinates_from(self.phi.read())
         generator = torch.Generator().manual_seed(args.seed)
-        dataset, batch_size, collate = self._columns(self.train_dataset, args.train_batch_size)
-        label_name = self.label_names[0] if self.label_names else "labels"
-        with undisturbed(self.model), torch.enable_grad():
+
+        def group_batches() -> Iterator[Any]:
+            dataset, batch_size, collate = self._columns(self.train_dataset, args.train_batch_size)
+            batches = data.group_batches(dataset, self._label_name, 4 * batch_size, collate, generator)
+            return islice(batches, max_batches)
+
+        with undisturbed(self.model), torch.enable_grad(), pinned(self.model, self._stillness.eval_mode):
+            self.model.train()
             return make_coordinates(
                 args.phi_coordinates,
                 self.phi,
                 args.phi_dim,
                 generator,
-                lambda count: data.random_batches(dataset, batch_size, count, collate, generator),
-                lambda: data.group_batches(dataset, label_name, 4 * batch_size, collate, generator),
+                lambda count: self._train_batches(max_batches or count, generator),
+                group_batches,
                 lambda batch: self.compute_loss(self.model, self._prepare_inputs(batch)),
                 args.process_index,
                 args.world_size,
             )
+
+    def _train_batches(self, count: int, generator: torch.Generator) -> Iterator[Any]:
+        """Of the training set, at random; where it has no rows to draw, or a loader of its own, that one's first."""
+        dataset = self.train_dataset
+        has_rows = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+        if has_rows and is_trainers(self.get_train_dataloader):
+            dataset, batch_size, collate = self._columns(dataset, self.args.train_batch_size)
+            yield from data.random_batches(dataset, batch_size, count, collate, generator)
+            return
+        torch.manual_seed(self.args.seed)  # callers put the random state back
+        loader = self.get_train_dataloader()
+        try:
+            yield from islice(loader, count)
+        finally:
+            if hasattr(loader, "end"):  # accelerate's keeps an account of the one that is being iterated
+                loader.end()
 
     def _freeze(self) -> None:
         moving = set(self.phase.moving.names)

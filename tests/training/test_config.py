@@ -155,7 +155,7 @@ def test_the_loss_alone_has_its_share_of_the_metric_phase(ratio, metric_steps, g
 def test_a_direction_that_is_guessed_is_said_aloud(given, caplog):
     args = MetricOptConfig("out", metric_for_best_model="f1", **given)
     with caplog.at_level(logging.WARNING, "metricopt_hf"):
-        assert args.resolved_greater_is_better is given.get("greater_is_better", True)
+        assert args.direction_of("f1") is given.get("greater_is_better", True)
     assert ("f1" in caplog.text) is (not given)
 
 

@@ -92,9 +92,9 @@ def test_drop_in_with_compute_metrics_and_metric_for_best_model(tmp_path, caplog
         observation_dataset=None,
         selection_dataset=None,
     )
-    assert "not held out" in caplog.text
     observed = {tuple(x["input_ids"].tolist()) for x in trainer.observation_dataset}
     selected = {tuple(x["input_ids"].tolist()) for x in trainer.selection_dataset}
+    assert "not held out" in caplog.text
     assert len(trainer.observation_dataset) == len(trainer.selection_dataset) == 60
     assert len(observed & selected) < 5  # equal texts by chance aside
     trainer.train()
@@ -103,7 +103,7 @@ def test_drop_in_with_compute_metrics_and_metric_for_best_model(tmp_path, caplog
 
 
 def test_a_guessed_direction_is_said_aloud(tmp_path, caplog):
-    bert_trainer(tmp_path, greater_is_better=None)
+    assert bert_trainer(tmp_path, greater_is_better=None).metric.greater_is_better
     assert "greater_is_better is not set: taking greater values" in caplog.text
 
 
@@ -283,7 +283,7 @@ def test_guidance_scalars_come_with_trainer_s_logs(tmp_path):
 def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, kwargs, error, match):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(error, match=match):
-        bert_trainer(tmp_path, **kwargs)
+        bert_trainer(tmp_path, **kwargs).train()
 
 
 def test_training_arguments_of_the_old_class_are_named(tmp_path):
@@ -293,7 +293,7 @@ def test_training_arguments_of_the_old_class_are_named(tmp_path):
             TrainingArguments(str(tmp_path), metric_for_best_model="worst_class_recall", report_to=[]),
             eval_dataset=Texts(10),
             compute_metrics=worst_class_recall,
-        )
+        ).train()
 
 
 def test_a_phi_object_and_an_optimizer_of_one_s_own(tmp_path):

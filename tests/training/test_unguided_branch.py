@@ -5,10 +5,9 @@ import torch
 from helpers import true_class_probability
 from runs import Truth, faulty_trainer, quadratic_trainer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import TrainingArguments
 
-from metricopt_hf import MetricOptTrainer
-from metricopt_hf.training.optimization import raise_learning_rate, restart_schedule
+from metricopt_hf import MetricOptConfig, MetricOptTrainer, Subset
+from metricopt_hf.training.optimization import PhiSchedule
 
 
 class Path(MetricOptTrainer):
@@ -114,12 +113,20 @@ def test_where_nothing_can_be_selected_the_last_guided_phi_stays(tmp_path):
     assert not torch.equal(merged, trainer.phase.start_phi[-len(merged) :])
 
 
-def test_a_schedule_that_reacts_to_evaluation_is_left_as_it_is(tmp_path):
+def test_a_schedule_that_reacts_to_evaluation_goes_on_from_phi_s_rate(tmp_path):
     parameter = torch.nn.Parameter(torch.zeros(1))
-    scheduler = ReduceLROnPlateau(torch.optim.SGD([parameter], lr=0.5))
-    args = TrainingArguments(
-        str(tmp_path), lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1
+    phi = Subset(torch.nn.ParameterDict({"w": parameter}), "w")
+    scheduler = ReduceLROnPlateau(torch.optim.SGD([parameter], lr=0.5), factor=0.1, patience=0)
+    args = MetricOptConfig(
+        str(tmp_path),
+        lr_scheduler_type="reduce_lr_on_plateau",
+        eval_strategy="steps",
+        eval_steps=1,
+        phi_learning_rate=0.2,
     )
-    restart_schedule(scheduler, [parameter], args, 2, 4)
-    raise_learning_rate(scheduler, [parameter], 2, 4, 1.0)
-    assert scheduler.optimizer.param_groups[0]["lr"] == 0.5
+    schedule, rates = PhiSchedule(args, 2, 4, 6), []
+    for step in range(2, 6):
+        schedule.apply(scheduler.optimizer, scheduler, phi, phi, step)
+        rates.append(scheduler.optimizer.param_groups[0]["lr"])
+        scheduler.step(1.0)
+    assert rates == pytest.approx([0.2, 0.2, 0.02, 0.002])
