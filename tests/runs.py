@@ -7,6 +7,9 @@ from helpers import OPTIMUM, Quadratic, Targets, Texts, distance_to_optimum, tin
 
 from metricopt_hf import DirectionGuide, MetricOptConfig, MetricOptTrainer
 
+# A run that observes scores, each on one of two folds, and nothing behind the last step: what many tests are about.
+SCORES = {"observe": "scores", "observation_folds": 2, "phi_dim": 6, "tune_output_bias": False}
+
 
 class Truth(DirectionGuide):
     """Knows the optimum of the quadratic toy; `sign=-1` is the guide that lies."""
@@ -53,7 +56,7 @@ def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, model=None, **kw
     }
     return cls(
         model or Quadratic(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs}),
         train_dataset=Targets(seed=1),
         observation_dataset=Targets(8, seed=2),
         selection_dataset=Targets(8, seed=3),
@@ -104,7 +107,7 @@ def bert_trainer(folder, model=None, **kwargs):
         trainer_kwargs["metric"] = true_class_probability
     if "model_init" not in trainer_kwargs:
         trainer_kwargs["model"] = model or tiny_bert()
-    args = MetricOptConfig(str(folder), **{**defaults, **kwargs})
+    args = MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs})
     return cls(args=args, **{**data, **trainer_kwargs})
 
 
@@ -128,7 +131,7 @@ def faulty_trainer(folder, metric, cls=MetricOptTrainer, guide=None, **kwargs):
     }
     return cls(
         tiny_bert(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs}),
         train_dataset=Texts(160, seed=1),
         observation_dataset=Texts(40, seed=3),
         selection_dataset=Texts(40, seed=4),

@@ -331,7 +331,8 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
         guide = self._given_guide or guides.from_spec(args.guide, self._given_value_function)
         before = self._metric_start if guide.in_first_phase else 0
         given = self._given_value_function
-        dim = min(args.phi_dim, self.phi.dim) if given is None else given.num_coordinates
+        dim = self.phi.dim if args.phi_coordinates == "identity" else min(args.phi_dim, self.phi.dim)
+        dim = dim if given is None else given.num_coordinates
         kinds = ("predictions", "scores") if args.observe == "predictions" else ("scores",)
         plans = [PhasePlan.from_args(args, kind, metric_steps, before, dim) for kind in kinds]
         ledger = Ledger(plans[0].calls, plans[0].passes)
@@ -414,8 +415,8 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
                 )
             raise MetricError(
                 f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "
-                "nothing was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
-                "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite "
+                "nothing was trained. The metric is called with an EvalPrediction of a whole fold of that set "
+                "(predictions, label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite "
                 f"number, or a dict that holds one. {self._hint}".rstrip()
             ) from error
         self._tell_of_places(evaluator, scores)

@@ -8,7 +8,7 @@ import pytest
 from helpers import Texts, tiny_bert, true_class_probability
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from runs import quadratic_trainer
+from runs import SCORES, quadratic_trainer
 from transformers import Trainer
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
@@ -42,7 +42,7 @@ def trainer(folder, model=None, cls=MetricOptTrainer, **kwargs):
 
     return cls(
         tiny_bert() if model is None else model,
-        MetricOptConfig(str(folder), **{**args, **kwargs}),
+        MetricOptConfig(str(folder), **{**SCORES, **args, **kwargs}),
         train_dataset=Texts(40, seed=1),
         eval_dataset=Texts(16, seed=2),
         compute_metrics=accuracy,

@@ -8,6 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 from helpers import Texts, tiny_bert, true_class_probability
+from runs import SCORES
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 
@@ -65,7 +66,7 @@ def run(name, folder, **kwargs):
     }
     trainer = Checked(
         model,
-        MetricOptConfig(folder, **{**args, **kwargs}),
+        MetricOptConfig(folder, **{**SCORES, **args, **kwargs}),
         train_dataset=Texts(160, seed=1),
         observation_dataset=Texts(41, seed=3),
         selection_dataset=Texts(37, seed=4),

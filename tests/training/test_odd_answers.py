@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from helpers import Quadratic, Targets, distance_to_optimum
+from runs import SCORES
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 from metricopt_hf.training.faults import EARLY_SCORES, MIN_SCORES_FOR_OUTLIERS, Faults
@@ -110,7 +111,7 @@ def run(folder, metric, observed=32, selected=32, **kwargs):
     }
     trainer = MetricOptTrainer(
         Quadratic(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs}),
         train_dataset=Targets(seed=1),
         observation_dataset=Targets(observed, seed=2),
         selection_dataset=Targets(selected, seed=3),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
+from runs import SCORES
 from transformers import TrainerCallback
 
 from metricopt_hf import CheckpointError, MetricOptConfig, MetricOptTrainer
@@ -38,7 +39,7 @@ def make(folder, trainer_kwargs=None, **kwargs):
     }
     return MetricOptTrainer(
         tiny_bert(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs}),
         train_dataset=Texts(160, seed=1),
         observation_dataset=Texts(40, seed=3),
         selection_dataset=Texts(40, seed=4),

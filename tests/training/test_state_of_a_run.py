@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
+from runs import SCORES
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from metricopt_hf import CheckpointError, ConfigurationError, FiLM, MetricOptConfig, MetricOptTrainer, PhiError
@@ -256,7 +257,7 @@ def test_resume_where_nothing_can_be_selected(tmp_path, step):
         trainer = MetricOptTrainer(
             tiny_bert(),
             MetricOptConfig(
-                str(folder), **{**DEFAULTS, "metric_start_ratio": 0, "max_metric_failures": 1000, **kwargs}
+                str(folder), **{**SCORES, **DEFAULTS, "metric_start_ratio": 0, "max_metric_failures": 1000, **kwargs}
             ),
             train_dataset=Texts(160, seed=1),
             observation_dataset=Texts(40, seed=3),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Texts, tiny_bert
+from runs import SCORES
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
@@ -40,7 +41,7 @@ def make(folder, compute_metrics=accuracy, model=None, evaluation=None, cls=Metr
     }
     return cls(
         tiny_bert() if model is None else model,
-        MetricOptConfig(str(folder), **{**arguments, **kwargs}),
+        MetricOptConfig(str(folder), **{**SCORES, **arguments, **kwargs}),
         train_dataset=Texts(160, seed=1) if train is None else train,
         eval_dataset=Texts(ROWS, seed=2) if evaluation is None else evaluation,
         compute_metrics=compute_metrics,
