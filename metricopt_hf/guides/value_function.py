@@ -27,7 +27,7 @@ class ValueFunctionGuide(DirectionGuide):
     """
 
     # optimizer steps of a fit: the first from scratch, the others warm
-    FIRST_FIT_STEPS, WARM_FIT_STEPS = 150, 20
+    FIRST_FIT_STEPS, WARM_FIT_STEPS = 50, 10
 
     def __init__(self, value_function: ValueNetwork | None = None):
         self._given = value_function

@@ -129,7 +129,7 @@ class MetricOptConfig(TrainingArguments):
             "choices": COORDINATES,
         },
     )
-    phi_dim: int = field(default=8, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
+    phi_dim: int = field(default=6, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
     phi_learning_rate: float | None = field(
         default=5e-3,
         metadata={
@@ -149,7 +149,7 @@ class MetricOptConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "lambda: length of the value gradient against the task gradient's, at full trust and agreement. "
-            "Default: 10, of scores 64."
+            "Default: 20, of scores 64."
         },
     )
     tune_output_bias: bool = field(

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 UNGUIDED_BRANCH = "the unguided branch"
 # the latest observations on interpolated predictions that are kept, and fitted to
-MOST_INTERPOLATED = 512
+MOST_INTERPOLATED = 256
 # an interpolator that was further off where the next one was made (see `Interpolator.error`) was used for too long
 LARGE_ERROR = 0.5
 

@@ -29,7 +29,7 @@ class Defaults:
 
 
 # chosen on development seeds: many exact calls on interpolated outputs need less weight than few scores
-DEFAULTS = {"predictions": Defaults(60, 1200, 10.0, 0.2), "scores": Defaults(160, 160, 64.0, 0.4)}
+DEFAULTS = {"predictions": Defaults(60, 1200, 20.0, 0.2), "scores": Defaults(160, 160, 64.0, 0.4)}
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,15 @@ class PhasePlan:
         calls = given(args.metric_call_budget, default.calls)
         observed, real = before + args.guided_steps(steps), min(passes, calls)
         expansion, checks = 2 * dim + 1, args.observations_per_step
-        expansions = max(1, (real - checks) // expansion)
+        expansions = max(1, min((real - checks) // expansion, calls // 2 // (expansion + 2 * PAIRS + 1)))
         if observe == "scores":
             round_size, rounds = checks, -(-real // checks)
+            every = observed // max(1, rounds)
         else:  # what is left of the calls, beside those of expansions and of the rounds that come with them
             round_size = PAIRS
             left = calls - checks - expansions * (expansion + 2 * PAIRS + 1) - FIRST_ROUNDS * (2 * PAIRS + 1)
             rounds = left // (2 * PAIRS + 1)
+            every = -(-observed // max(1, rounds))
         return cls(
             observe=observe,
             passes=passes,
@@ -98,7 +100,7 @@ class PhasePlan:
             value_weight=given(args.value_weight, default.value_weight),
             perturbation_std=given(args.perturbation_std, default.perturbation_std),
             select_steps=given(args.select_steps, max(1, steps // SELECTIONS)),
-            observe_steps=given(args.observe_steps, max(1, observed // max(1, rounds))),
+            observe_steps=given(args.observe_steps, max(1, every)),
             round_size=round_size,
             expand_steps=max(1, -(-observed // expansions)),
             checks=checks,

@@ -21,7 +21,11 @@ OTHERS = {
     "metric_start_ratio": 0.0,
     "unguided_ratio": 0.0,
     "unguided_learning_rate": 0.01,
+    "observe": "scores",
+    "forward_pass_budget": 10,
     "metric_call_budget": 0,
+    "metric_on_all_rows": True,
+    "tune_output_bias": False,
     "max_metric_failures": 1,
     "phi": r"\.bias$",
     "phi_coordinates": "identity",
@@ -120,30 +124,6 @@ def test_every_choice_offered_is_taken(name):
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.default is None])
 def test_where_nothing_is_the_default_it_can_be_given(name):
     assert getattr(MetricOptConfig("out", **{name: None}), name) is None
-
-
-@pytest.mark.parametrize(
-    ("given", "metric_steps", "every"),
-    [
-        ({"unguided_ratio": 0}, 200, 10),  # 160 calls, 8 a round: 20 rounds
-        ({}, 200, 5),  # half of the steps are guided
-        ({"unguided_ratio": 0.4}, 200, 6),
-        ({"metric_call_budget": 80}, 200, 10),
-        ({"metric_call_budget": 81}, 220, 10),  # the last round may be smaller
-        ({"observations_per_step": 16}, 200, 10),
-        ({"metric_call_budget": 0}, 200, 5),
-        ({"metric_call_budget": None}, 200, 5),
-        ({}, 5, 1),
-        ({"observe_steps": 7}, 200, 7),
-    ],
-)
-def test_rounds_are_spread_over_the_guided_steps(given, metric_steps, every):
-    assert MetricOptConfig("out", **given).observes_every(metric_steps) == every
-
-
-@pytest.mark.parametrize(("given", "metric_steps", "every"), [({}, 200, 10), ({}, 5, 1), ({"select_steps": 3}, 200, 3)])
-def test_looks_are_spread_over_the_metric_phase(given, metric_steps, every):
-    assert MetricOptConfig("out", **given).selects_every(metric_steps) == every
 
 
 @pytest.mark.parametrize(("ratio", "metric_steps", "guided"), [(0, 7, 7), (0.5, 200, 100), (0.25, 8, 6), (0.99, 2, 1)])

@@ -42,7 +42,7 @@ def make(folder, trainer_kwargs=None, classes=(MetricOptTrainer, MetricOptConfig
     return trainer_class(args=config_class(str(folder), **{**args, **kwargs}), **data)
 
 
-def assert_guided(trainer, calls=160):
+def assert_guided(trainer, calls=1200):
     assert trainer.phase.started
     assert 0 < trainer.ledger.calls["observe"] <= calls
     assert not any("film" in name for name in weights(trainer.model))
