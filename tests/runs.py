@@ -8,7 +8,13 @@ from helpers import OPTIMUM, Quadratic, Targets, Texts, distance_to_optimum, tin
 from metricopt_hf import DirectionGuide, MetricOptConfig, MetricOptTrainer
 
 # A run that observes scores, each on one of two folds, and nothing behind the last step: what many tests are about.
-SCORES = {"observe": "scores", "observation_folds": 2, "phi_dim": 6, "tune_output_bias": False}
+SCORES = {
+    "observe": "scores",
+    "observation_folds": 2,
+    "phi_dim": 6,
+    "unguided_ratio": 0.5,
+    "tune_output_bias": False,
+}
 
 
 class Truth(DirectionGuide):

@@ -66,7 +66,7 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     unguided_ratio: float = field(
-        default=0.5,
+        default=0.0,
         metadata={
             "help": "Share of the metric phase, its last, in which phi starts anew from where that phase began and "
             "follows the loss alone. What the selection split prefers of both is kept, so that guidance which does "
