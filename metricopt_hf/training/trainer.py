@@ -268,11 +268,6 @@ class MetricOptTrainer(SharingTrainer, CompletingTrainer):
             logs.update({f"metricopt/{name}": value for name, value in self.phase.log_scalars().items()})
         super().log(logs, start_time)
 
-    def _save(self, output_dir=None, state_dict=None):
-        if self.guided and self.phi.inserted:
-            state_dict = self.phi.merged_state_dict(self.model.state_dict() if state_dict is None else state_dict)
-        super()._save(output_dir, state_dict)
-
     def _save_checkpoint(self, model, trial):
         if self.guided and self.args.should_save and not self.args.save_only_model:
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
