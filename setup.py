@@ -24,6 +24,7 @@ INSTALL_REQUIRES = [
     "numpy",
     "pyarrow>=14.0.1",  # an older one can be made to run code that a parquet file holds
     "jinja2",  # model cards
+    "psutil",  # which rank of a run has gone
 ]
 
 EXTRAS = {
@@ -49,7 +50,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["metricopt_hf", "metricopt_hf.*"]),
     # The `evaluate` scripts lie in folders that are no packages: `evaluate.load` reads them as files.
-    package_data={"metricopt_hf": ["metrics/*/*.py", "templates/*.md"]},
+    package_data={"metricopt_hf": ["metrics/*/*.py", "hub/templates/*.md"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

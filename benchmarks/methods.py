@@ -226,7 +226,7 @@ RIVALS: dict[str, Rival] = {
         knows_formula=True,
         applies=lambda task: task.metric.__name__ in SURROGATES,
     ),
-    "obs": Rival("loss on observation", _observation, LOSS_GRID, reads_labels=True),
+    "obs": Rival("loss on observation", _observation, settings_of="train_obs", reads_labels=True),
     "dfr": Rival(
         "last layer anew on balanced groups (DFR)",
         informed.retrain_last_layer,

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from metricopt_hf import FiLM
-from metricopt_hf.phi import PhiSpace
+from metricopt_hf import FiLM, PhiSpace
 
 MEASURED = ("observation", "selection", "report")
 SPLITS = ("train", *MEASURED)

@@ -13,9 +13,8 @@ from sklearn.compose import make_column_transformer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor, nn
 
-from metricopt_hf import FiLM, Subset
+from metricopt_hf import FiLM, PhiSpace, Subset
 from metricopt_hf.comparison.splits import data_root
-from metricopt_hf.phi import PhiSpace
 
 from .problem import Problem, Rows, Sizes
 

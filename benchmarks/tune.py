@@ -6,7 +6,7 @@ Every method's grid is of the same size. A setting's worth is its score on the s
 that score's standard error (bootstrap over the items, at the start), so that noise counts as noise; then averaged over
 tasks. CIFAR observes and selects on fewer images here, for time. No report split is looked at.
 Methods that need groups or images are chosen for on the tasks that have them.
-What was run is kept in `results/tuning/`, and is not run again.
+What was run is kept in `results/tuning/`, and is not run again. Methods that are not named keep their settings.
 """
 
 from __future__ import annotations
@@ -121,15 +121,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{RIVALS[method].title}")
         for config, value in settings.items():
             print(f"{'*' if config == best[method] else ' '} {value:8.3f}  {config}")
+    kept = protocol.load() if protocol.FILE.exists() else protocol.Protocol({})  # of the methods that were not named
     protocol.Protocol(
-        {method: json.loads(config) for method, config in best.items()},
+        {**kept.settings, **{method: json.loads(config) for method, config in best.items()}},
         budget,
         {
             "command": "python -m benchmarks.tune",
             "tasks and seeds": pairs,
             "tasks and seeds with groups": group_pairs,
-            "units": {task: float(f"{value:.3g}") for task, value in units.items()},
-            "worth": {m: {c: round(v, 3) for c, v in settings.items()} for m, settings in worths.items()},
+            "units": {**kept.chosen.get("units", {}), **{task: float(f"{value:.3g}") for task, value in units.items()}},
+            "worth": {
+                **kept.chosen.get("worth", {}),
+                **{m: {c: round(v, 3) for c, v in settings.items()} for m, settings in worths.items()},
+            },
         },
     ).save()
     print(f"\nwritten: {Path(protocol.FILE).name}")

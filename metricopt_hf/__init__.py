@@ -7,6 +7,7 @@ from .errors import (
     MetricError,
     MetricOptError,
     PhiError,
+    RankError,
     ValueFunctionError,
 )
 from .evaluation.ledger import Ledger
@@ -44,6 +45,7 @@ __all__ = [
     "PhiError",
     "PhiSpace",
     "RandomGuide",
+    "RankError",
     "Round",
     "RunResult",
     "Subset",

@@ -29,7 +29,7 @@ class Truth(DirectionGuide):
         return torch.eye(len(OPTIMUM)) if basis is None else basis
 
 
-def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, **kwargs):
+def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, model=None, **kwargs):
     defaults = {
         "max_steps": 20,
         "per_device_train_batch_size": 4,
@@ -52,7 +52,7 @@ def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, **kwargs):
         "label_names": ["labels"],
     }
     return cls(
-        Quadratic(),
+        model or Quadratic(),
         MetricOptConfig(str(folder), **{**defaults, **kwargs}),
         train_dataset=Targets(seed=1),
         observation_dataset=Targets(8, seed=2),
@@ -108,7 +108,7 @@ def bert_trainer(folder, model=None, **kwargs):
     return cls(args=args, **{**data, **trainer_kwargs})
 
 
-def faulty_trainer(folder, metric, cls=MetricOptTrainer, **kwargs):
+def faulty_trainer(folder, metric, cls=MetricOptTrainer, guide=None, **kwargs):
     defaults = {
         "max_steps": 12,
         "per_device_train_batch_size": 8,
@@ -133,4 +133,5 @@ def faulty_trainer(folder, metric, cls=MetricOptTrainer, **kwargs):
         observation_dataset=Texts(40, seed=3),
         selection_dataset=Texts(40, seed=4),
         metric=metric,
+        guide=guide,
     )

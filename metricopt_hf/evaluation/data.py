@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..errors import ConfigurationError
-
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +51,13 @@ def cut(dataset: Any, size: int | None, seed: int, label_name: str = "labels") -
 def folds(dataset: Any, count: int, seed: int, label_name: str = "labels") -> list[Any]:
     """Disjoint random parts of a data set, of equal size but for one example, each in its order.
 
-    Where chance would leave a class out of one, the classes are shared out evenly, as in `cut`. One that is iterated, or has no length, cannot be divided: it is the only part.
+    Where chance would leave a class out of one, the classes are shared out evenly, as in `cut`. One without a length
+    cannot be divided: it is the only part.
 
     Raises:
         ConfigurationError: there are fewer examples than parts.
     """
-    if count == 1 or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if count == 1 or not hasattr(dataset, "__len__"):
         return [dataset]
     if len(dataset) < count:
         raise ConfigurationError(
@@ -72,6 +72,19 @@ def folds(dataset: Any, count: int, seed: int, label_name: str = "labels") -> li
         for i, rows in enumerate(parts):
             _tell_missing(labels, rows, f"fold {i + 1} of the {count} of the observation set")
     return [take(dataset, np.sort(part)) for part in parts]
+
+
+class _Picked(IterableDataset):
+    """Some rows of a data set that can only be iterated, in its order."""
+
+    def __init__(self, dataset: Iterable[Any], indices: Collection[int]):
+        self.dataset, self.indices = dataset, frozenset(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (row for i, row in enumerate(self.dataset) if i in self.indices)
 
 
 def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
@@ -118,15 +131,50 @@ def _tell_missing(labels: np.ndarray, rows: np.ndarray, what: str) -> None:
     if len(missing):
         named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         logger.warning(
-            f"Class {named} is missing in {what}: of classes with so few examples a metric per class may have no value. "
-            "Pass observation_dataset and selection_dataset that hold all classes, or set observation_folds=1."
+            f"Class {named} is missing in {what}: of classes with so few examples a metric per class may have no "
+            "value. Pass observation_dataset and selection_dataset that hold all classes, or set observation_folds=1."
         )
 
 
 def take(dataset: Any, indices: np.ndarray) -> Any:
-    """The examples at `indices` of a `datasets.Dataset` or a map-style torch data set, in this order."""
-    indices = [int(i) for i in indices]
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)
+    """The examples at `indices` of a `datasets.Dataset` or a torch data set, in this order (iterated: in its own)."""
+    if isinstance(dataset, IterableDataset):
+        indices = np.sort(indices)
+        taken = _Picked(dataset, indices.tolist())
+    else:
+        rows = [int(i) for i in indices]
+        taken = dataset.select(rows) if hasattr(dataset, "select") else Subset(dataset, rows)
+    taken._metricopt_places = places(dataset)[indices]
+    return taken
+
+
+def places(dataset: Any) -> np.ndarray:
+    """[n] int64, where the rows of a part lie in the data set that it was taken from, or of that itself all."""
+    found = getattr(dataset, "_metricopt_places", None)
+    return np.arange(len(dataset)) if found is None else found
+
+
+def is_part(dataset: Any) -> bool:
+    """Whether it was taken from another."""
+    return hasattr(dataset, "_metricopt_places")
+
+
+def examples_of(features: Any, examples: Any) -> Any:
+    """Those of `examples` that `features`, a part of a set, were made of; see `CompletingTrainer`.
+
+    Raises:
+        ConfigurationError: which they are cannot be told.
+    """
+    if "example_id" in getattr(features, "column_names", ()) and "id" in getattr(examples, "column_names", ()):
+        wanted = set(features["example_id"])
+        return take(examples, np.array([i for i, name in enumerate(examples["id"]) if name in wanted], int))
+    where = places(features)
+    if len(where) and where.max() >= len(examples):
+        raise ConfigurationError(
+            f"eval_examples has {len(examples)} rows, too few for features up to row {where.max()}: give one example "
+            'per feature, or features with a column "example_id" and examples with "id".'
+        )
+    return take(examples, where)
 
 
 def in_order(dataset: Any, batch_size: int, collate: Callable, num_workers: int = 0) -> Callable[[], Iterator[Any]]:

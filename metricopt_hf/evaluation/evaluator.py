@@ -5,6 +5,7 @@ Whoever asks for scores does not know how they are computed: here point by point
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +26,8 @@ from ..phi import PhiSpace
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
+
+NOTHING = "The set on which the metric is observed is empty, or the model returns no logits."
 
 
 class BatchOutput(NamedTuple):
@@ -86,6 +89,9 @@ class Evaluator:
         concat: whether batches are joined, as with Trainer's `eval_do_concat_batches`; else the metric sees lists.
         rank, world_size: this process, and how many there are.
         progress: whether to show a bar for evaluations that take more than a few seconds.
+        complete: for each part, what the metric is given instead of its predictions; see `Metric.__call__`.
+        accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
+            `eval_accumulation_steps`; None: all at once at the end.
     """
 
     def __init__(
@@ -100,10 +106,14 @@ class Evaluator:
         rank: int = 0,
         world_size: int = 1,
         progress: bool = False,
+        complete: Sequence[Callable[[EvalPrediction], EvalPrediction]] | None = None,
+        accumulation_steps: int | None = None,
     ):
         self.phi, self.metric, self.ledger = phi, metric, ledger
         self.rank, self.world_size, self.progress = rank, world_size, progress
-        self.parts = [_Part(phi.model, predict, batches, max_bytes / len(parts), concat) for batches in parts]
+        self.complete = complete or [None] * len(parts)
+        share = max_bytes / len(parts)
+        self.parts = [_Part(phi.model, predict, batches, share, concat, accumulation_steps) for batches in parts]
 
     def freeze(self, moved: Callable[[], AbstractContextManager]) -> None:
         """From now on nothing outside phi changes: replay the rest (see `PrefixCache`).
@@ -119,8 +129,11 @@ class Evaluator:
         with undisturbed(self.phi.model):
             return self.parts[part].predictions()
 
-    def evaluate(self, purpose: str, part: int = 0) -> float:
+    def evaluate(self, purpose: str, part: int = 0, complete: Callable | None = None) -> float:
         """The metric at the present phi, charged to `purpose`. All ranks predict, and rank 0 calls the metric.
+
+        Args:
+            complete: what the metric is given instead of the predictions, other than what the part's own says.
 
         Raises:
             MetricError: see `Metric`; the same on every rank.
@@ -129,7 +142,7 @@ class Evaluator:
         if self.rank == 0:
             with self.ledger.charge(purpose), undisturbed(self.phi.model):
                 try:
-                    outcome = [self.metric(self.parts[part].predictions())]
+                    outcome = [self._score(part, complete=complete)[0]]
                 except MetricError as error:
                     outcome = [error]
         else:  # nobody predicts behind a test of its rank: a model's loss may wait for all of them
@@ -165,11 +178,12 @@ class Evaluator:
                 start, score, error, prediction = perf_counter(), float("nan"), None, None
                 with self.ledger.charge(purpose), undisturbed(self.phi.model):
                     try:
-                        prediction = self.parts[parts[i]].predictions()
-                        score = self.metric(prediction)
+                        score, prediction = self._score(parts[i], predictions)
                     except MetricError as failure:
                         prediction, error = None, str(failure)
-                taken.append((i, score, error, perf_counter() - start, prediction if predictions else None))
+                # a copy: they may be views of kept batches, or, of a model that returns parameters, of phi itself
+                handed_out = copy.deepcopy(prediction) if predictions else None
+                taken.append((i, score, error, perf_counter() - start, handed_out))
         if self.world_size > 1:
             others = [entry for entry in gather_object(taken) if entry[0] % self.world_size != self.rank]
             self.ledger.add(purpose, len(others), sum(entry[3] for entry in others))
@@ -179,11 +193,36 @@ class Evaluator:
         return Scores(np.array(values), errors, np.array(seconds), predicted if predictions else None)
 
 
+    def _score(
+        self, part: int, predictions: bool = False, complete: Callable | None = None
+    ) -> tuple[float, EvalPrediction | None]:
+        """The metric at the present phi, and, where they are wanted, the predictions too."""
+        if not self.phi.read().isfinite().all():
+            raise MetricError(
+                f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
+                "moved it. What was selected before stays."
+            )
+        complete = complete or self.complete[part]
+        if self.metric.batchwise and complete is None and not predictions:
+            return self.metric.over(self.parts[part].each()), None
+        prediction = self.parts[part].predictions()
+        return self.metric(prediction, complete), prediction
+
+
 class _Part:
     """One part of a data set: its batches, kept where there is room, and its predictions."""
 
-    def __init__(self, model: nn.Module, predict: Callable, batches: Callable, max_bytes: float, concat: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        predict: Callable,
+        batches: Callable,
+        max_bytes: float,
+        concat: bool,
+        accumulation_steps: int | None,
+    ):
         self.model, self.predict, self.max_bytes, self.concat = model, predict, max_bytes, concat
+        self.accumulation_steps = accumulation_steps
         self._batches, self._kept = batches, None
         self._prefix: PrefixCache | None = None
 
@@ -195,22 +234,34 @@ class _Part:
 
     def predictions(self) -> EvalPrediction:
         columns = {name: EvalLoopContainer(self.concat, padding_index=-100) for name in BatchOutput._fields}
-        batches = self._kept_batches()
-        for index, batch in enumerate(self._batches() if batches is None else batches):
-            if self._prefix is None or batches is None:
-                output = self.predict(batch)
-            else:
-                output = self._prefix.forward(index, lambda i: self.predict(batches[i]), len(batches))
+        for count, output in enumerate(self._outputs(), 1):
             self._check_joinable(output.labels)
             for name, value in output._asdict().items():
                 if value is not None:
                     columns[name].add(value)
+            if self.accumulation_steps and count % self.accumulation_steps == 0:
+                for column in columns.values():
+                    column.to_cpu_and_numpy()
         arrays = {name: column.get_arrays() for name, column in columns.items()}
         if arrays["logits"] is None:
-            raise ConfigurationError(
-                "The set on which the metric is observed is empty, or the model returns no logits."
-            )
+            raise ConfigurationError(NOTHING)
         return EvalPrediction(arrays["logits"], arrays["labels"], inputs=arrays["inputs"], losses=arrays["loss"])
+
+    def each(self) -> Iterator[EvalPrediction]:
+        """Predictions and labels batch by batch, as tensors where the model is."""
+        batch = None
+        for batch in self._outputs():
+            yield EvalPrediction(batch.logits, batch.labels, inputs=batch.inputs, losses=batch.loss)
+        if batch is None or batch.logits is None:
+            raise ConfigurationError(NOTHING)
+
+    def _outputs(self) -> Iterator[BatchOutput]:
+        batches = self._kept_batches()
+        for index, batch in enumerate(self._batches() if batches is None else batches):
+            if self._prefix is None or batches is None:
+                yield self.predict(batch)
+            else:
+                yield self._prefix.forward(index, lambda i: self.predict(batches[i]), len(batches))
 
     def _check_joinable(self, labels: Any) -> None:
         """Batches of lists of dicts would be joined row by row, the first image with the first, and say nothing."""

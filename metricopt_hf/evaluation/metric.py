@@ -1,8 +1,8 @@
 """Metric: the user's black box, called with predictions and labels, answering one finite number.
 
-Nobody looks inside. What is checked is what comes out, and what goes in is a copy; what a call changes of the world (see
-`world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and whatever
-it answers or raises, a call ends in one finite number or in a `MetricError`.
+Nobody looks inside. What is checked is what comes out, and what goes in is a copy; what a call changes of the world
+(see `world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and
+whatever it answers or raises, a call ends in one finite number or in a `MetricError`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -85,6 +85,8 @@ class Metric:
         timeout: seconds after which a call is given up, None for never. With it, calls run in a thread of their own,
             which cannot be killed: it is abandoned, and no other call is made until it has come back.
         exact: the dict must have that key; else a single entry will do, whatever it is called.
+        batchwise: the function is written for Trainer's `batch_eval_metrics`: called with one batch after the other, as
+            tensors, and `compute_result`, which is True with the last.
 
     Example:
         >>> import numpy as np
@@ -100,9 +102,10 @@ class Metric:
         greater_is_better: bool = True,
         timeout: float | None = None,
         exact: bool = False,
+        batchwise: bool = False,
     ):
         self.function, self.name, self.greater_is_better, self.timeout = function, name, greater_is_better, timeout
-        self.exact = exact
+        self.exact, self.batchwise = exact, batchwise
         self._abandoned: threading.Thread | None = None
 
     @property
@@ -110,28 +113,56 @@ class Metric:
         """+1 where greater is better, else -1."""
         return 1 if self.greater_is_better else -1
 
-    def __call__(self, prediction: EvalPrediction) -> float:
+    def __call__(
+        self, prediction: EvalPrediction, complete: Callable[[EvalPrediction], EvalPrediction] | None = None
+    ) -> float:
         """The metric of `prediction`.
+
+        Args:
+            complete: what is made of a copy of it first; its errors are the metric's.
 
         Raises:
             MetricError: it raised (`SystemExit` too, but not `KeyboardInterrupt`), timed out, or answered something
                 that is not one finite number; or the model predicted nothing but nan, of which no answer is right.
         """
+        return self._call(_as_tensors(prediction) if self.batchwise else prediction, complete, last=True)
+
+    def over(self, batches: Iterable[EvalPrediction]) -> float:
+        """The metric of a set that comes batch by batch, of a function that is `batchwise`. Raises as `__call__`."""
+        batch = None
+        try:
+            for following in batches:
+                if batch is not None:
+                    self._call(batch, last=False)
+                batch = following
+            return self._call(batch, last=True)
+        except MetricError:
+            with suppress(MetricError):  # what it has gathered must not count with the next set
+                self._call(batch, last=True)
+            raise
+
+    def _call(self, prediction: EvalPrediction, complete: Callable | None = None, last: bool = True) -> float:
         if _nothing_finite(prediction.predictions):
             raise MetricError(
                 "The model predicts nothing but numbers that are not finite (nan or inf), so the metric "
                 f"{self.name!r} is not asked: did a loss of nan move phi?"
             )
         prediction = copy.deepcopy(prediction)
+
+        def ask() -> Any:
+            arguments = {"compute_result": last} if self.batchwise else {}
+            return self.function(prediction if complete is None else complete(prediction), **arguments)
+
         try:
             with world_kept():
-                return self._number(self.function(prediction) if self.timeout is None else self._call_apart(prediction))
+                result = ask() if self.timeout is None else self._call_apart(ask)
+                return self._number(result) if last else float("nan")
         except (MetricError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a scoring script that calls sys.exit() must not end the run
             raise MetricError(f"The metric {self.name!r} raised {type(error).__name__}: {brief(error)}") from error
 
-    def _call_apart(self, prediction: EvalPrediction) -> Any:
+    def _call_apart(self, ask: Callable[[], Any]) -> Any:
         if self._abandoned is not None:
             if self._abandoned.is_alive():
                 raise MetricError(
@@ -143,7 +174,7 @@ class Metric:
 
         def work():
             try:
-                outcome["result"] = self.function(prediction)
+                outcome["result"] = ask()
             except BaseException as error:  # handed over to the caller's thread
                 outcome["error"] = error
 
@@ -315,20 +346,19 @@ def resolve(
     )
 
 
-def whole_set(compute_metrics: Callable) -> Callable[[EvalPrediction], Any]:
-    """A `compute_metrics` written for Trainer's `batch_eval_metrics`, given the whole set as its one and last batch."""
-    if "compute_result" not in inspect.signature(compute_metrics).parameters:
-        return compute_metrics
+def takes_batches(compute_metrics: Callable) -> bool:
+    """Whether a `compute_metrics` is written for Trainer's `batch_eval_metrics`."""
+    return "compute_result" in inspect.signature(compute_metrics).parameters
 
-    def function(prediction: EvalPrediction) -> Any:
-        tensors = {
-            name: value if value is None else torch.utils._pytree.tree_map(torch.as_tensor, value)
-            for name, value in vars(prediction).items()
-            if name != "elements"
-        }
-        return compute_metrics(EvalPrediction(**tensors), compute_result=True)
 
-    return function
+def _as_tensors(prediction: EvalPrediction) -> EvalPrediction:
+    """As Trainer gives batches; the whole set, or one already."""
+    tensors = {
+        name: value if value is None else torch.utils._pytree.tree_map(torch.as_tensor, value)
+        for name, value in vars(prediction).items()
+        if name in ("predictions", "label_ids", "inputs", "losses")
+    }
+    return EvalPrediction(**tensors)
 
 
 def load(name: str) -> evaluate.EvaluationModule:

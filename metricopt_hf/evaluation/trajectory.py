@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
+
 import numpy as np
 import pyarrow
 import pyarrow.compute

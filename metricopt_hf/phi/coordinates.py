@@ -6,6 +6,7 @@ directions in which the training loss actually pulls, it does. So Q is taken fro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..errors import ConfigurationError
 from .space import PhiSpace, whole
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("gradient_pca", "group_gradients", "random", "identity")
 # mini-batch gradients per coordinate: as in the measurements behind the default
@@ -51,23 +53,22 @@ class Coordinates:
         return z if self.basis is None else self.basis @ z
 
 
-def gradient_pca(gradients: Tensor, dim: int) -> Tensor:
+def gradient_pca(gradients: Tensor, dim: int) -> Tensor | None:
     """The leading `dim` right singular vectors of mini-batch gradients [n, d], uncentred: a basis [d, <= dim].
 
-    Uncentred, because the mean gradient is the one direction that training is sure to take.
+    Uncentred, because the mean gradient is the one direction that training is sure to take. Batches whose loss or
+    gradient was nan or infinite are left out; None where no other has a gradient at all.
     """
+    gradients = gradients[gradients.isfinite().all(1) & (gradients != 0).any(1)]
+    if not len(gradients):
+        return None
     _, singular_values, rows = torch.linalg.svd(gradients.double(), full_matrices=False)
-    rank = int((singular_values > singular_values[0] * 1e-7).sum()) if singular_values[0] > 0 else 0
-    if rank == 0:
-        raise ConfigurationError(
-            "The training loss has no gradient at phi, so there is nothing to take coordinates from: "
-            "does the loss depend on phi?"
-        )
+    rank = int((singular_values > singular_values[0] * 1e-7).sum())
     return rows[: min(dim, rank)].T.float().contiguous()
 
 
-def group_gradients(gradients: Tensor) -> Tensor:
-    """An orthonormal basis [d, <= groups] of the span of one loss gradient per group, [groups, d].
+def group_gradients(gradients: Tensor) -> Tensor | None:
+    """An orthonormal basis [d, <= groups] of the span of one loss gradient per group, [groups, d]; None as above.
 
     Each gradient is scaled to unit norm first, so that no group is lost beside a louder one.
     """
@@ -104,13 +105,19 @@ def make_coordinates(
     origin = phi.read()
     if kind == "identity":
         return Coordinates(origin, None, kind)
-    if kind == "random":
-        basis = random_basis(phi.dim, dim, generator)
-    elif kind == "group_gradients":
+    dim, basis = min(dim, phi.dim), None
+    if kind == "group_gradients":
         basis = group_gradients(loss_gradients(phi, group_batches(), loss, rank, world_size))
-    else:
+    elif kind == "gradient_pca":
         batches = mini_batches(GRADIENTS_PER_COORDINATE * dim)
         basis = gradient_pca(loss_gradients(phi, batches, loss, rank, world_size), dim)
+    if basis is None:
+        if kind != "random":
+            logger.warning(
+                f"phi_coordinates={kind!r} found no batch whose loss has a finite gradient at phi other than 0 (a loss "
+                "that is nan, or has reached 0?): the coordinates are random directions instead."
+            )
+        kind, basis = "random", random_basis(phi.dim, dim, generator)
     return Coordinates(origin, basis.to(origin.device), kind)
 
 
@@ -127,4 +134,4 @@ def loss_gradients(
             rows.append((i, torch.cat([whole(g).reshape(-1).float() for g in full]).cpu()))
     if world_size > 1:
         rows = sorted(gather_object(rows), key=lambda row: row[0])
-    return torch.stack([row for _, row in rows])
+    return torch.stack([row for _, row in rows]) if rows else torch.zeros(0, phi.dim)

@@ -166,10 +166,10 @@ def _auxiliary(name: str) -> bool:
 def _output_layer(model: nn.Module) -> str | None:
     """Name of the layer that makes the logits, if the model ends in one.
 
-    The last linear layer with `config.num_labels` outputs, or such a convolution, as of segmentation, or, as of DETR and
-    YOLOS, a linear layer with one more for "no object"; heads of boxes and auxiliary heads, for the loss alone, left
-    out. Else timm's classifier, else the last layer that has parameters if it is linear or a convolution (a model that
-    ends in a norm is an encoder without logits).
+    The last linear layer with `config.num_labels` outputs, or such a convolution, as of segmentation, or, as of DETR
+    and YOLOS, a linear layer with one more for "no object"; heads of boxes and auxiliary heads, for the loss alone,
+    left out. Else timm's classifier, else the last layer that has parameters if it is linear or a convolution (a model
+    that ends in a norm is an encoder without logits).
     """
     owners = {
         n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False)) and not _auxiliary(n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,8 +90,9 @@ class Faults:
         """Take in calls that failed, and how many beside them did not."""
         self.total += len(errors)
         self.in_a_row = 0 if succeeded else self.in_a_row + len(errors)
-        for error in errors:
-            logger.warning(f"{error} The observation is dropped ({self.in_a_row} failed in a row).")
+        for error, times in Counter(errors).items():
+            dropped = "The observation is dropped" if times == 1 else f"{times} observations are dropped"
+            logger.warning(f"{error.rstrip('.')}. {dropped} ({self.in_a_row} failed in a row).")
         if self.in_a_row >= self.max_in_a_row:
             reason = f"the metric failed {self.in_a_row} times in a row"
             if self.give_up(reason):

@@ -53,8 +53,9 @@ def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callabl
     if isinstance(given, evaluate.EvaluationModule):
         description = f"{given.description} {given.inputs_description}"
     if given is None:
-        function = metrics.whole_set(compute_metrics) if args.batch_eval_metrics else compute_metrics
-        metric = Metric(function, metric_name(args, eval_dataset), True, args.metric_timeout, exact=True)
+        batchwise = args.batch_eval_metrics and metrics.takes_batches(compute_metrics)
+        name = metric_name(args, eval_dataset)
+        metric = Metric(compute_metrics, name, True, args.metric_timeout, exact=True, batchwise=batchwise)
     else:
         metric = metrics.resolve(
             given, True, args.metric_inputs, args.metric_key, args.metric_kwargs, args.metric_timeout

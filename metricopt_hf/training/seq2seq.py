@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
+from ..evaluation import data
 from .config import MetricOptConfig
 from .trainer import MetricOptTrainer
 
@@ -24,3 +26,8 @@ class MetricOptSeq2SeqTrainer(MetricOptTrainer, Seq2SeqTrainer):
             lengths = {"max_length": self.args.generation_max_length, "num_beams": self.args.generation_num_beams}
             self._gen_kwargs = {name: value for name, value in lengths.items() if value is not None}
         return super()._predict(batch)
+
+    def _post_process(self, examples, features, prediction):
+        """`post_process_function` gets all of the output, as in transformers' example with generated answers."""
+        output = EvalLoopOutput(prediction.predictions, prediction.label_ids, None, len(data.places(features)))
+        return self.post_process_function(examples, features, output)

@@ -42,7 +42,8 @@ class SharingTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        self._save_value_function(self.args.output_dir if output_dir is None else output_dir)
+        if self.args.should_save:  # Trainer calls this on every rank, and one of them writes
+            self._save_value_function(self.args.output_dir if output_dir is None else output_dir)
 
     def _save_value_function(self, output_dir: str) -> None:
         result = self.result

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import guides
@@ -28,7 +30,8 @@ from ..evaluation.observation import Observation
 from ..evaluation.observer import Observer
 from ..guides import Guide
 from ..phi import Coordinates, make_coordinates
-from . import checkpoint, optimization
+from . import checkpoint, optimization, ranks
+from .completing import CompletingTrainer
 from .modes import pinned
 from .phase import MetricPhase, PhasePlan
 from .rehearsal import Stillness, first_that_works, is_trainers, told, untouched
@@ -53,7 +56,7 @@ class _Watch(TrainerCallback):
         self.trainer._finish_run()  # first of all callbacks: what another one saves is the model that comes out
 
 
-class MetricOptTrainer(SettlingTrainer):
+class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
     """`Trainer` that also follows a black-box metric (after MetricOpt; Huang, Zhai, Guo and Susskind, CVPR 2021).
 
     A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
@@ -119,7 +122,7 @@ class MetricOptTrainer(SettlingTrainer):
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if folder:  # else Trainer says what is missing
             checkpoint.check(folder)
-        with self._wrapped():
+        with self._wrapped(), ranks.told_when_lost(self.args):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @contextmanager
@@ -363,6 +366,8 @@ class MetricOptTrainer(SettlingTrainer):
             args.process_index,
             args.world_size,
             progress and not args.disable_tqdm and self.is_local_process_zero(),
+            [partial(self._complete, part) for part in parts] if self._completes else None,
+            args.eval_accumulation_steps,
         )
 
     def _columns(self, dataset: Any, batch_size: int) -> tuple[Any, int, Callable]:
@@ -377,14 +382,13 @@ class MetricOptTrainer(SettlingTrainer):
         self._unlabelled = sorted(batch) if labels is None and isinstance(batch, Mapping) else None
         if self.preprocess_logits_for_metrics is not None:
             logits = self.preprocess_logits_for_metrics(logits, labels)
-        wanted = self.args.include_for_metrics
-        main_input = getattr(self.model, "main_input_name", "input_ids")
-        return BatchOutput(
-            logits,
-            labels,
-            loss.repeat(len(batch[main_input])) if "loss" in wanted and loss is not None else None,
-            self._prepare_input(batch[main_input]) if "inputs" in wanted else None,
-        )
+        losses, inputs, wanted = None, None, self.args.include_for_metrics
+        if "loss" in wanted and loss is not None:
+            losses = loss.repeat(find_batch_size(batch) or self.args.eval_batch_size)
+        if "inputs" in wanted:  # as Trainer: with batch_eval_metrics all of the batch
+            main_input = batch[getattr(self.model, "main_input_name", "input_ids")]
+            inputs = self._prepare_input(batch if self.args.batch_eval_metrics else main_input)
+        return BatchOutput(logits, labels, losses, inputs)
 
     @contextmanager
     def _own_token_count(self) -> Iterator[None]:
@@ -409,11 +413,12 @@ class MetricOptTrainer(SettlingTrainer):
                     f"{self.label_names}. If one holds them, name it in the arguments: label_names=[...]."
                 )
             raise MetricError(
-                f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; nothing "
-                "was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
+                f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "
+                "nothing was trained. The metric is called with an EvalPrediction of a whole fold of that set (predictions, "
                 "label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite number, "
-                "or a dict that holds one."
+                f"or a dict that holds one. {self._hint}".rstrip()
             ) from error
+        self._tell_of_places(evaluator, scores)
         score = sum(scores) / len(scores)
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
@@ -467,8 +472,8 @@ class MetricOptTrainer(SettlingTrainer):
         # tokens that were generated may stay the same, and of an adapter there are too many
         if len(self.phi.names) <= MAX_TRIED and outputs() and (idle := self.phi.idle(outputs)):
             logger.warning(
-                f"{', '.join(idle)} of phi moves no prediction of the model, so it is tuned in vain. Leave it out, with "
-                "phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
+                f"{', '.join(idle)} of phi moves no prediction of the model, so it is tuned in vain. Leave it out, "
+                "with phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
             )
 
     def _make_coordinates(self, max_batches: int | None = None) -> Coordinates:
@@ -480,7 +485,8 @@ class MetricOptTrainer(SettlingTrainer):
 
         def group_batches() -> Iterator[Any]:
             dataset, batch_size, collate = self._columns(self.train_dataset, self._train_batch_size)
-            return islice(data.group_batches(dataset, self._label_name, 4 * batch_size, collate, generator), max_batches)
+            batches = data.group_batches(dataset, self._label_name, 4 * batch_size, collate, generator)
+            return islice(batches, max_batches)
 
         with undisturbed(self.model), torch.enable_grad(), pinned(self.model, self._stillness.eval_mode):
             self.model.train()

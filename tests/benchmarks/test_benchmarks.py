@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import guide_context
 from scipy.stats import ttest_rel
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 from transformers import EvalPrediction
@@ -273,15 +274,15 @@ def test_a_generation_may_take_several_rounds():
 
 
 def test_the_slope_of_the_evolution_guide():
-    from metricopt_hf import Observation, Trajectory
+    from metricopt_hf import Observation, Round, Trajectory
     from metricopt_hf.phi import Coordinates
 
     guide = methods.EvolutionGuide(rounds=1)
-    guide.start(Coordinates(torch.zeros(2), None), greater_is_better=False, seed=0)
+    guide.start(guide_context(Coordinates(torch.zeros(2), None), greater_is_better=False))
     assert guide.direction(torch.zeros(2)).trust == 0
     old = [Observation(np.array([s, 0.0], np.float32), s, 1.0, 0, 0.0) for s in (1.0, -1.0)]
     new = [Observation(np.array([5.0, s], np.float32), 3 * s, 1.0, 1, 0.0) for s in (1.0, -1.0)]
-    guide.learn(Trajectory([*old, *new]))
+    guide.observe(Round(Trajectory([*old, *new])))
     direction = guide.direction(torch.zeros(2))
     assert direction.trust == guide.TRUST
     # the metric rises along the second coordinate; smaller is better, so a step against the vector goes down it
@@ -474,16 +475,16 @@ def test_calls_coverage_and_time_by_hand():
 
 
 def test_the_negated_guide_says_the_opposite():
-    from metricopt_hf import Observation, Trajectory, ValueFunctionGuide
+    from metricopt_hf import Observation, Round, Trajectory, ValueFunctionGuide
     from metricopt_hf.phi import Coordinates
 
     def taught(guide):
-        guide.start(Coordinates(torch.zeros(2), None), greater_is_better=True, seed=0)
+        guide.start(guide_context(Coordinates(torch.zeros(2), None)))
         trajectory = Trajectory()
         for step in range(5):
             z = np.random.default_rng(step).normal(size=(8, 2)).astype(np.float32)
             trajectory.extend([Observation(point, float(point[0]), float("nan"), step, 0.0) for point in z])
-            guide.learn(trajectory)
+            guide.observe(Round(trajectory))
         return guide
 
     straight, negated = taught(ValueFunctionGuide()), taught(methods.NegatedGuide())

@@ -303,6 +303,22 @@ def test_predictions_are_those_that_the_metric_saw():
     assert not np.allclose(here.predictions, prediction.predictions)  # phi is another one
 
 
+def test_predictions_stay_as_they_were_and_may_be_changed():
+    """Also of a model that returns a parameter, whose memory they would share, and whatever becomes of the labels."""
+    model = Model()
+
+    def returned(batch):
+        return BatchOutput(model[4].bias.expand(len(batch["labels"]), -1), batch["labels"])
+
+    taken = evaluator(model=model, predict=returned, examples=Examples(BATCH))
+    points = torch.randn(2, taken.phi.dim)
+    scores = taken.evaluate_many(points, "observe", predictions=True)
+    for point, prediction in zip(points, scores.predictions, strict=True):
+        assert np.array_equal(prediction.predictions, point.expand(BATCH, -1).numpy())
+        prediction.label_ids[:] = -1
+    assert taken.predictions().label_ids.tolist() == list(range(BATCH))
+
+
 def test_on_the_main_rank_alone_the_metric_is_called_and_all_get_its_answer(monkeypatch):
     """Every rank predicts: a model's loss may wait for all of them."""
     sent = {}

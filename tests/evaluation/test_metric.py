@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 
 from metricopt_hf import metrics
 from metricopt_hf.errors import ConfigurationError, MetricError
-from metricopt_hf.evaluation.metric import Metric, from_evaluate, resolve, whole_set
+from metricopt_hf.evaluation.metric import Metric, from_evaluate, resolve, takes_batches
 
 LOGITS = np.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.1, 0.0, 3.0], [1.0, 0.0, 0.9]], np.float32)
 LABELS = np.array([0, 1, 2, 2])
@@ -312,19 +312,52 @@ def test_what_cannot_be_resolved_is_answered_with_what_can(monkeypatch):
 # ---- compute_metrics written for batch_eval_metrics
 
 
-def test_a_batchwise_metric_is_given_the_whole_set_as_its_last_batch():
-    calls = []
+class Batchwise:
+    """Accuracy, gathered over batches as for Trainer's `batch_eval_metrics`; it fails on the calls in `faulty`."""
 
-    def batchwise(prediction, compute_result=False):
-        calls.append((type(prediction.predictions), prediction.predictions.shape, compute_result))
-        return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).float().mean()}
+    def __init__(self, faulty=()):
+        self.right, self.rows, self.calls, self.faulty = 0, [], 0, faulty
 
-    assert Metric(whole_set(batchwise), "accuracy")(PREDICTION) == 0.75
-    assert calls == [(torch.Tensor, (4, 3), True)]
+    def __call__(self, prediction, compute_result):
+        assert isinstance(prediction.predictions, torch.Tensor) and isinstance(prediction.label_ids, torch.Tensor)
+        self.calls += 1
+        if self.calls - 1 in self.faulty:
+            raise RuntimeError("down")
+        self.right += int((prediction.predictions.argmax(-1) == prediction.label_ids).sum())
+        self.rows.append(len(prediction.label_ids))
+        if compute_result:
+            result = {"accuracy": self.right / sum(self.rows)}
+            self.right, self.rows = 0, []
+            return result
 
 
-def test_an_ordinary_compute_metrics_stays_as_it_is():
-    def ordinary(prediction):
-        return 1.0
+def batches():
+    logits, labels = torch.as_tensor(LOGITS), torch.as_tensor(LABELS)
+    return (EvalPrediction(logits[i : i + 3], labels[i : i + 3]) for i in (0, 3))
 
-    assert whole_set(ordinary) is ordinary
+
+def test_a_batchwise_metric_is_given_batch_by_batch_or_the_whole_set_as_its_last():
+    assert takes_batches(Batchwise()) and not takes_batches(lambda prediction: 0.5)
+    metric = Metric(Batchwise(), "accuracy", batchwise=True)
+    assert metric.over(batches()) == 0.75 and metric.function.calls == 2
+    assert metric(PREDICTION) == 0.75 and metric.function.calls == 3
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_after_a_failed_batch_nothing_is_left_for_the_next_set(call):
+    metric = Metric(Batchwise(faulty={call}), "accuracy", batchwise=True)
+    with pytest.raises(MetricError, match="RuntimeError: down"):
+        metric.over(batches())
+    assert metric.over(batches()) == 0.75
+
+
+def test_what_is_made_of_predictions_first_is_made_of_a_copy_and_its_errors_are_the_metric_s():
+    def spoil(prediction):
+        prediction.predictions[:] = 0
+        return EvalPrediction(["a"], ["a"])
+
+    prediction = EvalPrediction(LOGITS.copy(), LABELS)
+    assert Metric(lambda p: float(p.predictions == ["a"]), "same")(prediction, spoil) == 1.0
+    assert np.array_equal(prediction.predictions, LOGITS)
+    with pytest.raises(MetricError, match="'same' raised ZeroDivisionError"):
+        Metric(lambda p: 0.5, "same")(prediction, lambda p: 1 / 0)

@@ -94,7 +94,8 @@ def test_phi_is_put_back_and_failed_calls_are_dropped_with_their_message(fails):
 def test_phi_is_put_back_from_any_other_error():
     taken, coordinates, score = setting()
     before = taken.evaluator.phi.read()
-    taken.evaluator.metric = lambda prediction: 1 / 0
+    for part in taken.evaluator.parts:
+        part.predict = lambda batch: 1 / 0
     with pytest.raises(ZeroDivisionError):
         taken.observe(coordinates, 0, 2)
     assert torch.equal(taken.evaluator.phi.read(), before)
@@ -156,7 +157,7 @@ def test_variance_estimates_the_noise_and_not_the_slope():
     taken, coordinates, score = setting()
     rng, noiseless = np.random.default_rng(0), taken.evaluator.metric
     quiet = max(taken.observe(coordinates, 0, count).observations[0].variance for count in (100, 101))
-    taken.evaluator.metric = lambda prediction: noiseless(prediction) + 0.3 * rng.normal()
+    taken.evaluator.metric = Metric(lambda prediction: noiseless(prediction) + 0.3 * rng.normal(), "noisy")
     noisy = taken.observe(coordinates, 1, 400).observations[0].variance
     assert quiet < 1e-9 and noisy == pytest.approx(0.09, rel=0.3)
 

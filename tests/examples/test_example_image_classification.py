@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from metricopt_hf import ConfigurationError, MetricError, MetricOptConfig, MetricOptTrainer, PhiError, ValueFunction
-from metricopt_hf import images as images_room
+from metricopt_hf.comparison import images as images_room
 from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.comparison.study import ModelArguments
 

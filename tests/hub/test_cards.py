@@ -12,7 +12,7 @@ from runs import quadratic_trainer
 from transformers import Trainer
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
-from metricopt_hf.value import card
+from metricopt_hf.hub import cards
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = sorted((ROOT / "model_cards").glob("*.md"))
@@ -68,7 +68,7 @@ def test_two_cards_are_published():
 @pytest.mark.parametrize("path", PUBLISHED, ids=[path.stem for path in PUBLISHED])
 def test_published_cards_are_whole_and_in_the_hub_s_form(path):
     made = ModelCard.load(path)  # refuses a malformed model-index
-    assert made.data.eval_results and made.data.metrics and made.data.license and card.TAG in made.data.tags
+    assert made.data.eval_results and made.data.metrics and made.data.license and cards.TAG in made.data.tags
     index = eval_results_to_model_index(made.data.model_name, made.data.eval_results)
     assert model_index_to_eval_results(index) == (made.data.model_name, made.data.eval_results)
     for told in (
@@ -98,7 +98,7 @@ def test_what_trainer_s_card_tells_is_still_told(run, tmp_path):
         for metric in index["results"][0]["metrics"]:
             assert metric.pop("value") is not None
     assert ours == theirs and ours["results"][0]["metrics"] == [{"type": "accuracy", "name": "Accuracy"}]
-    assert told["tags"] == [*expected.pop("tags"), card.TAG]
+    assert told["tags"] == [*expected.pop("tags"), cards.TAG]
     assert told["metrics"] == [*expected.pop("metrics"), "true_class_probability"]
     assert {name: told[name] for name in expected} == expected
     assert "someone/bert" in made.text and "Texts" in made.text and "learning_rate" in made.text
@@ -116,7 +116,7 @@ def test_figures_are_those_of_the_run(run):
     run.create_model_card(**GIVEN, scores={"report": 0.4321}, comparison="| loss only | 0.4 |")
     told = "**true_class_probability** (greater is better) in text-classification on Texts"
     assert told in text(run) and "| task | text-classification, Texts |" in text(run, "value_function")
-    made, learned = ModelCard.load(Path(run.args.output_dir) / "README.md"), run.phase.guide.trust
+    made, learned = ModelCard.load(Path(run.args.output_dir) / "README.md"), run.result
     (result,) = [r for r in made.data.eval_results if r.metric_type == "true_class_probability"]
     assert (result.metric_value, result.dataset_type, result.task_type) == (
         0.4321,
@@ -128,15 +128,15 @@ def test_figures_are_those_of_the_run(run):
         "| loss only | 0.4 |",
         f"(optimistic: chosen by it) | {run.result.best_score:.4f}",
         f"| metric calls, observe | {run.ledger.calls['observe']} in",
-        f"| rank correlation | {learned.correlation:.3f} |",
+        f"| rank correlation | {learned.rank_correlation:.3f} |",
         f"FiLM, {run.result.coordinates.origin.numel()} numbers",
     ):
         assert figure in made.text
     theirs = text(run, "value_function")
-    assert f"| rank correlation | {learned.correlation:.3f} |" in theirs
+    assert f"| rank correlation | {learned.rank_correlation:.3f} |" in theirs
     assert "| observations, a metric call each | 16 |" in theirs
     assert "| folds of the examples, of which a call sees one | 2 |" in theirs
-    assert ModelCard(theirs).data.eval_results[0].metric_value == pytest.approx(learned.correlation)
+    assert ModelCard(theirs).data.eval_results[0].metric_value == pytest.approx(learned.rank_correlation)
     assert json.loads(Path(run.args.output_dir, "value_function", "config.json").read_text())["signature"]
 
 
@@ -177,6 +177,6 @@ def test_templates_are_installed_and_shown():
     import re
 
     patterns = re.search(r"package_data=\{.*?\}", (ROOT / "setup.py").read_text()).group()
-    assert "templates/*.md" in patterns and card.TEMPLATES.parent == ROOT / "metricopt_hf"
+    assert "hub/templates/*.md" in patterns and cards.TEMPLATES == ROOT / "metricopt_hf" / "hub" / "templates"
     shown = {path.name for path in (ROOT / "model_cards" / "templates").glob("*.md")}
     assert shown == {"value_function.md", "model.md", "citation.md"}

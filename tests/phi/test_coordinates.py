@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from helpers import Quadratic
 
-from metricopt_hf.errors import ConfigurationError
-from metricopt_hf.phi import Coordinates, gradient_pca, group_gradients, random_basis
+from metricopt_hf import Subset
+from metricopt_hf.phi import Coordinates, gradient_pca, group_gradients, make_coordinates, random_basis
+
+NAN = float("nan")
 
 
 def coordinates(kind, d=12, k=4):
@@ -65,9 +68,41 @@ def test_a_group_without_a_gradient_is_left_out():
     assert group_gradients(torch.stack([torch.zeros(5), torch.ones(5)])).shape == (5, 1)
 
 
-def test_no_gradient_at_all_is_an_error():
-    with pytest.raises(ConfigurationError, match="depend on phi"):
-        gradient_pca(torch.zeros(4, 5), 2)
+@pytest.mark.parametrize("make", [lambda g: gradient_pca(g, 2), group_gradients], ids=["pca", "groups"])
+def test_batches_of_nan_infinity_or_nothing_are_left_out(make):
+    good = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    bad = torch.stack([torch.full((5,), value) for value in (NAN, torch.inf, -torch.inf, 0.0)])
+    bad = torch.cat([bad, torch.tensor([[1.0, NAN, 0, 0, 0]])])
+    assert torch.equal(make(torch.cat([bad, good, bad])), make(good))
+    assert make(bad) is None
+
+
+@pytest.mark.parametrize("kind", ["gradient_pca", "group_gradients"])
+@pytest.mark.parametrize("factor", [NAN, torch.inf, 0.0])
+def test_where_no_batch_has_a_gradient_the_coordinates_are_random_and_it_is_said(kind, factor, caplog):
+    phi = Subset(Quadratic(), "w")
+
+    def loss(batch):
+        return phi.model(batch)["loss"] * factor
+
+    def coordinates(kind):
+        return make_coordinates(
+            kind, phi, 9, torch.Generator().manual_seed(0), lambda n: [torch.ones(2, 6)] * n,
+            lambda: [torch.ones(2, 6)], loss,
+        )  # fmt: skip
+
+    found = coordinates(kind)
+    assert found.kind == "random" and torch.equal(found.basis, coordinates("random").basis) and found.dim == 6
+    assert len(caplog.messages) == 1 and f"phi_coordinates={kind!r}" in caplog.text and "random" in caplog.text
+
+
+def test_no_more_gradients_are_computed_than_phi_has_numbers_for():
+    asked = []
+    make_coordinates(
+        "gradient_pca", Subset(Quadratic(), "w"), 1000, torch.Generator(),
+        lambda n: asked.append(n) or [], lambda: [], None,
+    )  # fmt: skip
+    assert asked == [6 * 12]
 
 
 def test_a_random_basis_comes_from_its_generator():

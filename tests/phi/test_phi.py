@@ -243,7 +243,7 @@ def test_building_film_leaves_modes_weights_and_random_state_alone():
     model = timm_model("test_resnet").train()
     weights, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    phi = FiLM(model)
+    FiLM(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
     after = model.state_dict()

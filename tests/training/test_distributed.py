@@ -14,7 +14,8 @@ HERE = Path(__file__).parent
 
 def launch(folder, ranks):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent)}
+    paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])  # the helpers of the tests, and the library
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
     done = subprocess.run(
         [*command, str(HERE / "distributed_script.py"), str(folder)],
         cwd=HERE,

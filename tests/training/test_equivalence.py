@@ -143,6 +143,40 @@ def test_the_first_phase_is_a_shorter_trainer_run(tmp_path):
     } | {"classifier.bias"}
 
 
+def test_an_optimizer_of_one_s_own_keeps_its_learning_rate_in_the_first_phase(tmp_path):
+    """In one group for all parameters, of which phi are some."""
+    model = tiny_bert()
+    plain = run(
+        Trainer,
+        arguments(TrainingArguments, tmp_path, max_steps=12),
+        model=model,
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
+    )
+    at_border = {}
+
+    class Border(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 12:
+                at_border.update(weights(model))
+
+    model = tiny_bert()
+    phi = FiLM(model)
+    ours = MetricOptTrainer(
+        model,
+        arguments(MetricOptConfig, tmp_path, metric_start_ratio=0.6, metric_call_budget=16, greater_is_better=True),
+        train_dataset=TRAIN,
+        eval_dataset=EVAL,
+        metric=worst_class_recall,
+        phi=phi,
+        observation_dataset=Texts(40, seed=3),
+        selection_dataset=Texts(40, seed=4),
+        callbacks=[Border()],
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
+    )
+    ours.train()
+    assert_equal_weights(weights(plain.model), {k: v for k, v in at_border.items() if "film" not in k})
+
+
 def test_the_same_seed_twice_is_the_same_run(tmp_path):
     def once():
         trainer = run(

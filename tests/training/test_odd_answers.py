@@ -155,7 +155,7 @@ def test_one_early_selection_is_not_what_is_kept(tmp_path, which, value):
     assert odd.result.best_step != clean.result.curve[0]["step"]
 
 
-@pytest.mark.parametrize("which", [0, 1, 3])
+@pytest.mark.parametrize("which", [0, 1])
 def test_an_odd_answer_that_comes_out_again_stands(tmp_path, which):
     """At one phi the metric is far better than at all others, whenever it is asked."""
     seen = []

@@ -246,7 +246,8 @@ def test_a_schedule_of_the_user_s_own_that_cannot_be_shortened(tmp_path):
 
     class OneCycle(MetricOptTrainer):
         def create_scheduler(self, num_training_steps, optimizer=None):
-            self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, 1e-3, total_steps=num_training_steps)
+            schedule = torch.optim.lr_scheduler.OneCycleLR
+            self.lr_scheduler = schedule(self.optimizer, 1e-3, total_steps=num_training_steps)
             return self.lr_scheduler
 
     rates = Rates()
@@ -320,7 +321,8 @@ class SaveAtEnd(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         model.save_pretrained(self.folder / "callback")
-        Trainer(model, TrainingArguments(str(self.folder), report_to=[], use_cpu=True)).save_model(self.folder / "other")
+        other = Trainer(model, TrainingArguments(str(self.folder), report_to=[], use_cpu=True))
+        other.save_model(self.folder / "other")
 
 
 def test_what_a_callback_saves_at_the_end_is_the_selected_model(tmp_path):

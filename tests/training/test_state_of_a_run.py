@@ -255,7 +255,9 @@ def test_resume_where_nothing_can_be_selected(tmp_path, step):
     def run(folder, **kwargs):
         trainer = MetricOptTrainer(
             tiny_bert(),
-            MetricOptConfig(str(folder), **{**DEFAULTS, "metric_start_ratio": 0, "max_metric_failures": 1000, **kwargs}),
+            MetricOptConfig(
+                str(folder), **{**DEFAULTS, "metric_start_ratio": 0, "max_metric_failures": 1000, **kwargs}
+            ),
             train_dataset=Texts(160, seed=1),
             observation_dataset=Texts(40, seed=3),
             selection_dataset=Texts(33, seed=4),

@@ -1,0 +1,139 @@
+"""CompletingTrainer: what the metric is given beside predictions and labels, wherever it is called."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction, Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import denumpify_detensorize
+
+from ..errors import MetricError
+from ..evaluation import data
+from ..evaluation.evaluator import Evaluator
+
+logger = logging.getLogger(__name__)
+
+INDICES = "indices"  # in `include_for_metrics`
+POST_PROCESS = (
+    "evaluate() is overridden here: if it makes something else of the predictions before it calls compute_metrics, "
+    "hand the same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see "
+    "CompletingTrainer)."
+)
+
+
+class CompletingTrainer(Trainer):
+    """The metric gets the rows' places in the data set, and post-processed predictions, where that is asked for.
+
+    The same in `evaluate()` and where the guidance looks at the metric, on parts of `eval_dataset`.
+
+    With "indices" in `args.include_for_metrics` the `EvalPrediction` has an attribute `indices`: [n] int64, which rows
+    of `eval_dataset` (or of the `observation_dataset`, `selection_dataset` given) the predictions are of, in their order.
+
+    Args:
+        post_process_function: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
+            question-answering example. `features` are the rows that were predicted, with all of their columns.
+        eval_examples: of which the features were made; those of the predicted features are passed, found by
+            "example_id" and "id", or, where there are as many as features, by their place. Default: the features themselves.
+
+    A subclass may set both attributes itself, as that example's trainer does.
+    """
+
+    post_process_function: Callable[[Any, Any, Any], EvalPrediction] | None = None
+    eval_examples: Any = None
+
+    def __init__(self, *args, post_process_function=None, eval_examples=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if post_process_function is not None:
+            self.post_process_function = post_process_function
+        if eval_examples is not None:
+            self.eval_examples = eval_examples
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict) or self.compute_metrics is None or not self._completes:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # a dict comes here part by part
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        compute_metrics, complete, called = self.compute_metrics, partial(self._complete, dataset), []
+
+        def completed(prediction: EvalPrediction, **kwargs) -> Any:
+            called.append(prediction)
+            return compute_metrics(complete(prediction), **kwargs)
+
+        self.compute_metrics, self._unlabelled = completed, lambda: not called
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.compute_metrics, self._unlabelled = compute_metrics, None
+
+    # inside `evaluate`: whether Trainer has not called the metric, as it does not where there are no labels
+    _unlabelled: Callable[[], bool] | None = None
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._unlabelled is not None and self._unlabelled() and output.predictions is not None:
+            metrics = denumpify_detensorize(self.compute_metrics(EvalPrediction(output.predictions, output.label_ids)))
+            prefix = f"{metric_key_prefix}_"
+            output.metrics.update({prefix + key.removeprefix(prefix): value for key, value in metrics.items()})
+        return output
+
+    @property
+    def _completes(self) -> bool:
+        return self.post_process_function is not None or INDICES in self.args.include_for_metrics
+
+    def _complete(self, dataset: Any, prediction: EvalPrediction) -> EvalPrediction:
+        """What the metric is given of predictions on `dataset`."""
+        if INDICES in self.args.include_for_metrics:
+            prediction.indices = data.places(dataset)
+        if self.post_process_function is None:
+            return prediction
+        examples = dataset if self.eval_examples is None else data.examples_of(dataset, self.eval_examples)
+        return self._post_process(examples, dataset, prediction)
+
+    def _tell_of_places(self, evaluator: Evaluator, scores: Sequence[float]) -> None:
+        """Warn of a metric that looks rows up by their place, where it is given parts of `eval_dataset`: in another
+        order of the rows it answers another number. `scores` are what it answered on each part."""
+        if self._completes or not data.is_part(self.observation_dataset):
+            return
+        try:
+            for part, score in enumerate(scores[:2]):
+                other = evaluator.evaluate("check", part, partial(_reordered, by_label=part == 0))
+                if np.isclose(other, score):
+                    continue
+                if np.isclose(evaluator.evaluate("check", part), score):  # else it is never twice the same
+                    logger.warning(
+                        f"In another order of the same rows {self.metric.name} is {other:g} instead of {score:g}: does "
+                        "it look rows up by their place in eval_dataset? It is given random parts of that. Set "
+                        'include_for_metrics=["indices"] and look up prediction.indices, or pass an '
+                        "observation_dataset and a selection_dataset that it knows, with observation_folds=1."
+                    )
+                return
+        except MetricError:
+            pass
+
+    @property
+    def _hint(self) -> str:
+        """What a metric that fails at its first call may lack."""
+        overridden = type(self).evaluate not in (CompletingTrainer.evaluate, Seq2SeqTrainer.evaluate)
+        return POST_PROCESS if overridden and self.post_process_function is None else ""
+
+    def _post_process(self, examples: Any, features: Any, prediction: EvalPrediction) -> EvalPrediction:
+        return self.post_process_function(examples, features, prediction.predictions)
+
+
+def _reordered(prediction: EvalPrediction, by_label: bool) -> EvalPrediction:
+    """The same rows, sorted by their labels, or the last first."""
+    labels = prediction.label_ids
+    sortable = by_label and isinstance(labels, np.ndarray) and labels.ndim == 1
+    order = np.argsort(labels, kind="stable") if sortable else slice(None, None, -1)
+
+    def turn(rows: Any) -> Any:
+        if isinstance(rows, tuple):
+            return tuple(map(turn, rows))
+        return rows[order].copy() if isinstance(rows, np.ndarray) and rows.ndim else rows
+
+    fields = ("predictions", "label_ids", "inputs", "losses")
+    return EvalPrediction(**{name: turn(getattr(prediction, name)) for name in fields})

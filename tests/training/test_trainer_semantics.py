@@ -1,0 +1,382 @@
+"""What Trainer gives a metric, the guidance gives it too: losses, batches, rows by place, post-processing."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from helpers import Texts, tiny_bert
+from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction
+from transformers.trainer_pt_utils import EvalLoopContainer
+
+from metricopt_hf import ConfigurationError, MetricError, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.evaluation import data
+from metricopt_hf.training.seq2seq import MetricOptSeq2SeqTrainer
+
+ROWS = 83  # no multiple of the batch size
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def make(folder, compute_metrics=accuracy, model=None, evaluation=None, cls=MetricOptTrainer, train=None, **kwargs):
+    names = ("post_process_function", "eval_examples", "observation_dataset", "selection_dataset")
+    given = {name: kwargs.pop(name) for name in names if name in kwargs}
+    arguments = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "metric_start_ratio": 0.5,
+        "metric_call_budget": 16,
+        "observations_per_step": 4,
+        "metric_for_best_model": "accuracy",
+        "greater_is_better": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "phi_coordinates": "random",
+    }
+    return cls(
+        tiny_bert() if model is None else model,
+        MetricOptConfig(str(folder), **{**arguments, **kwargs}),
+        train_dataset=Texts(160, seed=1) if train is None else train,
+        eval_dataset=Texts(ROWS, seed=2) if evaluation is None else evaluation,
+        compute_metrics=compute_metrics,
+        **given,
+    )
+
+
+# ---- losses
+
+
+class Points(nn.Module):
+    """Its input is called neither input_ids nor anything else that Trainer knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, points, labels=None):
+        logits = self.body(points)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def points(size, seed):
+    x = torch.randn(size, 6, generator=torch.Generator().manual_seed(seed))
+    return [{"points": row, "labels": (row.sum() > 0).long()} for row in x]
+
+
+def test_losses_come_for_every_row_whatever_the_inputs_are_called(tmp_path):
+    sizes = set()
+
+    def with_losses(prediction):
+        sizes.add((len(prediction.label_ids), len(prediction.losses)))
+        return {**accuracy(prediction), "nll": float(prediction.losses.mean())}
+
+    model, sets = Points(), {"train": points(160, 0), "evaluation": points(ROWS, 1)}
+    trainer = make(tmp_path, with_losses, model, include_for_metrics=["loss"], **sets)
+    trainer.train()
+    assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
+    assert sizes == {(rows, rows) for rows in (20, 21, 41)}
+
+
+# ---- batches
+
+
+class Batchwise:
+    """Accuracy over batches, and the calls: rows, and whether the result was asked for."""
+
+    def __init__(self):
+        self.right, self.rows, self.calls = 0, 0, []
+
+    def __call__(self, prediction, compute_result):
+        assert isinstance(prediction.predictions, torch.Tensor)
+        self.calls.append((len(prediction.label_ids), compute_result))
+        self.right += int((prediction.predictions.argmax(-1) == prediction.label_ids).sum())
+        self.rows += len(prediction.label_ids)
+        if not compute_result:
+            return None
+        result, self.right, self.rows = self.right / self.rows, 0, 0
+        return {"accuracy": result}
+
+
+def test_batch_metrics_are_called_batch_by_batch(tmp_path):
+    compute_metrics = Batchwise()
+    trainer = make(tmp_path, compute_metrics, batch_eval_metrics=True)
+    trainer.train()
+    whole = make(tmp_path)
+    whole.train()
+    assert [o.score for o in trainer.observations] == [o.score for o in whole.observations]
+    assert trainer.result.best_score == whole.result.best_score
+    in_order = [rows for rows, last in compute_metrics.calls if rows < 20]
+    assert max(in_order) == 8 and (8, False) in compute_metrics.calls and (8, True) not in compute_metrics.calls
+    assert {rows for rows, last in compute_metrics.calls if last and rows < 20} == {4, 5, 1}  # of 20, 21 and 41
+    del compute_metrics.calls[:]
+    assert trainer.evaluate()["eval_accuracy"] > 0  # Trainer's own, as ever
+    assert [rows for rows, _ in compute_metrics.calls] == [8] * 10 + [3]
+
+
+@pytest.mark.parametrize("steps", [None, 2])
+def test_predictions_go_to_the_cpu_as_often_as_asked(tmp_path, steps, monkeypatch):
+    held, moved = [], []
+    add, move = EvalLoopContainer.add, EvalLoopContainer.to_cpu_and_numpy
+
+    def counted(self, tensors):
+        add(self, tensors)
+        held.append(len(self.tensors))
+
+    monkeypatch.setattr(EvalLoopContainer, "add", counted)
+    monkeypatch.setattr(EvalLoopContainer, "to_cpu_and_numpy", lambda self: (moved.append(self), move(self))[1])
+    trainer = make(tmp_path, eval_accumulation_steps=steps)
+    trainer.train()
+    assert max(held) == (41 if steps is None else 16)
+    assert trainer.result.failed_calls == 0
+
+
+# ---- iterables
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Can be iterated and has a length, and that is all."""
+
+    def __init__(self, size, seed):
+        self.rows = Texts(size, seed)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return (self.rows[i] for i in range(len(self.rows)))
+
+
+def test_an_iterable_with_a_length_is_cut_too(tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append((len(prediction.label_ids), tuple(prediction.label_ids.tolist())))
+        return accuracy(prediction)
+
+    stream = Stream(ROWS, 2)
+    trainer = make(tmp_path, compute_metrics, evaluation=stream)
+    trainer.train()
+    assert trainer.result.failed_calls == 0 and {rows for rows, _ in seen} == {20, 21, 41}
+    parts = [trainer.selection_dataset, *data.folds(trainer.observation_dataset, 2, trainer.args.seed)]
+    where = [data.places(part).tolist() for part in parts]
+    assert len(set(sum(where, []))) == 82 and all(w == sorted(w) for w in where)
+    for part, rows in zip(parts, where, strict=True):
+        assert [int(row["labels"]) for row in part] == stream.rows.labels[rows].tolist()
+    assert len(trainer.evaluate()) > 1
+
+
+# ---- rows by their place
+
+
+def as_dataset(texts):
+    return datasets.Dataset.from_dict({"input_ids": texts.ids.tolist(), "labels": texts.labels.tolist()})
+
+
+@pytest.mark.parametrize("kind", [lambda texts: texts, as_dataset, lambda texts: Stream(len(texts), 2)])
+@pytest.mark.parametrize("folds", [1, 2, 3])
+def test_the_metric_is_given_the_rows_places_on_request(tmp_path, kind, folds, caplog):
+    texts = Texts(ROWS, seed=2)
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(set(prediction.indices.tolist()))
+        assert texts.labels[prediction.indices].tolist() == prediction.label_ids.tolist()
+        return accuracy(prediction)
+
+    trainer = make(
+        tmp_path, compute_metrics, evaluation=kind(texts), include_for_metrics=["indices"], observation_folds=folds
+    )
+    trainer.train()
+    assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
+    assert len({frozenset(rows) for rows in seen}) == folds + 1  # and the selection set
+    del seen[:]
+    trainer.evaluate()
+    assert seen == [set(range(ROWS))] and "look rows up by their place" not in caplog.text
+    assert trainer.compute_metrics is compute_metrics
+
+
+def test_of_sets_given_the_places_are_those_in_them(tmp_path):
+    sets = {17: Texts(17, seed=3), 18: Texts(18, seed=4)}
+
+    def compute_metrics(prediction):
+        rows = len(prediction.label_ids)
+        given = sets.get(rows, sets[17])
+        assert given.labels[prediction.indices].tolist() == prediction.label_ids.tolist()
+        return accuracy(prediction)
+
+    trainer = make(
+        tmp_path, compute_metrics, include_for_metrics=["indices"],
+        observation_dataset=sets[17], selection_dataset=sets[18],
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.result.failed_calls == 0
+
+
+WEIGHTS = 1 + 4 * (np.arange(ROWS) % 3 == 0)
+
+
+def by_place(prediction):
+    hits = prediction.predictions.argmax(-1) == prediction.label_ids
+    return {"accuracy": float((WEIGHTS[: len(hits)] * hits).sum() / WEIGHTS[: len(hits)].sum())}
+
+
+def test_a_metric_that_looks_rows_up_by_place_without_asking_is_warned_of(tmp_path, caplog):
+    make(tmp_path, by_place, max_steps=2).train()
+    assert "look rows up by their place in eval_dataset" in caplog.text
+    assert 'include_for_metrics=["indices"]' in caplog.text
+
+
+def test_nobody_else_is_warned(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    make(tmp_path, max_steps=2).train()
+    make(tmp_path, lambda p: {"accuracy": accuracy(p)["accuracy"] + 0.1 * rng.random()}, max_steps=2).train()
+    sets = {"observation_dataset": Texts(17, seed=3), "selection_dataset": Texts(18, seed=4)}
+    make(tmp_path, by_place, max_steps=2, **sets).train()
+    assert "look rows up" not in caplog.text
+
+
+# ---- post-processing
+
+
+LENGTH, WINDOWS = 8, 2  # of a question; each has two features
+
+
+def squad_like(size, seed):
+    """Examples with text answers, and features of which an example has two, without positions."""
+    ids = torch.randint(2, 8, (size, LENGTH), generator=torch.Generator().manual_seed(seed))
+    names = [f"q{i}" for i in range(size)]
+    examples = datasets.Dataset.from_dict(
+        {"id": names, "answers": [f"{int(row.argmax())} {int(row.argmax())}" for row in ids]}
+    )
+    features = datasets.Dataset.from_dict(
+        {
+            "input_ids": ids.repeat_interleave(WINDOWS, 0).tolist(),
+            "example_id": [name for name in names for _ in range(WINDOWS)],
+            "offset": list(range(size * WINDOWS)),
+        }
+    )
+    train = datasets.Dataset.from_dict(
+        {"input_ids": ids.tolist(), "start_positions": ids.argmax(1).tolist(), "end_positions": ids.argmax(1).tolist()}
+    )
+    return examples, features, train
+
+
+def answer(examples, features, predictions):
+    """As in transformers' example: the best of an example's features; an id for everything."""
+    start, end = predictions
+    assert len(start) == len(end) == len(features)
+    best = {}
+    for row, name in enumerate(features["example_id"]):
+        score = start[row].max() + end[row].max()
+        if name not in best or score > best[name][0]:
+            best[name] = (score, f"{start[row].argmax()} {end[row].argmax()}")
+    assert set(best) == set(examples["id"])  # each example with its features, and none without
+    answers = [{"id": name, "prediction_text": best[name][1]} for name in examples["id"]]
+    references = [{"id": row["id"], "answers": row["answers"]} for row in examples]
+    return EvalPrediction(answers, references)
+
+
+def exact_match(prediction):
+    pairs = zip(prediction.predictions, prediction.label_ids, strict=True)
+    return {"exact_match": sum(a["prediction_text"] == r["answers"] for a, r in pairs) / len(prediction.label_ids)}
+
+
+def questions():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForQuestionAnswering(BertConfig(vocab_size=8, **sizes))
+
+
+def test_post_processing_is_the_same_in_guidance_and_evaluation(tmp_path):
+    examples, features, train = squad_like(41, 2)
+    calls = []
+
+    def post_process(examples, features, predictions):
+        calls.append((len(examples), len(features)))
+        return answer(examples, features, predictions)
+
+    trainer = make(
+        tmp_path, exact_match, questions(), features, train=squad_like(80, 1)[2], metric_for_best_model="exact_match",
+        post_process_function=post_process, eval_examples=examples,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
+    assert max(features for _, features in calls) == 41  # half of the features, for selection
+    del calls[:]
+    metrics = trainer.evaluate()
+    assert calls == [(41, 82)] and 0 <= metrics["eval_exact_match"] <= 1 and "epoch" in metrics
+
+
+class QuestionAnsweringTrainer(MetricOptTrainer):
+    """That of transformers' example, with the base class changed."""
+
+    def __init__(self, *args, eval_examples=None, post_process_function=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eval_examples = eval_examples
+        self.post_process_function = post_process_function
+
+    def evaluate(self, eval_dataset=None, eval_examples=None, ignore_keys=None, metric_key_prefix="eval"):
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        eval_examples = self.eval_examples if eval_examples is None else eval_examples
+        compute_metrics, self.compute_metrics = self.compute_metrics, None
+        try:
+            loader = self.get_eval_dataloader(eval_dataset)
+            output = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=False, ignore_keys=ignore_keys)
+        finally:
+            self.compute_metrics = compute_metrics
+        processed = self.post_process_function(eval_examples, eval_dataset, output.predictions)
+        return {f"{metric_key_prefix}_{k}": v for k, v in self.compute_metrics(processed).items()}
+
+
+def test_the_trainer_of_transformers_example_works_as_it_is(tmp_path):
+    examples, features, train = squad_like(41, 2)
+    arguments = {"metric_for_best_model": "exact_match", "train": squad_like(80, 1)[2], "evaluation": features}
+    trainer = make(
+        tmp_path, exact_match, questions(), cls=QuestionAnsweringTrainer, eval_strategy="steps", eval_steps=4,
+        post_process_function=answer, eval_examples=examples, **arguments,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
+    assert 0 <= trainer.evaluate()["eval_exact_match"] <= 1
+    with pytest.raises(MetricError, match="evaluate.. is overridden here.*post_process_function"):
+        make(tmp_path, exact_match, questions(), cls=QuestionAnsweringTrainer, **arguments).train()
+
+
+def test_errors_of_post_processing_are_failed_calls(tmp_path):
+    calls = []
+
+    def post_process(examples, features, predictions):
+        calls.append(len(features))
+        assert examples is features  # without eval_examples
+        if len(calls) == 5:
+            raise KeyError("offset_mapping")
+        return EvalPrediction(predictions, np.zeros(len(predictions), int))
+
+    trainer = make(tmp_path, post_process_function=post_process)
+    trainer.train()
+    assert trainer.result.failed_calls == 1 and len(calls) == sum(trainer.ledger.calls.values())
+
+
+def test_examples_are_found_by_name_or_place_or_not_at_all():
+    examples, features, _ = squad_like(6, 0)
+    part = data.take(features, np.array([3, 2, 11]))
+    assert data.examples_of(part, examples)["id"][:] == ["q1", "q5"]
+    plain = data.take(Texts(6), np.array([4, 1]))
+    assert data.examples_of(plain, examples)["id"][:] == ["q4", "q1"]
+    with pytest.raises(ConfigurationError, match="2 rows, too few for features up to row 4"):
+        data.examples_of(plain, [1, 2])
+
+
+def test_with_generated_answers_the_hook_gets_all_of_the_output():
+    """As in transformers' example for them."""
+    got = []
+    trainer = object.__new__(MetricOptSeq2SeqTrainer)
+    trainer.post_process_function = lambda *given: got.append(given)
+    trainer._post_process("examples", Texts(3), EvalPrediction(np.ones((3, 2)), np.zeros(3)))
+    (examples, features, output), = got  # fmt: skip
+    assert examples == "examples" and output.predictions.shape == (3, 2) and output.num_samples == len(features) == 3
