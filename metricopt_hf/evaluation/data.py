@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -99,7 +99,7 @@ def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
         return None if labels is None else labels[np.asarray(dataset.indices)]
     try:
         if isinstance(dataset, list):
-            name = next(name for name in names if name in dataset[0])
+            name = next(name for name in names if isinstance(dataset[0], Mapping) and name in dataset[0])
             labels = np.asarray([np.asarray(row[name]) for row in dataset])
         elif (columns := getattr(dataset, "column_names", None)) is not None:
             labels = np.asarray(dataset.with_format("numpy")[next(name for name in names if name in columns)][:])

@@ -158,30 +158,34 @@ def _last_block(names: list[str]) -> list[str]:
     return names[-2:]
 
 
+def _auxiliary(name: str) -> bool:
+    """Whether a module belongs to a head for the loss alone, as BEiT, UPerNet and torchvision's have one."""
+    return any(part.startswith("aux") for part in name.split("."))
+
+
 def _output_layer(model: nn.Module) -> str | None:
     """Name of the layer that makes the logits, if the model ends in one.
 
-    The last linear layer with `config.num_labels` outputs, or, as of DETR and YOLOS, with one more for "no object",
-    heads of boxes and auxiliary heads left out; else timm's classifier, else the last layer that has parameters if it
-    is linear or a convolution (a model that ends in a norm is an encoder without logits).
+    The last linear layer with `config.num_labels` outputs, or such a convolution, as of segmentation, or, as of DETR
+    and YOLOS, a linear layer with one more for "no object"; heads of boxes and auxiliary heads, for the loss alone,
+    left out. Else timm's classifier, else the last layer that has parameters if it is linear or a convolution (a model
+    that ends in a norm is an encoder without logits).
     """
-    owners = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    layers = {
-        n: m
-        for n, m in owners.items()
-        # a box has four outputs, as four classes have; auxiliary heads are for the loss alone
-        if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and "box" not in n and "aux" not in n
+    owners = {
+        n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False)) and not _auxiliary(n)
     }
+    linear = {n: m.out_features for n, m in owners.items() if isinstance(m, nn.Linear) and "box" not in n}
+    convolutions = {n: m.out_channels for n, m in owners.items() if isinstance(m, nn.modules.conv._ConvNd)}
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    for outputs in () if num_labels is None else (num_labels, num_labels + 1):
-        matching = [n for n, m in layers.items() if isinstance(m, nn.Linear) and m.out_features == outputs]
-        if matching:
-            return matching[-1]
+    if num_labels is not None:
+        for layers, outputs in ((linear, num_labels), (convolutions, num_labels), (linear, num_labels + 1)):
+            if matching := [name for name, size in layers.items() if size == outputs]:
+                return matching[-1]
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
-        return next((n for n, m in layers.items() if m is classifier), None)
-    last = next((name for name in reversed(owners) if "aux" not in name), None)
-    return last if last in layers else None
+        return next((n for n, m in owners.items() if m is classifier and n in linear | convolutions), None)
+    last = next(reversed(owners), None)
+    return last if last in linear | convolutions else None
 
 
 class FiLM(PhiSpace):
@@ -293,7 +297,7 @@ class FiLM(PhiSpace):
     def _find_sites(self, layers: str | None) -> list[_Site]:
         norms = _norm_layers(self.model)
         if layers is None:
-            chosen = _last_block(list(norms))
+            chosen = _last_block([name for name in norms if not _auxiliary(name)])
         else:
             try:
                 chosen = [name for name in norms if re.search(layers, name)]

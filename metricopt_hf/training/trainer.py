@@ -485,7 +485,7 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
         generator = torch.Generator().manual_seed(args.seed)
 
         def group_batches() -> Iterator[Any]:
-            dataset, batch_size, collate = self._columns(self.train_dataset, args.train_batch_size)
+            dataset, batch_size, collate = self._columns(self.train_dataset, self._train_batch_size)
             batches = data.group_batches(dataset, self._label_name, 4 * batch_size, collate, generator)
             return islice(batches, max_batches)
 
@@ -508,7 +508,7 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
         dataset = self.train_dataset
         has_rows = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
         if has_rows and is_trainers(self.get_train_dataloader):
-            dataset, batch_size, collate = self._columns(dataset, self.args.train_batch_size)
+            dataset, batch_size, collate = self._columns(dataset, self._train_batch_size)
             yield from data.random_batches(dataset, batch_size, count, collate, generator)
             return
         torch.manual_seed(self.args.seed)  # callers put the random state back

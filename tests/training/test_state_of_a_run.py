@@ -118,7 +118,7 @@ def test_out_of_memory_with_auto_find_batch_size(tmp_path, step):
     callbacks = list(trainer.callback_handler.callbacks)
     trainer.train()
     assert trainer._train_batch_size <= 4 and trainer.state.global_step == 16
-    assert len(trainable) == 2 and set(trainable) == {len(list(tiny_bert().parameters()))}
+    assert len(trainable) == 5 and set(trainable) == {len(list(tiny_bert().parameters()))}
     assert trainer.ledger.calls["observe"] == 16 and trainer.phase.start_step == 12
     assert_ordinary(trainer, callbacks)
 
