@@ -14,7 +14,7 @@ from .problem import KINDS, Task
 from .statistics import Paired, holm, paired
 from .tasks import tasks
 
-UNGUIDED, CONTROLS, NEGATED, TWICE = "unguided", ("shuffled", "random"), "negated", "twice"
+UNGUIDED, CONTROLS, NEGATED = "unguided", ("shuffled", "random"), "negated"
 LOSS_ONLY = ("loss_only", "loss_small", UNGUIDED)  # at the setting chosen for it, in small steps, and in both
 BLACK_BOX = ("cma", "cma_flat", "spsa", "evolution")
 SIGNIFICANT = 0.05
@@ -49,6 +49,12 @@ class Row:
 
     def scores(self, split: str = "report") -> list[float]:
         return [self.of(seed)["scores"][split] for seed in sorted(self.runs)]
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of a run to observe and to select, mean over the seeds; one a call where none were counted."""
+        spent = (run.get("passes", run["calls"]) for run in self.runs.values())
+        return mean(passes.get("observe", 0) + passes.get("select", 0) for passes in spent)
 
     def calls(self, purpose: str) -> float:
         """Metric calls of a run, mean over the seeds."""

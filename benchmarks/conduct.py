@@ -47,10 +47,10 @@ def coverage(row: Row) -> tuple[float, int]:
     """Observations inside the 90 % interval that was predicted for them, and all for which there was one."""
     inside, count = 0.0, 0
     for run in row.runs.values():
-        calls, shares = run["curve"]["calls"], run["curve"].get("coverage", [])
+        passes, shares = run["curve"]["passes"], run["curve"].get("coverage", [])
         for i, share in enumerate(shares[:-1]):
             if share is not None:
-                observed = calls[i + 1] - calls[i]  # a row's calls are those before its round
+                observed = passes[i + 1] - passes[i]  # a row's passes are those before its round
                 inside, count = inside + share * observed, count + observed
     return inside, count
 
@@ -67,9 +67,9 @@ def seconds_ratio(ours: Row | None, other: Row | None) -> float | None:
 def calls_needed(
     task: Task, rows: dict[Key, Row], ours: str, searchers: tuple[str, ...]
 ) -> tuple[str | None, int | None, int]:
-    """The searcher that ends best on the selection split, after how many calls ours is as good, and how many it spent.
+    """The searcher that ends best on the selection split, after how many passes ours is as good, and how many it spent.
 
-    Means over the seeds that both were run with. None for ours: never; then the calls are all that ours made.
+    Means over the seeds that both were run with. None for ours: never; then the passes are all that ours made.
     """
     ends = {s: best_so_far(task, rows[s, PLAIN])[:, -1].mean() for s in searchers if (s, PLAIN) in rows}
     if not ends:
@@ -78,8 +78,8 @@ def calls_needed(
     theirs, mine = rows[best, PLAIN], rows[ours, PLAIN]
     shared = [i for i, seed in enumerate(sorted(mine.runs)) if seed in theirs.runs]
     curve = best_so_far(task, mine)[shared].mean(0)
-    calls = next(iter(mine.runs.values()))["curve"]["calls"]
+    passes = next(iter(mine.runs.values()))["curve"]["passes"]
     as_good = np.flatnonzero(task.sign * (curve - ends[best]) >= 0)
     if not len(as_good):
-        return best, None, calls[-1]
-    return best, calls[as_good[0]], next(iter(theirs.runs.values()))["curve"]["calls"][-1]
+        return best, None, passes[-1]
+    return best, passes[as_good[0]], next(iter(theirs.runs.values()))["curve"]["passes"][-1]

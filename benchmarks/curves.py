@@ -1,4 +1,4 @@
-"""The metric on the selection split along a run: against metric calls, and against seconds."""
+"""The metric on the selection split along a run: against forward passes, and against seconds."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def best_so_far(task: Task, row: Row) -> np.ndarray:
 
 def plot_curves(path: Path, task: Task, rows: dict[Key, Row]) -> None:
     with svg(path, (11, 4.2)) as figure:
-        by_calls, by_seconds = figure.subplots(1, 2, sharey=True)
+        by_passes, by_seconds = figure.subplots(1, 2, sharey=True)
         for index, (method, rival) in enumerate(RIVALS.items()):
             row = rows.get((method, PLAIN))
             if row is None or not next(iter(row.runs.values()))["curve"]:
                 continue
             runs = [run["curve"] for _, run in sorted(row.runs.items())]
             curve = best_so_far(task, row).mean(0)
-            calls = np.mean([run["calls"] for run in runs], axis=0)
+            passes = np.mean([run["passes"] for run in runs], axis=0)
             seconds = np.mean([run["seconds"] for run in runs], axis=0)
             bold = method in ("loss_only", OURS)
             style = {"color": f"C{index % 10}", "linewidth": 2.2 if bold else 1.1}
             by_seconds.plot(seconds, curve, label=rival.title, **style)
-            if calls[-1]:
-                by_calls.plot(calls, curve, **style)
-            else:  # it makes no calls: where it ends
-                by_calls.axhline(curve[-1], linestyle=":", **style)
-        by_calls.set_xlabel("metric calls to observe (dotted: ends of methods that make none)")
+            if passes[-1]:
+                by_passes.plot(passes, curve, **style)
+            else:  # it observes nothing: where it ends
+                by_passes.axhline(curve[-1], linestyle=":", **style)
+        by_passes.set_xlabel("forward passes to observe (dotted: ends of methods that make none)")
         by_seconds.set_xlabel("seconds")
-        by_calls.set_ylabel(f"{task.metric_name}, selection split, best so far")
+        by_passes.set_ylabel(f"{task.metric_name}, selection split, best so far")
         by_seconds.legend(fontsize="x-small", framealpha=0.6)
-        for axes in (by_calls, by_seconds):
+        for axes in (by_passes, by_seconds):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{task.title}: {task.metric_name}")

@@ -25,7 +25,7 @@ from metricopt_hf import Ledger
 
 from .problem import MEASURED, Problem, Rows, Task, inputs_of
 from .scores import each_label_in_each_group
-from .training import NO_GUIDE, ONE_PATH, Budget, Outcome, train
+from .training import NO_GUIDE, Budget, Outcome, train
 
 Config = Mapping[str, Any]
 SUBSETS = 10  # of DFR, as in the paper
@@ -118,7 +118,7 @@ def group_dro(task: Task, problem: Problem, seed: int, budget: Budget, folder: s
     labels[torch.as_tensor(observation.rows), 1] = torch.as_tensor(groups)
     inputs = {name: column for name, column in observation.columns.items() if name != "group"}
     trained = Rows({**inputs, "labels": labels}, balanced, observation.pool)
-    numbers = {**NO_GUIDE, **ONE_PATH, "phi_learning_rate": config["phi_learning_rate"]}
+    numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
     loss = GroupDRO(len(of_group), config["group_step"])
     return train(task, problem, seed, budget, folder, numbers, train_dataset=trained, loss=loss)
 

@@ -115,6 +115,7 @@ def run_one(
         **context,
         "splits": {name: {"size": len(rows), "rows": rows.digest} for name, rows in problem.splits().items()},
         "calls": {name: calls for name, calls in outcome.ledger.calls.items() if calls},
+        "passes": {name: passes for name, passes in outcome.ledger.passes.items() if passes},
         "seconds": {"run": outcome.seconds, **spent},
         "peak_mib": peak,
         "selected": {"step": outcome.step, "score": outcome.selection},

@@ -7,7 +7,7 @@ of one size. Controls take MetricOpt's own setting.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from typing import Any
@@ -23,7 +23,7 @@ from . import informed
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search
 from .surrogates import SURROGATES, surrogate_loss
-from .training import NO_GUIDE, ONE_PATH, Budget, Outcome, coordinates, train
+from .training import NO_GUIDE, PREDICTIONS, SCORES, Budget, Outcome, coordinates, train
 
 Config = Mapping[str, Any]
 
@@ -111,7 +111,12 @@ def _grid(**values: tuple) -> tuple[Config, ...]:
 
 
 def _guided(guide: str, task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**config, "guide": guide})
+    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, "guide": guide})
+
+
+def _scores(task, problem, seed, budget, folder, config) -> Outcome:
+    """The library as it was before it observed predictions."""
+    return train(task, problem, seed, budget, folder, {**SCORES, "unguided_ratio": 0.5, **config})
 
 
 def _stay(task, problem, seed, budget, folder, config) -> Outcome:
@@ -119,25 +124,25 @@ def _stay(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _loss_only(task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **ONE_PATH, **config})
+    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config})
 
 
 def _unguided(task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**config, **NO_GUIDE})
+    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, **NO_GUIDE})
 
 
 def _train_and_observation(task, problem, seed, budget, folder, config) -> Outcome:
     both = ConcatDataset([problem.train, problem.observation.without("group")])
-    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **ONE_PATH, **config}, train_dataset=both)
+    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config}, train_dataset=both)
 
 
 def _observation(task, problem, seed, budget, folder, config) -> Outcome:
     observed = problem.observation.without("group")
-    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **ONE_PATH, **config}, train_dataset=observed)
+    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config}, train_dataset=observed)
 
 
 def _formula(task, problem, seed, budget, folder, config) -> Outcome:
-    numbers = {**NO_GUIDE, **ONE_PATH, "phi_learning_rate": config["phi_learning_rate"]}
+    numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
     loss = surrogate_loss(task.metric.__name__, config["task_loss_weight"])
     return train(task, problem, seed, budget, folder, numbers, loss=loss)
 
@@ -147,20 +152,13 @@ def _evolution(task, problem, seed, budget, folder, config) -> Outcome:
     numbers = {
         "observation_folds": 1,
         "phi_learning_rate": 3e-3,
-        **ONE_PATH,
         **{name: value for name, value in config.items() if name != "memory"},
     }
     return train(task, problem, seed, budget, folder, numbers, guide=EvolutionGuide(config["memory"]))
 
 
 def _negated(task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, config, guide=NegatedGuide())
-
-
-def _twice(task, problem, seed, budget, folder, config) -> Outcome:
-    """Guided for as many steps as the others have, then the loss alone for as many; as many calls, twice the looks."""
-    looks = {"select_steps": budget.steps // budget.rounds}
-    return train(task, problem, seed, replace(budget, steps=2 * budget.steps), folder, {**config, **looks})
+    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config}, guide=NegatedGuide())
 
 
 def _cma(flat: bool, task, problem, seed, budget, folder, config) -> Outcome:
@@ -191,15 +189,18 @@ RIVALS: dict[str, Rival] = {
     "metricopt": Rival(
         "MetricOpt",
         partial(_guided, "value_function"),
-        _grid(phi_learning_rate=(5e-3,), value_weight=(32.0, 64.0), perturbation_std=(0.3, 0.4))
-        + _grid(phi_learning_rate=(3e-3, 7e-3), value_weight=(64.0,), perturbation_std=(0.4,)),
+        _grid(phi_learning_rate=(5e-3, 1e-2), value_weight=(10.0, 20.0, 40.0)),
         soup=True,
         seeds=10,
     ),
     "unguided": Rival("MetricOpt without guidance", _unguided, settings_of="metricopt", seeds=10),
     "shuffled": Rival("control: shuffled", partial(_guided, "shuffled"), settings_of="metricopt", seeds=10),
     "random": Rival("control: random", partial(_guided, "random"), settings_of="metricopt", seeds=10),
-    "twice": Rival("MetricOpt in twice the steps", _twice, settings_of="metricopt"),
+    "scores": Rival(
+        "MetricOpt, observing scores",
+        _scores,
+        setting={"phi_learning_rate": 5e-3, "value_weight": 64.0, "perturbation_std": 0.4},
+    ),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "evolution": Rival(

@@ -200,9 +200,9 @@ def harm_page(results: Sequence[Result]) -> str:
         "# Harm, calibration, time and calls",
         "A run is harmed if it ends below the other by more than two standard errors of the paired difference (over "
         f'items). "{ONE_SETTING}": chosen over all tasks. "{BEST}": the best of {len(LOSS_ONLY)} settings in each '
-        "task, chosen on the selection split. The negated guide turns its predictions and directions around. In "
-        "twice the steps, the unguided branch alone has as many steps as loss only. The last column counts harmed runs "
-        "that the selection split nevertheless prefers, so that nobody could have known.",
+        "task, chosen on the selection split. The negated guide turns its predictions and directions around. The "
+        "last column counts harmed runs that the selection split nevertheless prefers, so that nobody could have "
+        "known.",
         harm_table(results),
         "## By task",
         harm_by_task(results),

@@ -8,6 +8,7 @@ from . import protocol
 from .measure import POST_HOC_CALLS
 from .methods import FIRST, RIVALS
 from .records import TUNING, read, setting
+from .training import PREDICTIONS
 
 LOG = "[log of trials](experiments.md)"
 
@@ -41,16 +42,17 @@ def protocol_text(fixed: protocol.Protocol) -> str:
     return (
         f"Four disjoint splits: train, observation, selection, report. Every method starts from the same model and "
         f"moves the same phi (FiLM on the last norms, and the output bias), in {budget.steps} steps with batches of "
-        f"{budget.batch_size}. A method that observes makes {budget.rounds} rounds of {budget.calls} metric calls on "
-        f"the observation split. Every method is evaluated {budget.rounds + 1} times on the selection split (twice as "
-        "often in twice the steps), and the best phi is kept. MetricOpt observes in the first half of its steps; the "
-        "second half goes to an unguided branch, restarted from the start model. Its controls, and MetricOpt without "
-        "guidance, do the same. Searchers without a loss have no steps.\n\n"
+        f"{budget.batch_size}. MetricOpt and its controls make at most "
+        f"{PREDICTIONS['forward_pass_budget']} forward passes over the observation split, and at most "
+        f"{PREDICTIONS['metric_call_budget']} metric calls, most of them on what is interpolated between these passes; "
+        "a tuned bias per logit is one more candidate in the end. Any other method that observes makes "
+        f"{budget.rounds} rounds of {budget.calls} passes with a metric call each. Every method is evaluated "
+        f"{budget.rounds + 1} times on the selection split, and the best phi is kept. Searchers without a loss "
+        "have no steps.\n\n"
         f"Seeds 0 to 9: {'; '.join(RIVALS[name].title for name in FIRST)}. Seeds 0 to 4: all others. Each ran behind "
-        "the commit that fixed its settings. MetricOpt, the controls and the methods that take its perturbation ran "
-        "five times on these seeds: before the method was improved, and after each of four rounds of it "
-        f"({LOG}). It was improved on development seeds and the selection split alone, in more trials than the "
-        "grids.\n\n"
+        "the commit that fixed its settings. MetricOpt and its controls ran six times on these seeds: before the "
+        f"method was improved, and after each of five rounds of it ({LOG}). It was improved on development seeds and "
+        "the selection split alone, in more trials than the grids.\n\n"
         "Post-hoc tuning is a coordinate search for a bias per logit on the observation split, with at most "
         f"{POST_HOC_CALLS} calls. The soup is the mean of phi over the last half of the rounds, kept where it is at "
         "least as good on the selection split. The surrogates of the formula are our own small ones "
@@ -59,9 +61,8 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         f"Each method has one setting for all tasks, chosen from a grid of six by the selection split on development "
         f"seeds ({chosen}; `python -m benchmarks.tune`; `benchmarks/protocol.json` holds the worth of every setting). "
         "A grid whose best setting lay at its edge was moved after a first run on these seeds, so some methods had "
-        f"more settings tried in all: {more}. MetricOpt's last grid was laid around its setting of the round before, "
-        "because these seeds cannot tell the settings apart; its setting is not the best of all that were tried "
-        f"({LOG}). Controls, and MetricOpt without guidance, take MetricOpt's setting:\n\n{settings}"
+        f"more settings tried in all: {more}. MetricOpt's last grid was laid around what trials on development seeds "
+        f"had led to ({LOG}). Controls, and MetricOpt without guidance, take MetricOpt's setting:\n\n{settings}"
     )
 
 

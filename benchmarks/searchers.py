@@ -143,7 +143,7 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
         spent = round(perf_counter() - start, 2)
         score = selection.evaluate("select")
         step = turn * every
-        curve.append({"step": step, "calls": ledger.calls["observe"], "seconds": spent, "selection": score})
+        curve.append({"step": step, "passes": ledger.passes["observe"], "seconds": spent, "selection": score})
         if best is None or metric.sign * (score - best[1]) > 0:
             best = (phi.read(), score, step)
         if turn < budget.rounds:

@@ -15,7 +15,6 @@ from .comparing import (
     LOSS_ONLY,
     NEGATED,
     OURS,
-    TWICE,
     UNGUIDED,
     Compared,
     Result,
@@ -86,11 +85,13 @@ def methods_table(result: Result) -> str:
                 interval(entry.difference),
                 "" if entry.difference is None else f"{entry.corrected:.3f}",
                 "reference" if row in references else entry.verdict,
+                f"{row.passes:.0f}",
                 " / ".join(calls(row, purpose) for purpose in SHOWN_CALLS),
                 f"{row.seconds:.1f}",
             ]
         )
-    headers = ["method", "seeds", "report split", "better than the reference by", "p, Holm", "", "calls", "seconds"]
+    scores = ["report split", "better than the reference by", "p, Holm", ""]
+    headers = ["method", "seeds", *scores, "passes", "calls", "seconds"]
     return markdown(headers, table)
 
 
@@ -101,7 +102,7 @@ def methods_csv(result: Result) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
         "method,variant,title,reads_labels,knows_formula,seeds,selection,report,report_error,better_by,low,high,p,"
-        "p_holm,verdict,calls_observe,calls_select,calls_post_hoc,seconds".split(",")
+        "p_holm,verdict,passes,calls_observe,calls_select,calls_post_hoc,seconds".split(",")
     )
     for (method, variant), entry in result.compared.items():
         row, found = entry.row, entry.difference
@@ -118,6 +119,7 @@ def methods_csv(result: Result) -> str:
                 *([f"{x:+.4f}" for x in (found.mean, found.low, found.high)] if found else [""] * 3),
                 *([f"{p:.3f}" for p in (found.p, entry.corrected)] if found else [""] * 2),
                 "reference" if row in references else entry.verdict,
+                f"{row.passes:.0f}",
                 *(f"{row.calls(purpose):.0f}" for purpose in SHOWN_CALLS),
                 f"{row.seconds:.1f}",
             ]
@@ -153,7 +155,7 @@ def share(count: int, of: int) -> str:
 def harm_table(results: Sequence[Result]) -> str:
     """Over all tasks."""
     table = []
-    for method in (OURS, NEGATED, TWICE, *LOSS_ONLY):
+    for method in (OURS, NEGATED, *LOSS_ONLY):
         cells = []
         for against in AGAINST:
             itself = (method, against) in ((LOSS_ONLY[0], ONE_SETTING), (UNGUIDED, WITHOUT_GUIDANCE))

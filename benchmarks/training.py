@@ -24,7 +24,15 @@ from .problem import Problem, Task
 
 # The cheapest coordinates, as they are never looked at.
 NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
-ONE_PATH = {"unguided_ratio": 0.0}
+# What the library does by default; and what all that trains and is not MetricOpt does instead.
+PREDICTIONS = {
+    "observe": "predictions",
+    "forward_pass_budget": 60,
+    "metric_call_budget": 1200,
+    "tune_output_bias": True,
+    "observation_folds": 1,
+}
+SCORES = {"observe": "scores", "tune_output_bias": False, "observation_folds": 2}
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Outcome:
         phi: [d] the best of the rounds by the selection split.
         step: at which it was met (black-box searchers: round times steps per round).
         selection: its score there.
-        curve: per round "step", "calls" (to observe, before it), "seconds" (so far), "selection", and, where phi was
+        curve: per round "step", "passes" (to observe, before it), "seconds" (so far), "selection", and, where phi was
             trained, "trust" and "coverage" (mean of the calls to observe until the next).
         ledger: metric calls and seconds by purpose.
         seconds: of the whole run.
@@ -99,6 +107,7 @@ def make_trainer(
         "observations_per_step": budget.calls,
         "metric_call_budget": budget.rounds * budget.calls,
         "lr_scheduler_type": "constant",
+        **SCORES,
         **numbers,
     }
     args = MetricOptConfig(
@@ -184,13 +193,13 @@ def per_look(curve: list[dict[str, Any]], ended: list[float]) -> list[dict[str, 
         curve: of `MetricPhase`, in which there are rounds of observations between looks.
         ended: seconds after so many steps.
     """
-    rows, calls = [], 0
+    rows, passes = [], 0
     for entry in curve:
         if entry["selection"] is not None:
             seconds = round(ended[entry["step"]], 2)
-            rows.append({"step": entry["step"], "calls": calls, "seconds": seconds, "selection": entry["selection"]})
+            rows.append({"step": entry["step"], "passes": passes, "seconds": seconds, "selection": entry["selection"]})
             rows[-1] |= {"trust": round(entry["trust"], 3), "coverage": []}
-        calls = entry["calls"]  # its round came behind its look
+        passes = entry["passes"]  # its round came behind its look
         rows[-1]["coverage"] += [entry["coverage"]] * (entry["coverage"] is not None)
     return [{**row, "coverage": float(np.mean(row["coverage"])) if row["coverage"] else None} for row in rows]
 

@@ -176,7 +176,7 @@ class Trajectory(Sequence[Observation]):
             for batch in file.iter_batches(max(1, BATCH_BYTES // row_bytes), use_threads=False):
                 rows += len(batch)
                 if rows * row_bytes > max_bytes:
-                    raise ValueFunctionError(f"the observations unpack to more than {max_bytes} bytes, the most that is read.")
+                    raise ValueFunctionError(f"the observations unpack to more than {max_bytes} bytes, the most read.")
                 parts.append([column.to_numpy(zero_copy_only=False) for column in batch.columns])
             arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
             state = dict(zip(COLUMNS.values(), arrays[num_coordinates:], strict=True))

@@ -416,8 +416,8 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
             raise MetricError(
                 f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "
                 "nothing was trained. The metric is called with an EvalPrediction of a whole fold of that set "
-                "(predictions, label_ids as numpy arrays; of all of it with observation_folds=1) and must return one finite "
-                f"number, or a dict that holds one. {self._hint}".rstrip()
+                "(predictions, label_ids as numpy arrays; of all of it with observation_folds=1) and must return one "
+                f"finite number, or a dict that holds one. {self._hint}".rstrip()
             ) from error
         self._tell_of_places(evaluator, scores)
         score = sum(scores) / len(scores)

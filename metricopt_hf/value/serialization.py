@@ -8,8 +8,8 @@ A folder holds
     observations.parquet   what it was fitted to, so that others can refit: see `Trajectory.to_parquet`
     README.md              the card, for people; not read
 
-No file can hold code. A file's size is looked at before it is read, its hash before it is parsed, and of the config each
-number before anything is computed from it. What passes is in bounds within which a run cannot fail for it.
+No file can hold code. A file's size is checked before it is read, its hash before it is parsed, and of the config
+each number before anything is computed from it. What passes is in bounds within which a run cannot fail for it.
 """
 
 from __future__ import annotations

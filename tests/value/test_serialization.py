@@ -174,8 +174,14 @@ STRANGE = {
     "a missing tensor": (lambda f: tensors(f, biases__0=None), "biases.0 is missing"),
     "a missing basis": (lambda f: tensors(f, basis=None), "basis is missing"),
     "a surplus tensor": (lambda f: tensors(f, extra=torch.zeros(2)), "'extra' is surplus"),
-    "another shape": (lambda f: tensors(f, origin=torch.zeros(D + 1)), r"origin is torch.float32 \[13\] instead of \S+ \[12\]"),
-    "another type": (lambda f: tensors(f, origin=torch.zeros(D).double()), r"origin is torch.float64 \[12\] instead of"),
+    "another shape": (
+        lambda f: tensors(f, origin=torch.zeros(D + 1)),
+        r"origin is torch.float32 \[13\] instead of \S+ \[12\]",
+    ),
+    "another type": (
+        lambda f: tensors(f, origin=torch.zeros(D).double()),
+        r"origin is torch.float64 \[12\] instead of",
+    ),
     "nan weights": (lambda f: tensors(f, weights__1=torch.full((3, 8, 8), NAN)), "weights.1 .* not finite"),
     "an infinite origin": (lambda f: tensors(f, origin=torch.full((D,), torch.inf)), "origin .* not finite"),
     "huge weights": (lambda f: tensors(f, weights__1=torch.full((3, 8, 8), 1e38)), "weights.1 .* beyond 1e.15"),
