@@ -56,7 +56,7 @@ def trainer(folder, **kwargs):
     return MetricOptTrainer(tiny_bert(), args, metric=metric, compute_metrics=compute, **data)
 
 
-@pytest.mark.parametrize(("text", "expected"), [("The lower the value, the better.", False), ("Higher is better", True)])
+@pytest.mark.parametrize(("text", "expected"), [("The lower it is, the better.", False), ("Higher is better", True)])
 def test_a_module_of_no_known_name_is_asked(tmp_path, text, expected):
     (tmp_path / "oddness").mkdir()
     script = tmp_path / "oddness" / "oddness.py"
