@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
 import pyarrow.parquet
 
-from ..errors import ValueFunctionError
+from ..errors import ValueFunctionError, brief
 from .observation import Observation
 
-# what an `Observation` takes in memory, beside its numbers
-ROW_BYTES = 512
+# what is unpacked at a time of a file that is not trusted
+BATCH_BYTES = 2**22
+# the largest coordinate or score that is taken from one: its squares still fit into float32
+LARGEST = 1e15
 # column of a parquet file -> attribute, beside z
 COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs", "fold": "folds"}
 # attribute -> what its numbers are, in the order of an Observation's fields
@@ -129,50 +129,55 @@ class Trajectory(Sequence[Observation]):
         return cls._of(columns)
 
     def to_parquet(self) -> bytes:
-        """A parquet file with one row per observation: z (list of float32), and `COLUMNS`."""
-        state = self.state_dict()
-        columns = {
-            "z": pyarrow.array(list(state["z"]), pyarrow.list_(pyarrow.float32())),
-            **{one: pyarrow.array(state[many]) for one, many in COLUMNS.items()},
-        }
+        """A parquet file with one row per observation, all columns flat: z0, z1, ... (float32), and `COLUMNS`."""
+        columns = {f"z{i}": column for i, column in enumerate(self.z.T)}
+        columns.update({one: getattr(self, many) for one, many in COLUMNS.items()})
         buffer = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
         return buffer.getvalue()
 
     @classmethod
-    def from_parquet(cls, path: str | os.PathLike, num_coordinates: int, max_bytes: int) -> Trajectory:
+    def from_parquet(cls, content: bytes, num_coordinates: int, max_bytes: int) -> Trajectory:
         """What `to_parquet` wrote, from a source that is not trusted.
+
+        It is read a few rows at a time, as its footer may say what it likes of how many there are: a small file can
+        hold billions, as equal numbers are stored once. Of the footer nothing is asked but the columns: some of what
+        can stand there ends the process when it is looked at (pyarrow 26, `row_group(i).column(j)`).
 
         Raises:
             ValueFunctionError: it unpacks to more than `max_bytes`, or is no table of observations in so many
                 coordinates.
         """
+        expected = [(f"z{i}", pyarrow.float32()) for i in range(num_coordinates)]
+        expected += [(one, pyarrow.from_numpy_dtype(DTYPES[many])) for one, many in COLUMNS.items()]
         try:
-            file = pyarrow.parquet.ParquetFile(path)
-            types = [file.schema_arrow.field(name).type for name in ("z", *COLUMNS)]
-            types = [t.value_type if pyarrow.types.is_list(t) else t for t in types]
-            if not all(pyarrow.types.is_floating(t) or pyarrow.types.is_integer(t) for t in types):
-                raise TypeError("not all columns are numbers")
-            unpacked = _unpacked_bytes(file.metadata)
-            if unpacked > max_bytes:
-                raise ValueFunctionError(f"the observations unpack to {unpacked} bytes; at most {max_bytes} are read.")
-            table = file.read(columns=["z", *COLUMNS])
-            if lengths := set(pyarrow.compute.list_value_length(table["z"]).to_pylist()) - {num_coordinates}:
-                raise ValueFunctionError(f"observations have {lengths} coordinates instead of {num_coordinates}.")
-            state = {many: table[one].to_numpy() for one, many in COLUMNS.items()}
-            state["z"] = pyarrow.compute.list_flatten(table["z"]).to_numpy().reshape(len(table), num_coordinates)
-            if not (np.isfinite(state["z"]).all() and np.isfinite(state["scores"]).all()):
+            file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+            found = [(field.name, field.type) for field in file.schema_arrow]
+            if not file.metadata.num_rows:
+                return cls()
+            if found != expected:
+                wrong = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), None)
+                raise ValueFunctionError(
+                    f"the observations are in {len(found)} columns instead of {len(expected)}, or one is another than "
+                    f"expected: {brief(wrong)}."
+                )
+            row_bytes, parts, rows = 8 * len(expected), [], 0
+            for batch in file.iter_batches(max(1, BATCH_BYTES // row_bytes), use_threads=False):
+                rows += len(batch)
+                if rows * row_bytes > max_bytes:
+                    raise ValueFunctionError(f"the observations unpack to more than {max_bytes} bytes, the most that is read.")
+                parts.append([column.to_numpy(zero_copy_only=False) for column in batch.columns])
+            arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            state = dict(zip(COLUMNS.values(), arrays[num_coordinates:], strict=True))
+            state["z"] = np.stack(arrays[:num_coordinates], axis=1)
+            if not all(np.isfinite(state[name]).all() for name in state if name != "variances"):
                 raise ValueFunctionError("there are observations that are not finite.")
+            if max(np.abs(state["z"]).max(), np.abs(state["scores"]).max()) > LARGEST:
+                raise ValueFunctionError(f"there are observations beyond {LARGEST:g}.")
             return cls.from_state_dict(state)
         except ValueFunctionError:
             raise
-        except (pyarrow.ArrowException, TypeError, ValueError, KeyError) as error:
-            raise ValueFunctionError(f"the observations cannot be read ({type(error).__name__}: {error}).") from error
-
-
-def _unpacked_bytes(metadata: pyarrow.parquet.FileMetaData) -> int:
-    """What a table of numbers takes in memory; the file itself may be tiny, as equal numbers are stored once."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
-    stored = sum(group.total_byte_size for group in groups)
-    return max(stored, 8 * values + ROW_BYTES * metadata.num_rows)
+        except (pyarrow.ArrowException, OSError, TypeError, ValueError, KeyError) as error:
+            raise ValueFunctionError(
+                f"the observations cannot be read ({type(error).__name__}: {brief(error)})."
+            ) from error

@@ -20,6 +20,7 @@ from .space import PhiSpace, whole
 logger = logging.getLogger(__name__)
 
 KINDS = ("gradient_pca", "group_gradients", "random", "identity")
+GIVEN = "given"  # a basis that was not found here
 # mini-batch gradients per coordinate: as in the measurements behind the default
 GRADIENTS_PER_COORDINATE = 12
 
@@ -36,7 +37,7 @@ class Coordinates:
 
     origin: Tensor
     basis: Tensor | None
-    kind: str = "given"
+    kind: str = GIVEN
 
     @property
     def dim(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import CheckpointError
+from ..value.serialization import replace_file
 
 TENSORS_FILE, JSON_FILE = "metricopt_state.safetensors", "metricopt_state.json"
 FORMAT_VERSION = 2  # 2: dicts as pairs, lists of tensors
@@ -45,8 +46,8 @@ def save(state: dict[str, Any], folder: str | os.PathLike) -> None:
     text = json.dumps(document)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / TENSORS_FILE, blob)
-    _write(folder / JSON_FILE, text.encode())
+    replace_file(folder / TENSORS_FILE, blob)
+    replace_file(folder / JSON_FILE, text.encode())
 
 
 def load(folder: str | os.PathLike) -> dict[str, Any]:
@@ -130,13 +131,3 @@ def _before(folder: Path) -> str:
 
     earlier = [path for path in folder.parent.glob("checkpoint-*") if 0 <= step(path) < step(folder)]
     return f"Resume from {max(earlier, key=step)}." if earlier else "There is no earlier one beside it; start anew."
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write to a file beside it first: a process that dies leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -27,7 +27,7 @@ OVERRIDDEN = {
         ("max_steps", "train_dataloader", "resume_from_checkpoint"),
         "a run's parts are made before the optimizer and the wrappers are, and the metric is tried before training",
     ),
-    "_save": Hook(("output_dir", "state_dict"), "weights are saved merged, and the value function beside them"),
+    "_save": Hook(("output_dir", "state_dict"), "the value function is saved beside the model"),
     "_save_checkpoint": Hook(("model", "trial"), "a checkpoint holds the guidance's state too"),
     "_load_from_checkpoint": Hook(
         ("resume_from_checkpoint", "model"), "the weights were saved merged: phi and what lies under it are put back"

@@ -88,7 +88,7 @@ class ValueNetwork(nn.Module):
 
     @noise.setter
     def noise(self, value: float) -> None:
-        self.noise_std.fill_(value / float(self.score_std))
+        self.noise_std.fill_(min(value / float(self.score_std), torch.finfo(torch.float32).max))
 
     def gradient(self, z: Tensor) -> Tensor:
         """Gradient of the predicted mean, in units of the metric per unit of z. z: [n, k] (or [k]) -> same shape."""

@@ -8,8 +8,8 @@ A folder holds
     observations.parquet   what it was fitted to, so that others can refit: see `Trajectory.to_parquet`
     README.md              the card, for people; not read
 
-No file can hold code. Sizes are bounded, and the shapes that the config implies are compared with the header of the
-tensor file, before anything is allocated.
+No file can hold code. A file's size is looked at before it is read, its hash before it is parsed, and of the config each
+number before anything is computed from it. What passes is in bounds within which a run cannot fail for it.
 """
 
 from __future__ import annotations
@@ -18,25 +18,32 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..errors import ValueFunctionError
-from ..evaluation.trajectory import Trajectory
+from ..errors import ValueFunctionError, brief
+from ..evaluation.trajectory import LARGEST, Trajectory
+from ..phi.coordinates import GIVEN, KINDS
 from .signature import Signature
 
 CONFIG_FILE, TENSORS_FILE, OBSERVATIONS_FILE = "config.json", "model.safetensors", "observations.parquet"
 CARD_FILE = "README.md"
-LIBRARY, FORMAT_VERSION = "metricopt_hf", 3  # 3: the domain is called signature
+LIBRARY, FORMAT_VERSION = "metricopt_hf", 4  # 3: the domain is called signature; 4: observations in flat columns
 
 # The most that is read of a stranger: bytes of a file, and of each of the sizes in a config.
-MAX_BYTES = {CONFIG_FILE: 2**24, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
-MAX_SIZES = {"num_coordinates": 2**17, "hidden_size": 2**12, "num_members": 2**8}
+MAX_BYTES = {CONFIG_FILE: 2**20, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
+MAX_SIZES = {"num_coordinates": 2**13, "hidden_size": 2**12, "num_members": 2**8}
+# And of its names and shapes: characters, and dimensions of a parameter.
+MAX_NAME, MAX_DIMS = 500, 16
+# Of what it divides by, the least: beside `LARGEST`, quotients fit into float32.
+SMALLEST = 1e-15
 # What standardises z and the score, and the metric's own noise: plain numbers, for people to read, so in the config.
 NORMALISATION = ("z_mean", "z_std", "score_mean", "score_std", "noise_std")
 # How far the columns of a basis may be from orthonormal: rounding, not another scale.
@@ -105,20 +112,22 @@ def read(
     for file in MAX_BYTES:
         check_file(name, file, (folder / file).stat().st_size if (folder / file).is_file() else None)
     try:
-        sizes, config = _read_config(folder / CONFIG_FILE)
+        contents = {file: (folder / file).read_bytes() for file in MAX_BYTES}
+        sizes, config = _read_config(contents[CONFIG_FILE])
+        # before any of it is parsed: a file that was damaged on its way is nothing for a parser
+        for file in (TENSORS_FILE, OBSERVATIONS_FILE):
+            if hashlib.sha256(contents[file]).hexdigest() != config["sha256"][file]:
+                raise ValueFunctionError(f"{file} is damaged, or of another moment than {CONFIG_FILE}.")
         shapes = {**network_shapes(**sizes), **_signature_shapes(config, sizes["num_coordinates"])}
-        tensors = {**_read_tensors(folder / TENSORS_FILE, shapes), **_normalisation(config, sizes["num_coordinates"])}
+        tensors = {**_read_tensors(contents[TENSORS_FILE], shapes), **_normalisation(config, sizes["num_coordinates"])}
         signature = _signature(config, tensors.pop("origin", None), tensors.pop("basis", None))
         observations = Trajectory.from_parquet(
-            folder / OBSERVATIONS_FILE, sizes["num_coordinates"], MAX_BYTES[OBSERVATIONS_FILE]
+            contents[OBSERVATIONS_FILE], sizes["num_coordinates"], MAX_BYTES[OBSERVATIONS_FILE]
         )
-        for file in (TENSORS_FILE, OBSERVATIONS_FILE):
-            if hashlib.sha256((folder / file).read_bytes()).hexdigest() != config["sha256"][file]:
-                raise ValueFunctionError(f"{file} is damaged, or of another moment than {CONFIG_FILE}.")
     except ValueFunctionError as error:
         raise ValueFunctionError(f"{name}: {error} {REMEDY}") from error
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        raise ValueFunctionError(f"{name} cannot be read ({type(error).__name__}: {error}). {REMEDY}") from error
+        raise ValueFunctionError(f"{name} cannot be read ({type(error).__name__}: {brief(error)}). {REMEDY}") from error
     return sizes, tensors, signature, observations
 
 
@@ -131,25 +140,42 @@ def check_file(name: str, file: str, size: int | None) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write to a file beside it first: a process that dies, or an upload meanwhile, finds the old file or the new."""
+    """Write to a file beside it first: a process that dies, or an upload meanwhile, finds the old file or the new.
+
+    Nothing is written through a link that lies under either name: the one is made here, and the other replaced.
+    """
     temporary = path.with_name(f"_{path.name}.tmp")  # Trainer's pushes leave out what begins with an underscore
-    temporary.write_bytes(content)
+    with suppress(FileNotFoundError):  # left by a process that was killed, or planted
+        os.unlink(temporary)
+    with open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def _read_config(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _whole_number(digits: str) -> int:
+    """A stranger's integer: without a bound, multiplying a few takes minutes."""
+    if len(digits) > 16:
+        raise ValueFunctionError(f"{CONFIG_FILE} holds a whole number of {len(digits)} digits.")
+    return int(digits)
+
+
+def _read_config(content: bytes) -> tuple[dict[str, int], dict[str, Any]]:
+    config = json.loads(content.decode("utf-8"), parse_int=_whole_number)
     if not isinstance(config, dict) or config.get("library_name") != LIBRARY:
-        raise ValueFunctionError(f"{path.name} is not that of a value function of {LIBRARY}.")
+        raise ValueFunctionError(f"{CONFIG_FILE} is not that of a value function of {LIBRARY}.")
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueFunctionError(
-            f"it has format version {config.get('format_version')!r}, this version of {LIBRARY} reads "
+            f"it has format version {brief(config.get('format_version'))}, this version of {LIBRARY} reads "
             f"{FORMAT_VERSION}: pip install --upgrade {LIBRARY}."
         )
     sizes = {name: config.get(name) for name in MAX_SIZES}
     for name, size in sizes.items():
         if type(size) is not int or not 1 <= size <= MAX_SIZES[name]:
-            raise ValueFunctionError(f"{name}={size!r} in {path.name} is no whole number from 1 to {MAX_SIZES[name]}.")
+            raise ValueFunctionError(
+                f"{name}={brief(size)} in {CONFIG_FILE} is no whole number from 1 to {MAX_SIZES[name]}."
+            )
     return sizes, config
 
 
@@ -166,6 +192,8 @@ def _normalisation(config: Mapping[str, Any], num_coordinates: int) -> dict[str,
             raise ValueFunctionError(f"{name} in {CONFIG_FILE} is not finite.")
         if name in ("z_std", "score_std") and (tensor <= 0).any():
             raise ValueFunctionError(f"{name} in {CONFIG_FILE} must be positive.")
+        if (tensor.abs() > LARGEST).any() or (name in ("z_std", "score_std") and (tensor < SMALLEST).any()):
+            raise ValueFunctionError(f"{name} in {CONFIG_FILE} is not between {SMALLEST:g} and {LARGEST:g} in size.")
         tensors[name] = tensor
     return tensors
 
@@ -180,14 +208,21 @@ def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[s
     flags = [coordinates["identity"], metric["greater_is_better"]]
     rows = [(name, shape) for name, shape in phi["parameters"]]
     dims = [d for _, shape in rows for d in shape]
-    fine = all(isinstance(s, str) for s in strings + [name for name, _ in rows])
-    fine &= all(type(f) is bool for f in flags) and all(type(d) is int and d >= 0 for d in dims)
+    fine = all(_is_name(s) for s in strings + [name for name, _ in rows]) and coordinates["kind"] in (*KINDS, GIVEN)
+    fine &= all(type(f) is bool for f in flags) and all(type(shape) is list for _, shape in rows)
+    fine &= all(type(d) is int and 0 <= d <= MAX_BYTES[TENSORS_FILE] for d in dims)
+    fine &= max((len(shape) for _, shape in rows), default=0) <= MAX_DIMS
     if not fine or not rows:
         raise ValueFunctionError(f"the signature in {CONFIG_FILE} is malformed.")
     dim = sum(_product(shape) for _, shape in rows)
     if num_coordinates > dim or (coordinates["identity"] and num_coordinates != dim):
         raise ValueFunctionError(f"{num_coordinates} coordinates do not fit a phi of {dim} numbers.")
     return {"origin": (dim,), **({} if coordinates["identity"] else {"basis": (dim, num_coordinates)})}
+
+
+def _is_name(value: Any) -> bool:
+    """A text that can be shown and written: in a line, of bounded length, without lone surrogates."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
 def _product(shape: list[int]) -> int:
@@ -197,30 +232,29 @@ def _product(shape: list[int]) -> int:
     return product
 
 
-def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _read_tensors(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     if 4 * sum(_product(shape) for shape in shapes.values()) > MAX_BYTES[TENSORS_FILE]:
         raise ValueFunctionError(f"the sizes in {CONFIG_FILE} ask for more than {MAX_BYTES[TENSORS_FILE]} bytes.")
-    with safe_open(path, framework="pt") as file:
-        found = {name: file.get_slice(name) for name in file.keys()}
-        found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
-        wrong = [
-            *(f"{name} is missing" for name in shapes if name not in found),
-            *(f"{name} is surplus" for name in found if name not in shapes),
-            *(
-                f"{name} is {dtype} {list(shape)} instead of F32 {list(shapes[name])}"
-                for name, (shape, dtype) in found.items()
-                if name in shapes and (shape, dtype) != (shapes[name], "F32")
-            ),
-        ]
-        if wrong:
-            raise ValueFunctionError(f"{path.name} is not what {CONFIG_FILE} says: {'; '.join(wrong[:5])}.")
-        tensors = {name: file.get_tensor(name) for name in shapes}
+    tensors = load_tensors(content)
+    wrong = [
+        *(f"{name} is missing" for name in shapes if name not in tensors),
+        *(f"{brief(name)} is surplus" for name in tensors if name not in shapes),
+        *(
+            f"{name} is {tensor.dtype} {list(tensor.shape)} instead of {torch.float32} {list(shapes[name])}"
+            for name, tensor in tensors.items()
+            if name in shapes and (tensor.shape, tensor.dtype) != (shapes[name], torch.float32)
+        ),
+    ]
+    if wrong:
+        raise ValueFunctionError(f"{TENSORS_FILE} is not what {CONFIG_FILE} says: {'; '.join(wrong[:5])}.")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueFunctionError(f"{', '.join(bad)} in {path.name} holds numbers that are not finite.")
+        raise ValueFunctionError(f"{', '.join(bad)} in {TENSORS_FILE} holds numbers that are not finite.")
+    if bad := [name for name, tensor in tensors.items() if (tensor.abs() > LARGEST).any()]:
+        raise ValueFunctionError(f"{', '.join(bad)} in {TENSORS_FILE} holds numbers beyond {LARGEST:g}.")
     if "basis" in tensors:
         basis = tensors["basis"]
         if not torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=ORTHONORMAL_TOLERANCE):
-            raise ValueFunctionError(f"the columns of basis in {path.name} are not orthonormal.")
+            raise ValueFunctionError(f"the columns of basis in {TENSORS_FILE} are not orthonormal.")
     return tensors
 
 

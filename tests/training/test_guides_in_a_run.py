@@ -450,7 +450,7 @@ def test_a_guide_hears_of_a_metric_that_fails(tmp_path):
         def learn(self, observed):
             broken = observed.predictions[0]
             broken.predictions = broken.predictions * float("nan")
-            with pytest.raises(MetricError, match="not a finite number"):
+            with pytest.raises(MetricError, match="finite"):
                 self.context.metric(broken)
             failed.append(observed.trajectory[-1].step)
 

@@ -139,7 +139,8 @@ def test_members_agree_on_a_slope_and_in_the_mean_over_fits_not_at_an_optimum():
         ([0, 1, 1], 4, [[1, 0, 0], [0, 1, 1]] * 2),
         ([0, 1, 2], 2, [[1, 0, 1], [0, 1, 0]]),  # fewer members than folds
         ([0, 1, 2], 1, [[1, 1, 1]]),
-        ([1, 1], 2, [[0, 0], [1, 1]]),  # nothing was seen of the first yet
+        ([1, 1], 2, [[1, 1], [1, 1]]),  # of the first nothing was seen: it has no members
+        ([0, 2, 5], 3, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
     ],
 )
 def test_a_member_learns_from_one_fold(folds, num_members, expected):
