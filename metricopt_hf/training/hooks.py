@@ -36,7 +36,7 @@ OVERRIDDEN = {
     "_load_optimizer_and_scheduler": Hook(
         ("checkpoint",), "the guidance's state is loaded when optimizer and schedule are, once the model is prepared"
     ),
-    "_issue_warnings_after_load": Hook(("load_result",), "what was inserted is not in a merged file, and not missing"),
+    "_get_learning_rate": Hook((), "the rate that is logged in the metric phase is phi's"),
     "_push_from_checkpoint": Hook(("checkpoint_folder",), "what is pushed along the way has a card"),
     "_finish_current_push": Hook((), "a push in the background that failed is told"),
 }

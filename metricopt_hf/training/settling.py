@@ -44,7 +44,6 @@ class SettlingTrainer(ResumingTrainer):
         self._metric: Metric | None = None
         self._phi: PhiSpace | None = None
         self._sets: tuple[Any, Any] | None = None
-        self._ignore_keys: list[str] | None = None
         self._named = preflight.names_metric(metric, self.args, self.compute_metrics, self.eval_dataset)
 
     # What a user reads; settled when it is first asked for, at the latest by `train`

@@ -4,44 +4,34 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
-from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import guides
 from .. import phi as spaces
-from ..errors import ConfigurationError, MetricError
+from ..errors import ConfigurationError
 from ..evaluation import data
-from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from ..evaluation.ledger import Ledger
 from ..evaluation.observation import Observation
 from ..evaluation.observer import Observer
 from ..guides import Guide
-from ..phi import Coordinates, make_coordinates
 from . import checkpoint, optimization, ranks
-from .completing import CompletingTrainer
 from .modes import pinned
+from .observing import ObservingTrainer
 from .phase import MetricPhase
 from .plan import PhasePlan
 from .rehearsal import Stillness, first_that_works, is_trainers, told, untouched
-from .settling import SettlingTrainer
 
 logger = logging.getLogger(__name__)
 
 FIRST, METRIC = "first phase", "metric phase"
-MAX_TRIED = 32  # of phi's parameters, whether they move a prediction, at a forward pass on one batch each
 
 
 class _Watch(TrainerCallback):
@@ -57,7 +47,7 @@ class _Watch(TrainerCallback):
         self.trainer._finish_run()  # first of all callbacks: what another one saves is the model that comes out
 
 
-class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
+class MetricOptTrainer(ObservingTrainer):
     """`Trainer` that also follows a black-box metric (after MetricOpt; Huang, Zhai, Guo and Susskind, CVPR 2021).
 
     A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
@@ -99,7 +89,6 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
     _stage: str | None = None  # which phase a micro-batch is in, while it is computed
     _requires_grad: dict[str, bool] | None = None  # before the run; None outside of one
     _left_out: frozenset[str] = frozenset()  # of phi, by the user's own optimizer
-    _stillness = Stillness()
 
     # What a user reads
 
@@ -351,79 +340,6 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
             on_all_rows=args.metric_on_all_rows,
         )
 
-    def _evaluator(self, parts: Sequence[Any], ledger: Ledger, progress: bool = False) -> Evaluator:
-        args = self.args
-        return Evaluator(
-            self.phi,
-            self._predict,
-            [
-                data.in_order(*self._columns(part, args.eval_batch_size), num_workers=args.dataloader_num_workers)
-                for part in parts
-            ],
-            self.metric,
-            ledger,
-            args.observation_cache_gb * 1e9,
-            args.eval_do_concat_batches,
-            args.process_index,
-            args.world_size,
-            progress and not args.disable_tqdm and self.is_local_process_zero(),
-            [partial(self._complete, part) for part in parts] if self._completes else None,
-            args.eval_accumulation_steps,
-        )
-
-    def _columns(self, dataset: Any, batch_size: int) -> tuple[Any, int, Callable]:
-        """`dataset` and a collator without the columns that the model does not take, as Trainer's loaders have them."""
-        if isinstance(dataset, datasets.Dataset):
-            return self._remove_unused_columns(dataset, "observation"), batch_size, self.data_collator
-        return dataset, batch_size, self._get_collator_with_removed_columns(self.data_collator, "observation")
-
-    def _predict(self, batch: Any) -> BatchOutput:
-        with self._own_token_count():
-            loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
-        self._unlabelled = sorted(batch) if labels is None and isinstance(batch, Mapping) else None
-        if self.preprocess_logits_for_metrics is not None:
-            logits = self.preprocess_logits_for_metrics(logits, labels)
-        losses, inputs, wanted = None, None, self.args.include_for_metrics
-        if "loss" in wanted and loss is not None:
-            losses = loss.repeat(find_batch_size(batch) or self.args.eval_batch_size)
-        if "inputs" in wanted:  # as Trainer: with batch_eval_metrics all of the batch
-            main_input = batch[getattr(self.model, "main_input_name", "input_ids")]
-            inputs = self._prepare_input(batch if self.args.batch_eval_metrics else main_input)
-        return BatchOutput(logits, labels, losses, inputs)
-
-    @contextmanager
-    def _own_token_count(self) -> Iterator[None]:
-        """Inside, Trainer's loss counts this rank's labels only: to count all, it would wait for the other ranks."""
-        across = self.args.average_tokens_across_devices
-        self.args.average_tokens_across_devices = False
-        try:
-            yield
-        finally:
-            self.args.average_tokens_across_devices = across
-
-    def _check_metric(self) -> None:
-        """The metric's first calls, one on each fold, before any training time is spent."""
-        evaluator = self.phase.evaluator
-        try:
-            scores = [evaluator.evaluate("check", part) for part in range(len(evaluator.parts))]
-        except MetricError as error:
-            hint = ""
-            if self._unlabelled is not None:
-                hint = (
-                    f"\nIt was given no labels: of the columns {', '.join(self._unlabelled)} none is among label_names="
-                    f"{self.label_names}. If one holds them, name it in the arguments: label_names=[...]."
-                )
-            raise MetricError(
-                f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "
-                "nothing was trained. The metric is called with an EvalPrediction of a whole fold of that set "
-                "(predictions, label_ids as numpy arrays; of all of it with observation_folds=1) and must return one "
-                f"finite number, or a dict that holds one. {self._hint}".rstrip()
-            ) from error
-        self._tell_of_places(evaluator, scores)
-        score = sum(scores) / len(scores)
-        direction = "greater" if self.metric.greater_is_better else "smaller"
-        logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
-
     def _rehearsed(self, model: nn.Module) -> Stillness:
         """How to hold still what is not tuned, after a rehearsal of the metric phase on one batch.
 
@@ -460,64 +376,6 @@ class MetricOptTrainer(SettlingTrainer, CompletingTrainer):
                 with told("saving the guide's state"), TemporaryDirectory() as folder:
                     checkpoint.save(self._guidance_state(self.phase.rehearse(coordinates)), folder)
         return chosen
-
-    def _tell_idle(self, batch: Any) -> None:
-        """Warn of parts of phi that move no prediction, such as the bias of a head that is for the loss alone."""
-
-        def outputs() -> list[torch.Tensor]:
-            with self._own_token_count(), torch.no_grad():
-                logits = self.prediction_step(self.model, copy.copy(batch), False, self._ignore_keys)[1]
-            leaves = [leaf for leaf in tree_flatten(logits)[0] if isinstance(leaf, torch.Tensor)]
-            return [leaf for leaf in leaves if leaf.is_floating_point()]
-
-        # tokens that were generated may stay the same, and of an adapter there are too many
-        if len(self.phi.names) <= MAX_TRIED and outputs() and (idle := self.phi.idle(outputs)):
-            logger.warning(
-                f"{', '.join(idle)} of phi moves no prediction of the model, so it is tuned in vain. Leave it out, "
-                "with phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
-            )
-
-    def _make_coordinates(self, max_batches: int | None = None) -> Coordinates:
-        """Q for the metric phase: the given value function's, else from the present phi."""
-        args, given = self.args, self._given_value_function
-        if given is not None and given.signature is not None:
-            return given.coordinates_from(self.phi.read())
-        generator = torch.Generator().manual_seed(args.seed)
-
-        def group_batches() -> Iterator[Any]:
-            dataset, batch_size, collate = self._columns(self.train_dataset, self._train_batch_size)
-            batches = data.group_batches(dataset, self._label_name, 4 * batch_size, collate, generator)
-            return islice(batches, max_batches)
-
-        with undisturbed(self.model), torch.enable_grad(), pinned(self.model, self._stillness.eval_mode):
-            self.model.train()
-            return make_coordinates(
-                args.phi_coordinates,
-                self.phi,
-                args.phi_dim,
-                generator,
-                lambda count: self._train_batches(max_batches or count, generator),
-                group_batches,
-                lambda batch: self.compute_loss(self.model, self._prepare_inputs(batch)),
-                args.process_index,
-                args.world_size,
-            )
-
-    def _train_batches(self, count: int, generator: torch.Generator) -> Iterator[Any]:
-        """Of the training set, at random; where it has no rows to draw, or a loader of its own, that one's first."""
-        dataset = self.train_dataset
-        has_rows = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-        if has_rows and is_trainers(self.get_train_dataloader):
-            dataset, batch_size, collate = self._columns(dataset, self._train_batch_size)
-            yield from data.random_batches(dataset, batch_size, count, collate, generator)
-            return
-        torch.manual_seed(self.args.seed)  # callers put the random state back
-        loader = self.get_train_dataloader()
-        try:
-            yield from islice(loader, count)
-        finally:
-            if hasattr(loader, "end"):  # accelerate's keeps an account of the one that is being iterated
-                loader.end()
 
     def _freeze(self) -> None:
         moving = set(self.phase.moving.names)
