@@ -127,7 +127,7 @@ def test_every_method_spends_the_same(name):
     best = record["variants"]["plain"]["scores"]["selection"]
     assert best == record["selected"]["score"]
     if name in ("metricopt", "shuffled", "random", "negated", "unguided"):  # with a bias tuned in the end
-        assert 3 <= record["calls"]["select"] <= 5 and best >= max(record["curve"]["selection"])
+        assert 3 <= record["calls"]["select"] <= 6 and best >= max(record["curve"]["selection"])
         assert 0 < record["calls"]["post-hoc"] <= 320
         if observes:
             assert 21 <= record["passes"]["observe"] <= PREDICTIONS["forward_pass_budget"]
@@ -137,7 +137,8 @@ def test_every_method_spends_the_same(name):
     else:
         assert record["calls"].get("observe", 0) == (8 if observes else 0)
         then_the_loss_alone = name == "scores"
-        assert record["calls"]["select"] == 3 and best == max(record["curve"]["selection"])
+        assert record["calls"]["select"] in (3, 4)  # an odd best is asked for once more
+        assert best == max(record["curve"]["selection"])
         assert record["curve"]["passes"] == ([0, 8, 8] if then_the_loss_alone else [0, 4, 8] if observes else [0, 0, 0])
     assert set(record["variants"]) >= {"plain", "post-hoc"}
     assert 0 < record["variants"]["post-hoc"]["calls"]["post-hoc"] <= 160
