@@ -96,15 +96,16 @@ class GroupDRO:
         self.weights, self.step = torch.full((groups,), 1 / groups), step
 
     def __call__(self, outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch=None) -> Tensor:
-        """labels: [b, 2], labels and groups, in training; [b] where the metric is looked at and no loss is needed."""
+        """labels: [b, 2], labels and groups, of training examples; [b] where the metric is looked at."""
         logits = outputs["logits"]
         if labels.ndim == 1:
             return F.cross_entropy(logits, labels)
         each, group = F.cross_entropy(logits, labels[:, 0], reduction="none"), labels[:, 1]
         present = group.unique()
         losses = torch.stack([each[group == g].mean() for g in present])
-        self.weights[present] *= (self.step * losses.detach()).exp()
-        self.weights /= self.weights.sum()
+        if torch.is_grad_enabled():  # a step, not a look
+            self.weights[present] *= (self.step * losses.detach()).exp()
+            self.weights /= self.weights.sum()
         return (self.weights[present] * losses).sum()
 
 
@@ -116,9 +117,14 @@ def group_dro(task: Task, problem: Problem, seed: int, budget: Budget, folder: s
     balanced = np.concatenate([np.resize(rows, max(map(len, of_group))) for rows in of_group])
     labels = observation.columns["labels"].clone()[:, None].repeat(1, 2)
     labels[torch.as_tensor(observation.rows), 1] = torch.as_tensor(groups)
+<<<<<<< HEAD
     inputs = {name: column for name, column in observation.columns.items() if name != "group"}
     trained = Rows({**inputs, "labels": labels}, balanced, observation.pool)
     numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
+=======
+    trained = Rows({**observation.columns, "labels": labels}, balanced, observation.pool)
+    numbers = {**NO_GUIDE, **ONE_PATH, "phi_learning_rate": config["phi_learning_rate"]}
+>>>>>>> 8a46885d2d7c8b82faaa1b6648ed0172e54760dc
     loss = GroupDRO(len(of_group), config["group_step"])
     return train(task, problem, seed, budget, folder, numbers, train_dataset=trained, loss=loss)
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from . import protocol
 from .measure import POST_HOC_CALLS
-from .methods import FIRST, RIVALS
+from .methods import FIRST, OURS, RIVALS
 from .records import TUNING, read, setting
 from .training import PREDICTIONS
 
@@ -38,7 +38,10 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         for name, configs in sorted(tried.items())
         if len(configs) > len(RIVALS[name].grid)
     )
-    chosen = ", ".join(f"{task} with seed {seed}" for task, seed in fixed.chosen["tasks and seeds"])
+    chosen, chosen_ours = (
+        ", ".join(f"{task} with seed {seed}" for task, seed in fixed.chosen[key])
+        for key in ("tasks and seeds", f"tasks and seeds of {OURS}")
+    )
     return (
         f"Four disjoint splits: train, observation, selection, report. Every method starts from the same model and "
         f"moves the same phi (FiLM on the last norms, and the output bias), in {budget.steps} steps with batches of "
@@ -59,7 +62,8 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         "(`benchmarks/surrogates.py`), not LibAUC's.\n\n"
         "## Settings\n\n"
         f"Each method has one setting for all tasks, chosen from a grid of six by the selection split on development "
-        f"seeds ({chosen}; `python -m benchmarks.tune`; `benchmarks/protocol.json` holds the worth of every setting). "
+        f"seeds ({chosen}; MetricOpt's: {chosen_ours}; `python -m benchmarks.tune`; `benchmarks/protocol.json` holds "
+        "the worth of every setting). "
         "A grid whose best setting lay at its edge was moved after a first run on these seeds, so some methods had "
         f"more settings tried in all: {more}. MetricOpt's last grid was laid around what trials on development seeds "
         f"had led to ({LOG}). Controls, and MetricOpt without guidance, take MetricOpt's setting:\n\n{settings}"

@@ -121,14 +121,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{RIVALS[method].title}")
         for config, value in settings.items():
             print(f"{'*' if config == best[method] else ' '} {value:8.3f}  {config}")
+    kind = "tasks and seeds"
+    if set(arguments.methods) != set(TUNED):
+        kind += f" of {', '.join(arguments.methods)}"
     kept = protocol.load() if protocol.FILE.exists() else protocol.Protocol({})  # of the methods that were not named
     protocol.Protocol(
         {**kept.settings, **{method: json.loads(config) for method, config in best.items()}},
         budget,
         {
+            **kept.chosen,
             "command": "python -m benchmarks.tune",
-            "tasks and seeds": pairs,
-            "tasks and seeds with groups": group_pairs,
+            kind: pairs,
+            "tasks and seeds with groups": group_pairs or kept.chosen.get("tasks and seeds with groups", []),
             "units": {**kept.chosen.get("units", {}), **{task: float(f"{value:.3g}") for task, value in units.items()}},
             "worth": {
                 **kept.chosen.get("worth", {}),

@@ -131,7 +131,7 @@ class MetricOptConfig(TrainingArguments):
     )
     phi_dim: int = field(default=6, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
     phi_learning_rate: float | None = field(
-        default=5e-3,
+        default=1e-2,
         metadata={
             "help": "Peak learning rate of phi in the metric phase, which runs the schedule once of its own. "
             "None: learning_rate."

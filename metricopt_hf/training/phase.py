@@ -313,7 +313,7 @@ class MetricPhase:
             return True
         since = step - self.start_step
         if self.virtual is not None:
-            if since % self.plan.observe_steps == 0:
+            if self.virtual.interpolator is not None and since % self.plan.observe_steps == 0:
                 self._observe_virtually(step, self.plan.round_size)
             return False
         if since % self.plan.observe_steps:
