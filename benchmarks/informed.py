@@ -117,14 +117,8 @@ def group_dro(task: Task, problem: Problem, seed: int, budget: Budget, folder: s
     balanced = np.concatenate([np.resize(rows, max(map(len, of_group))) for rows in of_group])
     labels = observation.columns["labels"].clone()[:, None].repeat(1, 2)
     labels[torch.as_tensor(observation.rows), 1] = torch.as_tensor(groups)
-<<<<<<< HEAD
-    inputs = {name: column for name, column in observation.columns.items() if name != "group"}
-    trained = Rows({**inputs, "labels": labels}, balanced, observation.pool)
-    numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
-=======
     trained = Rows({**observation.columns, "labels": labels}, balanced, observation.pool)
-    numbers = {**NO_GUIDE, **ONE_PATH, "phi_learning_rate": config["phi_learning_rate"]}
->>>>>>> 8a46885d2d7c8b82faaa1b6648ed0172e54760dc
+    numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
     loss = GroupDRO(len(of_group), config["group_step"])
     return train(task, problem, seed, budget, folder, numbers, train_dataset=trained, loss=loss)
 
