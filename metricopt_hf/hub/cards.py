@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,39 @@ TAG = "metricopt"
 MARKER = "<!-- Made by metricopt_hf. Remove this line to keep your own words when the card is made anew. -->"
 
 
+# Fields that are Markdown, or stand in code; all others may hold a stranger's words.
+RAW = {"comparison", "training_results", "hyperparameters", "repo", "finetuned_from", "model_class"}
+# What is markup nowhere in a line of Markdown or HTML. Everything else is written as an entity.
+_SAFE = re.compile(r"[^\w ,.:;%()=+'/-]|_(?![^\W_])|(?<![^\W_])_|(?<=/)/|(?<=:)/|(?<=www)\.|(?<=[\w.])@", re.I)
+
+
+def plain(value: Any) -> Any:
+    """The same with every text in it, keys too, such that a card shows it as it is: no heading, link or HTML of it.
+
+    Example:
+        >>> plain("worst_class_recall (top-5)"), plain("# <b>https://x.org</b>")
+        ('worst_class_recall (top-5)', '&#35; &#60;b&#62;https:&#47;&#47;x.org&#60;/b&#62;')
+    """
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    if not isinstance(value, str):
+        return value
+    line = " ".join(printable(value).split())
+    return _SAFE.sub(lambda match: f"&#{ord(match[0])};", line)
+
+
+def printable(text: str) -> str:
+    """A text that can be written as UTF-8: a lone surrogate, as from a file name of another encoding, is spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
-    """The card that a template in `templates/` gives with these metadata and fields."""
+    """The card that a template in `templates/` gives with these metadata and fields; see `RAW` and `plain`."""
     citation = (TEMPLATES / "citation.md").read_text(encoding="utf-8").strip()
     path = str(TEMPLATES / f"{template}.md")
+    fields = {name: value if name in RAW else plain(value) for name, value in fields.items()}
     return ModelCard.from_template(data, template_path=path, marker=MARKER, citation=citation, **fields)
 
 
@@ -48,7 +79,7 @@ def write(
         license: the Hub's name of it.
     """
     path = Path(path)
-    if path.exists() and MARKER not in path.read_text(encoding="utf-8"):
+    if path.exists() and MARKER.encode() not in path.read_bytes():  # in whatever encoding a person writes
         return
     if rank_correlation is None or not np.isfinite(rank_correlation):
         rank_correlation = trust = None
@@ -56,12 +87,12 @@ def write(
     name = repo.rpartition("/")[2]
     results = None
     if rank_correlation is not None and task is not None and dataset is not None:
-        metric = "Prequential rank correlation" + (f" with {signature.metric}" if signature else "")
+        metric = "Prequential rank correlation" + (f" with {printable(signature.metric)}" if signature else "")
         results = [EvalResult(task, *dataset, "spearmanr", rank_correlation, metric_name=metric)]
     data = ModelCardData(
         library_name=LIBRARY,
         tags=[TAG, "value-function"],
-        metrics=[signature.metric] if signature else None,
+        metrics=[printable(signature.metric)] if signature else None,
         datasets=[dataset[0]] if dataset else None,
         license=license,
         model_name=name if results else None,
@@ -73,7 +104,7 @@ def write(
         "repo": repo,
         "task": task,
         "dataset": dataset,
-        "signature": signature,
+        "signature": None if signature is None else {**vars(signature), "origin": None, "basis": None},
         "phi_dim": signature.origin.numel() if signature else None,
         "num_coordinates": value_function.num_coordinates,
         "num_members": value_function.num_members,
@@ -87,4 +118,4 @@ def write(
         "trust": trust,
         "comparison": comparison,
     }
-    replace_file(path, str(render("value_function", data, **fields)).encode())
+    replace_file(path, printable(str(render("value_function", data, **fields))).encode())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, brief
 from ..evaluation import direction
 from ..evaluation.metric import INPUTS
 from ..guides import GUIDES
@@ -22,7 +28,84 @@ OBSERVE = ("predictions", "scores")
 STEP_IN_BACKWARD = {name for name in OptimizerNames if "layerwise" in name.value or "lomo" in name.value}
 
 
-@dataclass
+# Names, or the ends of names, of arguments that are nobody else's business, and what such values look like.
+SECRET_NAME = re.compile(r"(key|token|secret|password|passwd|pwd|credentials?|auth|authorization|bearer)s?$", re.I)
+SECRET_VALUE = re.compile(r"(hf_|sk-|gh[pousr]_|xox[a-z]-|AKIA|eyJ|bearer\s)\S{8,}|\w+://[^/\s:@]*:[^/\s@]+@", re.I)
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """The same with what is named, or looks, like a key, token or password replaced by <NAME>, at any depth.
+
+    Example:
+        >>> without_secrets({"average": "macro", "api_key": "abc", "headers": {"X-Auth": ["d"]}})
+        {'average': 'macro', 'api_key': '<API_KEY>', 'headers': {'X-Auth': '<X-AUTH>'}}
+    """
+    if value is not None and not isinstance(value, bool) and SECRET_NAME.search(name):
+        return f"<{name.upper()}>"
+    if isinstance(value, dict):
+        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(without_secrets(item) for item in value)
+    return "<SECRET>" if isinstance(value, str) and SECRET_VALUE.match(value) else value
+
+
+def _number(least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], bool]:
+    """Whether it is a finite number from `least` (above: beyond it) to below `most`."""
+
+    def fine(value: Any) -> bool:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return False
+        return (value > least if above else value >= least) and value < most
+
+    return fine
+
+
+def _whole(least: int, most: int = 2**63) -> Callable[[Any], bool]:
+    """Whether it is a whole number, of a type for them, from `least` to below `most`."""
+    return lambda value: isinstance(value, Integral) and _number(least, most)(value)
+
+
+def _unset(fine: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fine(value)
+
+
+def _one_of(names: Collection[str]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and value in names
+
+
+# field -> whether a value will do, and what it must be
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (_whole(0, 2**32), "a whole number from 0 to 4294967295"),
+    "metric_kwargs": (_unset(lambda value: isinstance(value, dict)), 'JSON, such as \'{"average": "macro"}\''),
+    "phi": (
+        lambda value: isinstance(value, str) and bool(value),
+        '"auto", "film", "adapter" or a regular expression over parameter names',
+    ),
+    "metric_inputs": (_one_of(INPUTS), f"one of {', '.join(INPUTS)}"),
+    "metric_timeout": (_unset(_number(0, above=True)), "a positive, finite number of seconds; None for no limit"),
+    "metric_start_ratio": (_number(0, 1), "in [0, 1)"),
+    "unguided_ratio": (_number(0, 1), "in [0, 1)"),
+    "unguided_learning_rate": (_unset(_number(0, above=True)), "positive and finite"),
+    "metric_call_budget": (_unset(_whole(0)), "a whole number of at least 0; None for the default"),
+    "forward_pass_budget": (_unset(_whole(0)), "a whole number of at least 0; None for the default"),
+    "observe": (_one_of(OBSERVE), f"one of {', '.join(OBSERVE)}"),
+    "max_metric_failures": (_whole(1), "a whole number of at least 1"),
+    "phi_coordinates": (_one_of(COORDINATES), f"one of {', '.join(COORDINATES)}"),
+    "phi_dim": (_whole(1), "a whole number of at least 1"),
+    "phi_learning_rate": (_unset(_number(0, above=True)), "positive and finite"),
+    "guide": (_one_of(GUIDES), f"one of {', '.join(GUIDES)}"),
+    "value_weight": (_unset(_number(0)), "at least 0 and finite (the sign of the metric is greater_is_better's)"),
+    "select_steps": (_unset(_whole(1)), "a whole number of at least 1"),
+    "observe_steps": (_unset(_whole(1)), "a whole number of at least 1"),
+    "observations_per_step": (_whole(2), "a whole number of at least 2, one antithetic pair"),
+    "observation_folds": (_whole(1), "a whole number of at least 1"),
+    "perturbation_std": (_unset(_number(0, 1e6, above=True)), "positive, and below 1e6"),
+    "observation_size": (_unset(_whole(1)), "a whole number of at least 1"),
+    "observation_cache_gb": (_number(0), "at least 0 and finite"),
+}
+
+
+@dataclass(repr=False)  # one of its own would show tokens
 class MetricOptConfig(TrainingArguments):
     """`TrainingArguments` with the arguments of metric guidance.
 
@@ -213,43 +296,21 @@ class MetricOptConfig(TrainingArguments):
             # None leaves it to Trainer, to whom everything but a loss is better the greater it is
             self.greater_is_better = direction.by_name(self.metric_for_best_model)
         super().__post_init__()
-        checks = {
-            "metric_kwargs": (not isinstance(self.metric_kwargs, str), 'JSON, such as \'{"average": "macro"}\''),
-            "phi": (bool(self.phi), '"auto", "film", "adapter" or a regular expression over parameter names'),
-            "metric_inputs": (self.metric_inputs in INPUTS, f"one of {', '.join(INPUTS)}"),
-            "metric_timeout": (self.metric_timeout is None or self.metric_timeout > 0, "positive"),
-            "metric_start_ratio": (0 <= self.metric_start_ratio < 1, "in [0, 1)"),
-            "unguided_ratio": (0 <= self.unguided_ratio < 1, "in [0, 1)"),
-            "unguided_learning_rate": (
-                self.unguided_learning_rate is None or self.unguided_learning_rate > 0,
-                "positive",
-            ),
-            "metric_call_budget": (self.metric_call_budget is None or self.metric_call_budget >= 0, "at least 0"),
-            "max_metric_failures": (self.max_metric_failures >= 1, "at least 1"),
-            "phi_coordinates": (self.phi_coordinates in COORDINATES, f"one of {', '.join(COORDINATES)}"),
-            "phi_dim": (self.phi_dim >= 1 and int(self.phi_dim) == self.phi_dim, "a whole number of at least 1"),
-            "phi_learning_rate": (self.phi_learning_rate is None or self.phi_learning_rate > 0, "positive"),
-            "guide": (self.guide in GUIDES, f"one of {', '.join(GUIDES)}"),
-            "value_weight": (
-                self.value_weight is None or 0 <= self.value_weight < float("inf"),
-                "at least 0 (the sign of the metric is greater_is_better's)",
-            ),
-            "select_steps": (self.select_steps is None or self.select_steps >= 1, "at least 1"),
-            "observe_steps": (self.observe_steps is None or self.observe_steps >= 1, "at least 1"),
-            "observations_per_step": (self.observations_per_step >= 2, "at least 2, one antithetic pair"),
-            "observation_folds": (self.observation_folds >= 1, "at least 1"),
-            "perturbation_std": (
-                self.perturbation_std is None or 0 < self.perturbation_std < float("inf"),
-                "positive",
-            ),
-            "observe": (self.observe in OBSERVE, f"one of {', '.join(OBSERVE)}"),
-            "forward_pass_budget": (self.forward_pass_budget is None or self.forward_pass_budget >= 0, "at least 0"),
-            "observation_size": (self.observation_size is None or self.observation_size >= 1, "at least 1"),
-            "observation_cache_gb": (self.observation_cache_gb >= 0, "at least 0"),
-        }
-        for name, (fine, expected) in checks.items():
-            if not fine:
-                raise ConfigurationError(f"{name}={getattr(self, name)!r} must be {expected}.")
+        for name, (fine, expected) in CHECKS.items():
+            if not fine(value := getattr(self, name)):
+                raise ConfigurationError(f"{name}={brief(value)} must be {expected}.")
+
+    def __str__(self) -> str:
+        """As of `TrainingArguments`, which hides tokens; secrets in `metric_kwargs` are hidden too."""
+        shown = copy.copy(self)
+        shown.__dict__["metric_kwargs"] = without_secrets(self.metric_kwargs)
+        return super(MetricOptConfig, shown).__str__()
+
+    __repr__ = __str__
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of `TrainingArguments`, for logs and files; secrets in `metric_kwargs` are hidden too."""
+        return {**super().to_dict(), "metric_kwargs": without_secrets(self.metric_kwargs)}
 
     def direction_of(self, name: str, description: str = "") -> bool:
         """Whether greater values of a metric are better: as given, else by its description or its name, and said aloud.

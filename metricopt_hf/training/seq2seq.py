@@ -12,7 +12,7 @@ from .config import MetricOptConfig
 from .trainer import MetricOptTrainer
 
 
-@dataclass
+@dataclass(repr=False)
 class MetricOptSeq2SeqConfig(MetricOptConfig, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` with the arguments of metric guidance."""
 

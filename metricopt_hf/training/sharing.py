@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers.modelcard import TrainingSummary, make_markdown_table
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import ValueFunction, cards, client
+from ..value.serialization import replace_file
 from .phase import MetricPhase
 from .result import RunResult
 
@@ -74,13 +76,14 @@ class SharingTrainer(Trainer):
         given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
         path = os.path.join(self.args.output_dir, "README.md")
         if os.path.exists(path):
-            old = ModelCard.load(path, ignore_metadata_errors=True).data.tags or []
+            old = _tags(path)
             mine = given.get("tags") or []
             given["tags"] = list(dict.fromkeys([*([mine] if isinstance(mine, str) else mine), *old]))
         if getattr(self.model, "config", None) is None:
             given.setdefault("finetuned_from", "")  # Trainer would look into the config for it
         summary = TrainingSummary.from_trainer(self, **given)
-        self._card(summary, scores or {}, comparison).save(path)
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        replace_file(Path(path), cards.printable(str(self._card(summary, scores or {}, comparison))).encode())
         if _is_peft(self.model):
             self.accelerator.unwrap_model(self.model).create_or_update_model_card(self.args.output_dir)
         self._card_fields = {
@@ -99,7 +102,7 @@ class SharingTrainer(Trainer):
         if not isinstance(self.model, PreTrainedModel):
             metadata["library_name"] = "pytorch"
         metadata["tags"] = list(dict.fromkeys([*metadata.get("tags", []), cards.TAG]))
-        metadata["metrics"] = list(dict.fromkeys([*metadata.get("metrics", []), result.metric]))
+        metadata["metrics"] = list(dict.fromkeys([*metadata.get("metrics", []), cards.printable(result.metric)]))
         if index[0]["results"]:
             metadata["model-index"] = index
         data = ModelCardData(**metadata)
@@ -108,7 +111,8 @@ class SharingTrainer(Trainer):
             data.model_name = summary.model_name
             data.eval_results = (data.eval_results or []) + [
                 EvalResult(
-                    task, *dataset, result.metric, float(score), metric_name=f"{result.metric} ({split})"
+                    task, *dataset, cards.printable(result.metric), float(score),
+                    metric_name=cards.printable(f"{result.metric} ({split})"),
                 )
                 for split, score in scores.items()
             ]
@@ -193,6 +197,14 @@ class SharingTrainer(Trainer):
     @property
     def _kept(self) -> str:
         return f"everything is in {self.args.output_dir}; push_to_hub() pushes it again"
+
+
+def _tags(path: str) -> list[str]:
+    """Those of a card, as far as it can be read: people write them, in whatever encoding."""
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.tags or []
+    except (UnicodeError, ValueError):
+        return []
 
 
 def _is_peft(model: nn.Module) -> bool:

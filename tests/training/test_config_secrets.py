@@ -1,0 +1,98 @@
+"""What a notebook or a log shows of the arguments holds no secrets, and what cannot work is refused with its value."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptSeq2SeqConfig
+from metricopt_hf.training.config import without_secrets
+
+CONFIGS = (MetricOptConfig, MetricOptSeq2SeqConfig)
+SECRETS = {
+    "api_key": "SECRET",
+    "apikey": "SECRET",
+    "OPENAI_API_KEY": "SECRET",
+    "access_token": "SECRET",
+    "client-secret": "SECRET",
+    "password": "SECRET",
+    "headers": {"Authorization": "Bearer SECRET", "rows": [{"token": "SECRET"}]},
+    "url": "https://me:SECRET@example.org",
+    "other": ["hf_SECRETSECRET", "sk-SECRETSECRET"],
+}
+OPEN = {"average": "macro", "zero_division": 0, "tokenize": True, "keyed": "x", "labels": [0, 1], "url": "https://a.b"}
+
+
+def shown(args):
+    return [repr(args), str(args), str(args.to_dict()), args.to_json_string(), str(args.to_sanitized_dict()), f"{args!r}"]
+
+
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_no_token_and_no_secret_is_shown(cls):
+    args = cls("out", hub_token="hf_SECRET", use_cpu=True, metric_kwargs={**SECRETS, **OPEN})
+    for text in shown(args):
+        assert "SECRET" not in text.replace("<SECRET>", "").replace("<CLIENT-SECRET>", "")
+        assert "macro" in text and "max_metric_failures" in text
+    assert args.metric_kwargs == {**SECRETS, **OPEN}  # the metric gets them
+    again = cls("out", use_cpu=True, metric_kwargs=json.dumps(SECRETS))
+    assert "SECRET" not in repr(again).replace("<SECRET>", "").replace("<CLIENT-SECRET>", "")
+
+
+@pytest.mark.parametrize(("cls", "parent"), [(MetricOptConfig, TrainingArguments), (MetricOptSeq2SeqConfig, Seq2SeqTrainingArguments)])
+def test_else_it_shows_what_trainer_s_own_shows(cls, parent):
+    ours, theirs = (str(c("out", use_cpu=True, hub_token="x")).splitlines()[1:-1] for c in (cls, parent))
+    assert len(theirs) > 50
+    differing = [line for line in theirs if line not in ours]
+    assert all("logging_dir" in line or "run_name" in line for line in differing), differing
+
+
+def test_what_is_no_secret_stays():
+    assert without_secrets(OPEN) == OPEN and without_secrets(None) is None and without_secrets({}) == {}
+    assert without_secrets({"key": None, "token": False}) == {"key": None, "token": False}
+
+
+NAN, INF = float("nan"), float("inf")
+REFUSED = {
+    "phi_dim": [4.0, INF, NAN, 0, "4", True, None],
+    "seed": [2**32, -1, 1.5, NAN],
+    "metric_timeout": [0, -1, NAN, INF, "5", True],
+    "metric_start_ratio": [1, -0.1, NAN, "0.5", None],
+    "unguided_ratio": [1, NAN],
+    "unguided_learning_rate": [0, INF, NAN, "0.1"],
+    "metric_call_budget": [-1, 1.5, INF, NAN, "160"],
+    "max_metric_failures": [0, 2.5, INF],
+    "phi_learning_rate": [0, INF, NAN],
+    "value_weight": [-1, INF, NAN, "64"],
+    "select_steps": [0, 1.5, INF],
+    "observe_steps": [0, 1.5],
+    "observations_per_step": [1, 8.0, INF],
+    "observation_folds": [0, 2.0],
+    "perturbation_std": [0, INF, NAN, 1e7],
+    "observation_size": [0, 10.0],
+    "observation_cache_gb": [-1, INF, NAN],
+    "phi": ["", None, 3],
+    "guide": ["none", None, ["value_function"]],
+    "phi_coordinates": ["pca", None],
+    "metric_inputs": ["logits", None],
+    "metric_kwargs": ["{", "[1]", 3],
+}
+CASES = [(name, value) for name, values in REFUSED.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES)
+def test_what_cannot_work_is_refused_with_its_value(name, value):
+    with pytest.raises((ConfigurationError, json.JSONDecodeError)) as caught:
+        MetricOptConfig("out", use_cpu=True, **{name: value})
+    if isinstance(caught.value, ConfigurationError):
+        assert str(caught.value).startswith(f"{name}={value!r} must be ")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"phi_dim": np.int64(4)}, {"seed": 2**32 - 1}, {"metric_timeout": 1}, {"metric_call_budget": None},
+     {"value_weight": 0}, {"metric_kwargs": '{"average": "macro"}'}],
+    ids=str,
+)  # fmt: skip
+def test_what_works_is_taken(given):
+    MetricOptConfig("out", use_cpu=True, **given)
