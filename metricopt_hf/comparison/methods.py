@@ -39,9 +39,11 @@ class Method:
     class_bias: bool = False
 
 
-# In both parts of the metric phase, so that it differs from MetricOpt by the guidance alone. It never looks at its
-# coordinates, so they may be the cheapest.
-LOSS_ONLY = Method("loss only", {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"})
+# It never uses its coordinates, so they may be the cheapest; what a tuned bias adds is a row of its own.
+LOSS_ONLY = Method(
+    "loss only",
+    {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random", "tune_output_bias": False},
+)
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),
     "shuffled": Method("control: shuffled", {"guide": "shuffled"}),

@@ -46,7 +46,7 @@ def plain(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """A text that can be written as UTF-8: a lone surrogate, as from a file name of another encoding, is spelled out."""
+    """A text that can be written as UTF-8: a lone surrogate, as of a file name in another encoding, is spelled out."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -25,7 +25,8 @@ OPEN = {"average": "macro", "zero_division": 0, "tokenize": True, "keyed": "x", 
 
 
 def shown(args):
-    return [repr(args), str(args), str(args.to_dict()), args.to_json_string(), str(args.to_sanitized_dict()), f"{args!r}"]
+    dicts = str(args.to_dict()), str(args.to_sanitized_dict())
+    return [repr(args), str(args), *dicts, args.to_json_string(), f"{args!r}"]
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
@@ -39,7 +40,10 @@ def test_no_token_and_no_secret_is_shown(cls):
     assert "SECRET" not in repr(again).replace("<SECRET>", "").replace("<CLIENT-SECRET>", "")
 
 
-@pytest.mark.parametrize(("cls", "parent"), [(MetricOptConfig, TrainingArguments), (MetricOptSeq2SeqConfig, Seq2SeqTrainingArguments)])
+@pytest.mark.parametrize(
+    ("cls", "parent"),
+    [(MetricOptConfig, TrainingArguments), (MetricOptSeq2SeqConfig, Seq2SeqTrainingArguments)],
+)
 def test_else_it_shows_what_trainer_s_own_shows(cls, parent):
     ours, theirs = (str(c("out", use_cpu=True, hub_token="x")).splitlines()[1:-1] for c in (cls, parent))
     assert len(theirs) > 50
