@@ -1,7 +1,7 @@
 """Calibration: how far predictions of new observations were off, so that the spread says it of the next ones.
 
 What an ensemble was fitted to it predicts too well, and its members err alike. So the noise is taken from errors made
-*before* the guide was told (prequential, as for `Trust`), pooled over rounds.
+*before* the guide was fitted to them (prequential, as for `Trust`), pooled over rounds.
 """
 
 from __future__ import annotations

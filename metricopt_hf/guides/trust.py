@@ -1,4 +1,4 @@
-"""Trust: how far a guide may be followed, judged by what it predicted before it was told.
+"""Trust: how far a guide may be followed, judged by what it predicted before it was fitted.
 
 Each round's observations are ranked by the guide *before* it learns them (prequential; Dawid, 1984). Within a round the
 points differ only by the perturbation, so that following a common trend earns nothing; and each is ranked by what was

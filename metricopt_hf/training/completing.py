@@ -28,7 +28,7 @@ POST_PROCESS = (
 class CompletingTrainer(Trainer):
     """The metric gets the rows' places in the data set, and post-processed predictions, where that is asked for.
 
-    The same in `evaluate()` and where the guidance looks at the metric, on parts of `eval_dataset`.
+    The same in `evaluate()` and where the guidance calls the metric, on parts of `eval_dataset`.
 
     With "indices" in `args.include_for_metrics` the `EvalPrediction` has an attribute `indices`: [n] int64, which rows
     of `eval_dataset` (or of the `observation_dataset`, `selection_dataset` given) the predictions are of, in order.

@@ -151,9 +151,8 @@ class MetricOptConfig(TrainingArguments):
     unguided_ratio: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the metric phase, its last, in which phi starts anew from where that phase began and "
-            "follows the loss alone. What the selection split prefers of both is kept, so that guidance which does "
-            "less than the loss costs little. 0: guidance to the end."
+            "help": "Share of the metric phase, its last, that goes to an unguided branch, restarted from where the "
+            "phase began. The selection split picks the winner of both. 0: guidance to the end."
         },
     )
     unguided_learning_rate: float | None = field(
@@ -247,7 +246,7 @@ class MetricOptConfig(TrainingArguments):
     )
     select_steps: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps between looks at the selection split. Default: a 20th of the metric phase."},
+        metadata={"help": "Optimizer steps between evaluations on the selection split. Default: a 20th of the metric phase."},
     )
     observe_steps: int | None = field(
         default=None,

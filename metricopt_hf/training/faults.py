@@ -16,7 +16,7 @@ OUTLIER_RANGES = 20
 MIN_SCORES_FOR_OUTLIERS = 16
 # one so many times as far from their median as most others is asked for again, before it decides
 ODD_RANGES = 6
-# among the first scores nothing can be told yet: up to so many, all are looked at again as they come in
+# among the first scores nothing can be told yet: up to so many, all are judged again as they come in
 EARLY_SCORES = 4 * MIN_SCORES_FOR_OUTLIERS
 # of which so large a share may be faults
 OUTLIER_SHARE = 1 / 8

@@ -227,7 +227,7 @@ class MetricPhase:
             coordinates.origin.cpu(),
             None if coordinates.basis is None else coordinates.basis.cpu(),
         )
-        return ValueFunction.of(network, signature, self.trajectory)
+        return ValueFunction.of(network, signature, self.trajectory.joined(self.interpolated))
 
     def log_scalars(self) -> dict[str, float]:
         """What is reported of the guidance beside Trainer's own numbers."""

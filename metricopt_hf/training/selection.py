@@ -40,7 +40,7 @@ class Selection:
     Args:
         evaluator: the metric on the selection split; None where there is none (then nothing is ever selected).
         space: what a candidate is made of.
-        faults: told of every call.
+        faults: takes in every call.
     """
 
     def __init__(self, evaluator: Evaluator | None, space: PhiSpace, faults: Faults):

@@ -51,11 +51,12 @@ class MetricOptTrainer(ObservingTrainer):
     """`Trainer` that also follows a black-box metric (after MetricOpt; Huang, Zhai, Guo and Susskind, CVPR 2021).
 
     A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
-    and in eval mode (else batch statistics and dropout would move, and the metric would be no function of phi); the
-    metric is observed at and around phi, a value function is fitted to it online, and its gradient is blended into the
-    task gradient as far as it has proved to predict. Then phi starts anew and follows the loss alone
-    (`unguided_ratio`). At the end the best phi of all by the selection split is put in place and merged into plain
-    weights. Without a metric this class is Trainer.
+    and in eval mode (else batch statistics and dropout would move, and the metric would be no function of phi). The
+    model's predictions are interpolated around phi, the metric is called on them, a value function is fitted to what it
+    answers, and its gradient is blended into the task gradient as far as it has proved to predict. A last share of the
+    steps can go to an unguided branch, restarted from the same weights (`unguided_ratio`). At the end the best phi of
+    all by the selection split, with its output bias tuned where that split prefers it, is put in place and merged into
+    plain weights. Without a metric this class is Trainer.
 
     Takes all arguments of `Trainer`, with `args` a `MetricOptConfig`, and:
 

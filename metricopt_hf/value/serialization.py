@@ -201,7 +201,7 @@ def _normalisation(config: Mapping[str, Any], num_coordinates: int) -> dict[str,
 
 
 def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of origin and basis, from a signature whose every entry has been looked at."""
+    """Shapes of origin and basis, from a signature whose every entry has been checked."""
     signature = config["signature"]
     if signature is None:
         return {}
