@@ -158,7 +158,7 @@ class MetricOptConfig(TrainingArguments):
     unguided_learning_rate: float | None = field(
         default=0.1,
         metadata={
-            "help": "Where that part's learning rate ends: it rises from phi_learning_rate over a third of its steps. "
+            "help": "Where the learning rate of that branch ends: it rises from phi_learning_rate over a third of the steps. "
             "None: it stays."
         },
     )
@@ -246,7 +246,9 @@ class MetricOptConfig(TrainingArguments):
     )
     select_steps: int | None = field(
         default=None,
-        metadata={"help": "Optimizer steps between evaluations on the selection split. Default: a 20th of the metric phase."},
+        metadata={
+            "help": "Optimizer steps between evaluations on the selection split. Default: a 20th of the metric phase."
+        },
     )
     observe_steps: int | None = field(
         default=None,
