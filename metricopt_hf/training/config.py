@@ -158,8 +158,8 @@ class MetricOptConfig(TrainingArguments):
     unguided_learning_rate: float | None = field(
         default=0.1,
         metadata={
-            "help": "Where the learning rate of that branch ends: it rises from phi_learning_rate over a third of the steps. "
-            "None: it stays."
+            "help": "Where the learning rate of that branch ends: it rises from phi_learning_rate over a third of its "
+            "steps. None: it stays."
         },
     )
     observe: str = field(
