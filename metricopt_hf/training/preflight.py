@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate.utils import DistributedType
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
@@ -92,6 +94,13 @@ def split(observation: Any, selection: Any, eval_dataset: Any, args: MetricOptCo
     if observation is None and selection is None:
         return data.cut(source, args.observation_size, args.seed)
     return (source, selection) if observation is None else (observation, source)
+
+
+def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
+    """Those of `label_names` that are the metric's alone, as groups are: the model takes others of them, but not these."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    taken = set(label_names) & set(inspect.signature(base.forward).parameters)
+    return set(label_names) - taken if taken else set()
 
 
 def check_supported(args: MetricOptConfig, distributed_type: DistributedType) -> None:

@@ -144,6 +144,11 @@ class MetricOptTrainer(SharingTrainer):
         finally:
             del self.training_step, self.compute_loss
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.guided and (own := preflight.metric_columns(self.label_names, self.model) & inputs.keys()):
+            inputs = {name: column for name, column in inputs.items() if name not in own}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
         if self.guided:
