@@ -5,19 +5,18 @@ Uses public names only, so that it is also an example of what a trainer tells af
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student_t
 
 from .. import ConfigurationError, MetricOptTrainer
+from ..extras import require
 
 BETTER, WORSE, INSIDE_NOISE, ONE_SEED = "better", "worse", "inside noise", "one seed"
 # A difference of at most so many standard errors is called noise.
@@ -250,17 +249,6 @@ def plot_run(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional dependency, or say how to install it. Call it early: before the training, not after."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'This needs {module}, which is not installed: pip install "metricopt_hf[{extra}]" (or: pip install '
-            f"{module})."
-        ) from error
 
 
 def _selection(curve: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:

@@ -97,7 +97,7 @@ def split(observation: Any, selection: Any, eval_dataset: Any, args: MetricOptCo
 
 
 def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
-    """Those of `label_names` that are the metric's alone, as groups are: the model takes others of them, but not these."""
+    """Those of `label_names` that the model does not take, where it takes others: groups, for the metric alone."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     taken = set(label_names) & set(inspect.signature(base.forward).parameters)
     return set(label_names) - taken if taken else set()

@@ -22,13 +22,15 @@ from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..evaluation.observation import Observation
 from ..evaluation.observer import Observer
+from ..extras import require
 from ..guides import Guide
 from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace, make_coordinates
-from . import checkpoint, preflight
+from . import checkpoint, diagnosis, preflight
+from .diagnosis import Diagnosis
 from .optimization import forget, give_own_learning_rate, raise_learning_rate, restart_schedule
 from .phase import MetricPhase
-from .plan import PhasePlan
+from .plan import DEFAULTS, PhasePlan
 from .sharing import SharingTrainer
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,45 @@ class MetricOptTrainer(SharingTrainer):
     def ledger(self) -> Ledger:
         """Metric calls and seconds of the last run, by purpose."""
         return Ledger() if self.phase is None else self.phase.ledger
+
+    def diagnose(self, worthwhile: float = 0.02) -> Diagnosis:
+        """Before any training: what a bias per logit reaches, what phi reaches, and which of them is worth the effort.
+
+        Takes the time of some 40 forward passes, prints a table, and leaves everything as it was.
+
+        Args:
+            worthwhile: the smallest gain that is worth having, in the metric's unit (0.02: of one in [0, 1]).
+
+        Raises:
+            ConfigurationError: there is no metric, or `worthwhile` is not positive.
+            MetricError: the metric fails at the start.
+        """
+        if not self.guided:
+            raise ConfigurationError(
+                "There is no metric to diagnose: give the trainer one (metric=..., or compute_metrics and "
+                "metric_for_best_model in the config)."
+            )
+        if not worthwhile > 0:
+            raise ConfigurationError(f"worthwhile={worthwhile!r} must be positive: a gain, in the metric's unit.")
+        require("tabulate", "report")
+        ledger = Ledger()
+        few = "gradient_pca" if self.args.phi_coordinates == "identity" else None
+        with self._phi_in_place(), undisturbed(self.model):
+            observation, selection = (
+                self._evaluator([part], ledger) for part in (self.observation_dataset, self.selection_dataset)
+            )
+            found = diagnosis.diagnose(
+                observation,
+                selection,
+                self._make_coordinates(few).leading(diagnosis.MOST_COORDINATES),
+                self.args.perturbation_std or DEFAULTS["predictions"].perturbation_std,
+                self.args.metric_on_all_rows,
+                worthwhile,
+                self.args.seed,
+            )
+        if self.is_world_process_zero():
+            print(found)
+        return found
 
     # The run
 
@@ -433,8 +474,25 @@ class MetricOptTrainer(SharingTrainer):
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
 
-    def _make_coordinates(self) -> Coordinates:
-        """Q for the metric phase: the given value function's, else from the present phi."""
+    @contextmanager
+    def _phi_in_place(self) -> Iterator[None]:
+        """Inside, phi is in the model, also behind a run that merged it, and has gradients."""
+        merged = not all(name in dict(self.model.named_parameters()) for name in self.phi.names)
+        if merged:
+            self.phi.attach()
+        before = [(parameter, parameter.requires_grad) for parameter in self.phi.parameters]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad_(required)
+            if merged:
+                self.phi.merge()
+
+    def _make_coordinates(self, kind: str | None = None) -> Coordinates:
+        """Q: the given value function's, else from the present phi, by default of the kind that the config names."""
         args, given = self.args, self._given_value_function
         if given is not None and given.signature is not None:
             return given.coordinates_from(self.phi.read())
@@ -443,7 +501,7 @@ class MetricOptTrainer(SharingTrainer):
         label_name = self.label_names[0] if self.label_names else "labels"
         with undisturbed(self.model), torch.enable_grad():
             return make_coordinates(
-                args.phi_coordinates,
+                kind or args.phi_coordinates,
                 self.phi,
                 args.phi_dim,
                 generator,
