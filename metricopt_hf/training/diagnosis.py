@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -41,9 +42,12 @@ NOTHING, THRESHOLD, GUIDANCE, TOO_FEW = Recommendation.__args__
 
 MOST_COORDINATES = 8  # so that two expansions, of two passes per coordinate, take some 40 passes with all the rest
 EXPANSIONS = 2
-RADIUS = 1.5  # the farthest from an expansion's centre, in units of the coordinates
-# rounds of antithetic pairs, and how far each goes, on interpolated predictions; and where each pair takes two passes
-INTERPOLATED, PASSED = (24, 6, 0.15), (4, 4, 0.4)
+# How far phi may go from where the outputs were expanded, in units of the coordinates: farther as long as it goes to
+# the edge, and the interpolation is not off by more than this share of how far the outputs have moved
+RADII, SMALL_ERROR = (1.0, 2.0, 4.0), 0.25
+# rounds, and antithetic pairs in each, on interpolated predictions; and where a metric call takes a pass
+INTERPOLATED, PASSED = (16, 6), (4, 4)
+STEPS_TO_EDGE = 8
 MOMENTUM = 0.7
 DRAWS = 100  # random halves of the selection rows
 ERRORS = 2.0  # a gain of more than so many standard errors is none of chance
@@ -272,48 +276,67 @@ def _climbs(
     try:
         for _ in range(EXPANSIONS):
             virtual.expand(coordinates, 0)
-            rounds, pairs, length = INTERPOLATED
-            _climb(coordinates, evaluator, lambda: virtual.observe(coordinates, 0, pairs), rounds, length)  # noqa: B023
-            while True:
-                z = (coordinates.encode(phi.read()) - coordinates.encode(virtual.centre)).cpu().numpy()
+            rounds, pairs = INTERPOLATED
+            for radius in RADII:
+                look = partial(virtual.observe, coordinates, 0, pairs)
+                distance = _climb(coordinates, evaluator, look, rounds, virtual.centre, radius)
                 score, there = _measured(evaluator, phi.read(), "observe")
-                error = virtual.interpolator.error(z, there)
+                error = virtual.interpolator.error(_offset(coordinates, phi.read(), virtual.centre), there)
                 yield score, phi.read(), there, error
-                if error <= LARGE_ERROR or np.linalg.norm(z) < RADIUS / 4:
+                if error > SMALL_ERROR or distance < 0.8 * radius:
                     break
-                phi.write((virtual.centre + phi.read()) / 2)  # beyond what the interpolation is good for
+            if error > LARGE_ERROR:  # beyond what the interpolation is good for
+                phi.write((virtual.centre + phi.read()) / 2)
     except NotInterpolable:
-        rounds, pairs, length = PASSED
-        _climb(coordinates, evaluator, lambda: observer.observe(coordinates, 0, 2 * pairs), rounds, length)
+        rounds, pairs = PASSED
+        look = partial(observer.observe, coordinates, 0, 2 * pairs)
+        _climb(coordinates, evaluator, look, rounds, phi.read(), RADII[0])
         score, there = _measured(evaluator, phi.read(), "observe")
         yield score, phi.read(), there, None
 
 
 def _climb(
-    coordinates: Coordinates, evaluator: Evaluator, observe: Callable[[], Observed], rounds: int, length: float
-) -> None:
-    """Move phi uphill along the slopes of rounds of pairs, to the mean of where the last half of the steps led."""
-    phi, sign = evaluator.phi, evaluator.metric.sign
-    centre, z = phi.read(), np.zeros(coordinates.dim, np.float32)
-    direction, visited = np.zeros_like(z), []
-    origin = coordinates.encode(centre).cpu().numpy()
+    coordinates: Coordinates,
+    evaluator: Evaluator,
+    look: Callable[[], Observed],
+    rounds: int,
+    centre: Tensor,
+    radius: float,
+) -> float:
+    """Move phi uphill along the slopes of rounds of pairs, to the mean of where the last half of the steps led.
+
+    Args:
+        look: observes round phi.
+        centre: [d], from which phi goes no farther than `radius`.
+
+    Returns:
+        How far it is then.
+    """
+    phi, sign, origin = evaluator.phi, evaluator.metric.sign, coordinates.encode(centre).cpu().numpy()
+    z, direction, visited = _offset(coordinates, phi.read(), centre), np.zeros(coordinates.dim, np.float32), []
 
     def go(z: np.ndarray) -> None:
-        phi.write(centre + coordinates.lift(torch.as_tensor(z, device=centre.device)))
+        phi.write(centre + coordinates.lift(torch.as_tensor(z, dtype=centre.dtype, device=centre.device)))
 
     for _ in range(rounds):
-        observations = observe().observations
-        if observations:
+        if observations := look().observations:
             scores = np.array([o.score for o in observations])
             slope = sign * (scores - scores.mean()) @ (np.stack([o.z for o in observations]) - origin - z)
             if (norm := np.linalg.norm(slope)) > 0:
                 direction = MOMENTUM * direction + slope / norm
         if (norm := np.linalg.norm(direction)) > 0:
-            z = z + length * direction / norm
-            z = z * min(1.0, RADIUS / np.linalg.norm(z))
+            z = z + radius / STEPS_TO_EDGE * direction / norm
+            z = z * min(1.0, radius / np.linalg.norm(z))
         visited.append(z)
-        go(z.astype(np.float32))
-    go(np.mean(visited[rounds // 2 :], axis=0).astype(np.float32))
+        go(z)
+    z = np.mean(visited[rounds // 2 :], axis=0)
+    go(z)
+    return float(np.linalg.norm(z))
+
+
+def _offset(coordinates: Coordinates, phi: Tensor, centre: Tensor) -> np.ndarray:
+    """[k] where phi is, relative to a centre."""
+    return (coordinates.encode(phi) - coordinates.encode(centre)).cpu().numpy()
 
 
 def _measured(evaluator: Evaluator, phi: Tensor, purpose: str) -> tuple[float, EvalPrediction]:
