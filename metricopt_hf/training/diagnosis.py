@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -104,6 +104,8 @@ class Diagnosis:
     interpolation_error: float | None
     ledger: Ledger
     seconds: float
+
+    RECOMMENDATIONS: ClassVar[tuple[str, ...]] = Recommendation.__args__
 
     def gain(self, of: Candidate, over: Candidate = START) -> Gain:
         """By how much a candidate is better than another.
