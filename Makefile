@@ -12,12 +12,12 @@ DEV := $(abspath $(VENV))/.installed-dev
 BENCH := $(abspath $(VENV))/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-cifar bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-ceiling cards clean
+.PHONY: help demo test check-cifar bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
 
-demo: $(USE) ## fine-tune an image classifier for its metric
+demo: $(USE) ## diagnose and fine-tune an image classifier for its metric
 	$(IN_ROOT) $(PY) examples/image_classification.py $(ARGS)
 
 test: $(DEV) ## ruff, then the tests
@@ -47,6 +47,9 @@ bench-warm-start: $(USE) ## measure what a shared value function saves
 
 bench-ceiling: $(BENCH) ## measure what a bias could reach at most
 	$(IN_ROOT) $(PY) -m benchmarks.ceiling $(ARGS)
+
+bench-diagnose: $(BENCH) ## measure what trainer.diagnose() foretells against what then happened
+	$(IN_ROOT) $(PY) -m benchmarks.diagnose $(ARGS)
 
 cards: $(USE) ## fill the cards in model_cards/ with measured figures
 	$(IN_ROOT) $(PY) -m benchmarks.cards $(ARGS)

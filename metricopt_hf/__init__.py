@@ -18,6 +18,7 @@ from .guides import Direction, DirectionGuide, Guide, GuideContext, RandomGuide,
 from .hub import ValueFunction
 from .phi import FiLM, PhiSpace, Subset
 from .training.config import MetricOptConfig
+from .training.diagnosis import Diagnosis
 from .training.result import RunResult
 from .training.seq2seq import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
 from .training.trainer import MetricOptTrainer
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
+    "Diagnosis",
     "Direction",
     "DirectionGuide",
     "FiLM",

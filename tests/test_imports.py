@@ -15,16 +15,20 @@ PACKAGE = ROOT / "metricopt_hf"
 # What a room may import, beside itself.
 BELOW = {
     "errors": set(),
+    "extras": set(),
     "metrics": {"errors"},
     "phi": {"errors"},
     "evaluation": {"phi", "metrics", "errors"},
+    "posthoc": {"evaluation", "errors"},
     "value": {"evaluation", "phi", "errors"},
     "guides": {"value", "evaluation", "phi", "errors"},
     "hub": {"value", "evaluation", "phi", "errors"},
-    "training": {"hub", "guides", "value", "evaluation", "phi", "errors"},
+    "training": {"hub", "guides", "value", "posthoc", "evaluation", "phi", "extras", "errors"},
 }
 # Built on public names alone, as the benchmarks, the examples and everybody's own scripts are.
-ON_TOP = {"posthoc": set(), "comparison": {"posthoc", "metrics"}}
+ON_TOP = {"comparison": {"posthoc", "metrics", "extras"}}
+# Rooms that are public beside the names of the package.
+PUBLIC = {"posthoc", "metrics"}
 # Of a lower room, the only parts that a room may know.
 PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
@@ -131,7 +135,7 @@ def test_what_is_built_on_top_uses_public_names(file):
         elif own is not None:
             assert room == own or room in ON_TOP[own], f"{room} is not public: import from metricopt_hf"
         else:
-            public = room in ON_TOP or room == "metrics" or room in INSPECTED.get(file, ())
+            public = room in ON_TOP or room in PUBLIC or room in INSPECTED.get(file, ())
             assert public, f"{room} is not public: import from metricopt_hf"
         assert not name.startswith("_") and not part.startswith("_")
 

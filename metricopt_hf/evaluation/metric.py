@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -254,6 +254,8 @@ def from_evaluate(
             A function `EvalPrediction -> dict` gives the arguments of `module.compute` itself.
             "auto" reads the module's features: "scores" if it takes `prediction_scores`, "argmax" if it takes
             integer predictions, else "identity".
+            Of several label columns (`label_names`) the first is the references; a module that takes `groups`, as
+            `worst_group_accuracy` does, gets the second.
         key: which number of the module's result; default: the module's name, or the only one there is.
         kwargs: passed on to `module.compute`, for instance `{"average": "macro"}`.
 
@@ -282,15 +284,27 @@ def from_evaluate(
         if callable(inputs):
             arguments = inputs(prediction)
         else:
-            predictions, labels = _select(prediction, inputs)
+            columns = prediction.label_ids if isinstance(prediction.label_ids, tuple) else (prediction.label_ids,)
+            predictions, labels = _select(prediction.predictions, columns[0], inputs)
             arguments = {argument: predictions, "references": labels}
+            if "groups" in wants:
+                arguments["groups"] = _groups(module.name, columns)
         return module.compute(**arguments, **(kwargs or {}))
 
     return Metric(function, key or module.name, greater_is_better, timeout, exact=key is not None)
 
 
-def _select(prediction: EvalPrediction, how: str) -> tuple[np.ndarray, np.ndarray]:
-    predictions, labels = prediction.predictions, prediction.label_ids
+def _groups(name: str, columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Of a prediction's label columns the one that holds the groups."""
+    if len(columns) != 2:
+        raise MetricError(
+            f"The evaluate module {name!r} takes groups, beside labels, and got {len(columns)} label column(s): "
+            'say label_names=["labels", "group"] in the config, and give observation and selection such a column.'
+        )
+    return columns[1]
+
+
+def _select(predictions: Any, labels: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(predictions, (tuple, list)):
         predictions = predictions[0]  # models that also return hidden states put the logits first
     floating = np.issubdtype(predictions.dtype, np.floating)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from ..errors import ConfigurationError
 
+SMALLER_IS_BETTER = {"equalized_odds_gap", "misclassification"}
+
 
 def path(name: str) -> str:
     """The folder of a shipped `evaluate` module.
@@ -38,4 +40,4 @@ def names() -> list[str]:
 
 def greater_is_better(name: str) -> bool:
     """Which way is better, of a shipped module."""
-    return name != "misclassification"
+    return name not in SMALLER_IS_BETTER

@@ -53,6 +53,13 @@ class Coordinates:
         """A step in the coordinates, [k], as a step in phi, [d]."""
         return z if self.basis is None else self.basis @ z
 
+    def leading(self, count: int) -> Coordinates:
+        """The first `count` of them, or all where there are no more."""
+        if count >= self.dim:
+            return self
+        basis = torch.eye(self.dim, device=self.origin.device) if self.basis is None else self.basis
+        return Coordinates(self.origin, basis[:, :count], self.kind)
+
 
 def gradient_pca(gradients: Tensor, dim: int) -> Tensor | None:
     """The leading `dim` right singular vectors of mini-batch gradients [n, d], uncentred: a basis [d, <= dim].

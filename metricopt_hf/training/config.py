@@ -119,7 +119,8 @@ class MetricOptConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "An `evaluate` module to optimise: a name on the Hub, a local path, or one that comes along "
-            "(misclassification, worst_class_recall, g_mean, macro_auprc, recall_at_k, map_at_r). Default: "
+            "(misclassification, worst_class_recall, g_mean, macro_auprc, recall_at_k, map_at_r, and of groups "
+            "worst_group_accuracy and equalized_odds_gap). Default: "
             "`compute_metrics` and `metric_for_best_model`."
         },
     )

@@ -16,13 +16,17 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import find_batch_size
 
-from ..errors import MetricError
+from ..errors import ConfigurationError, MetricError
 from ..evaluation import data
 from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from ..evaluation.ledger import Ledger
+from ..extras import require
 from ..phi import Coordinates, make_coordinates
+from . import diagnosis
 from .completing import CompletingTrainer
+from .diagnosis import Diagnosis
 from .modes import pinned
+from .plan import DEFAULTS
 from .rehearsal import Stillness, is_trainers
 from .settling import SettlingTrainer
 
@@ -37,6 +41,45 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
     _ignore_keys: list[str] | None = None  # of the model's outputs, from `train`
     _unlabelled: list[str] | None = None  # columns of the last batch that was predicted, if it had no labels
     _stillness = Stillness()  # how what is not tuned is held still
+
+    def diagnose(self, worthwhile: float = 0.02) -> Diagnosis:
+        """Before any training: what a bias per logit reaches, what phi reaches, and which of them is worth the effort.
+
+        Takes the time of some 40 forward passes, prints a table, and leaves everything as it was.
+
+        Args:
+            worthwhile: the smallest gain that is worth having, in the metric's unit (0.02: of one in [0, 1]).
+
+        Raises:
+            ConfigurationError: there is no metric, or `worthwhile` is not positive.
+            MetricError: the metric fails at the start.
+        """
+        if not self.guided:
+            raise ConfigurationError(
+                "There is no metric to diagnose: give the trainer one (metric=..., or compute_metrics and "
+                "metric_for_best_model in the config)."
+            )
+        if not worthwhile > 0:
+            raise ConfigurationError(f"worthwhile={worthwhile!r} must be positive: a gain, in the metric's unit.")
+        require("tabulate", "report")
+        ledger = Ledger()
+        few = "gradient_pca" if self.args.phi_coordinates == "identity" else None
+        with self._phi_in_place(), undisturbed(self.model):
+            observation, selection = (
+                self._evaluator([part], ledger) for part in (self.observation_dataset, self.selection_dataset)
+            )
+            found = diagnosis.diagnose(
+                observation,
+                selection,
+                self._make_coordinates(kind=few).leading(diagnosis.MOST_COORDINATES),
+                self.args.perturbation_std or DEFAULTS["predictions"].perturbation_std,
+                self.args.metric_on_all_rows,
+                worthwhile,
+                self.args.seed,
+            )
+        if self.is_world_process_zero():
+            print(found)
+        return found
 
     def _evaluator(self, parts: Sequence[Any], ledger: Ledger, progress: bool = False) -> Evaluator:
         args = self.args
@@ -116,7 +159,10 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
 
         def outputs() -> list[torch.Tensor]:
             with self._own_token_count(), torch.no_grad():
-                logits = self.prediction_step(self.model, copy.copy(batch), False, self._ignore_keys)[1]
+                try:
+                    logits = self.prediction_step(self.model, copy.copy(batch), False, self._ignore_keys)[1]
+                except Exception:  # training batches need not be such as are predicted; then nothing can be said
+                    return []
             leaves = [leaf for leaf in tree_flatten(logits)[0] if isinstance(leaf, torch.Tensor)]
             return [leaf for leaf in leaves if leaf.is_floating_point()]
 
@@ -127,8 +173,25 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
                 "with phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
             )
 
-    def _make_coordinates(self, max_batches: int | None = None) -> Coordinates:
-        """Q for the metric phase: the given value function's, else from the present phi."""
+    @contextmanager
+    def _phi_in_place(self) -> Iterator[None]:
+        """Inside, phi is in the model, also behind a run that merged it, and has gradients."""
+        merged = not all(name in dict(self.model.named_parameters()) for name in self.phi.names)
+        if merged:
+            self.phi.attach()
+        before = [(parameter, parameter.requires_grad) for parameter in self.phi.parameters]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad_(required)
+            if merged:
+                self.phi.merge()
+
+    def _make_coordinates(self, max_batches: int | None = None, kind: str | None = None) -> Coordinates:
+        """Q: the given value function's, else from the present phi, by default of the kind that the config names."""
         args, given = self.args, self._given_value_function
         if given is not None and given.signature is not None:
             return given.coordinates_from(self.phi.read())
@@ -142,7 +205,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         with undisturbed(self.model), torch.enable_grad(), pinned(self.model, self._stillness.eval_mode):
             self.model.train()
             return make_coordinates(
-                args.phi_coordinates,
+                kind or args.phi_coordinates,
                 self.phi,
                 args.phi_dim,
                 generator,

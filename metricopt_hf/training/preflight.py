@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import evaluate
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import TrainingArguments
 
 from ..errors import ConfigurationError
@@ -105,6 +107,13 @@ def split(
     if observation is None and selection is None:
         return data.cut(source, args.observation_size, args.seed, label_name)
     return (source, selection) if observation is None else (observation, source)
+
+
+def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
+    """Those of `label_names` that the model does not take, where it takes others: groups, for the metric alone."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    taken = set(label_names) & set(inspect.signature(base.forward).parameters)
+    return set(label_names) - taken if taken else set()
 
 
 def check_supported(args: MetricOptConfig, distributed_type: DistributedType) -> None:

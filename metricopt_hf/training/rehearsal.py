@@ -20,9 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def is_trainers(method: Callable) -> bool:
-    """Whether a trainer's method is Trainer's own, and not a subclass's or one set on the instance."""
+    """Whether a trainer's method is Trainer's own or this library's, and not a user's or one set on the instance."""
     function = getattr(method, "__func__", None)
-    return function is not None and function is getattr(Trainer, function.__name__, None)
+    if function is None:
+        return False
+    return function is getattr(Trainer, function.__name__, None) or function.__module__.startswith("metricopt_hf.")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..evaluation.ledger import Ledger
 from ..evaluation.observation import Observation
 from ..evaluation.observer import Observer
 from ..guides import Guide
-from . import checkpoint, optimization, ranks
+from . import checkpoint, optimization, preflight, ranks
 from .modes import pinned
 from .observing import ObservingTrainer
 from .phase import MetricPhase
@@ -144,6 +144,11 @@ class MetricOptTrainer(ObservingTrainer):
                 delattr(self, name)
             vars(self).update(before)
             self._put_back()
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.guided and (own := preflight.metric_columns(self.label_names, self.model) & inputs.keys()):
+            inputs = {name: column for name, column in inputs.items() if name not in own}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if not self.guided:

@@ -9,14 +9,17 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, recall_score, zero_one_loss
+from sklearn.metrics import accuracy_score, average_precision_score, recall_score, zero_one_loss
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import label_binarize
+from transformers import EvalPrediction
 
+from metricopt_hf import MetricError
+from metricopt_hf.evaluation.metric import resolve
 from metricopt_hf.metrics import greater_is_better, path
 
-NAMES = ["g_mean", "macro_auprc", "map_at_r", "misclassification", "recall_at_k", "worst_class_recall"]
-PER_CLASS = ["g_mean", "worst_class_recall"]
+PER_CLASS, OF_GROUPS = ["g_mean", "worst_class_recall"], ["equalized_odds_gap", "worst_group_accuracy"]
+NAMES = sorted([*PER_CLASS, *OF_GROUPS, "macro_auprc", "map_at_r", "misclassification", "recall_at_k"])
 
 
 def forget_loaded_modules():
@@ -85,17 +88,19 @@ def test_scripts_tell_what_they_are(metrics, name):
 def test_no_examples_is_an_error(metrics, tmp_path, name, in_memory):
     metric = type(metrics[name])(cache_dir=str(tmp_path), keep_in_memory=in_memory)
     inputs = "prediction_scores" if name == "macro_auprc" else "predictions"
+    more = {"groups": []} if name in OF_GROUPS else {}
     with pytest.raises(ValueError, match="got no "):
-        metric.compute(**{inputs: [], "references": []})
+        metric.compute(**{inputs: [], "references": [], **more})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_importable_as_a_class(metrics, tmp_path, name):
     module = __import__(f"metricopt_hf.metrics.{name}.{name}", fromlist=["*"])
     metric = getattr(module, type(metrics[name]).__name__)(cache_dir=str(tmp_path))
-    if name in (*PER_CLASS, "misclassification"):
+    if name in (*PER_CLASS, *OF_GROUPS, "misclassification"):
         best = 1.0 if greater_is_better(name) else 0.0
-        assert metric.compute(predictions=[0, 1], references=[0, 1]) == {name: best}
+        more = {"groups": [0, 0, 1, 1]} if name in OF_GROUPS else {}
+        assert metric.compute(predictions=[0, 1, 0, 1], references=[0, 1, 0, 1], **more) == {name: best}
     else:
         first = "prediction_scores" if name == "macro_auprc" else "predictions"
         rows = [[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]
@@ -351,5 +356,83 @@ def test_misclassification(metrics, rng):
         metrics["misclassification"].compute(predictions=[0, 1], references=[None, 1])
 
 
-def test_direction_of_the_shipped_metrics():
-    assert [name for name in NAMES if not greater_is_better(name)] == ["misclassification"]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_says_which_way_is_better(metrics, name):
+    description = " ".join(metrics[name].description.split())
+    assert ("Higher is better" in description, "Lower is better" in description) == (
+        greater_is_better(name),
+        not greater_is_better(name),
+    )
+
+
+# ---- worst_group_accuracy and equalized_odds_gap
+
+
+def grouped(rng, classes, groups, examples=300):
+    references, of = rng.integers(0, classes, examples), rng.integers(0, groups, examples)
+    right = rng.random(examples) < 0.9 - 0.15 * of  # some groups fare worse
+    predictions = np.where(right, references, rng.integers(0, classes, examples))
+    return {"predictions": predictions, "references": references, "groups": of}
+
+
+@pytest.mark.parametrize("classes, groups", [(2, 2), (2, 4), (5, 3)])
+def test_worst_group_accuracy_matches_fairlearn(metrics, rng, classes, groups):
+    frames = pytest.importorskip("fairlearn.metrics")
+    batch = grouped(rng, classes, groups)
+    columns = [batch["groups"], np.c_[batch["groups"], batch["references"]]]
+    for by_label, features in zip([False, True], columns, strict=True):
+        frame = frames.MetricFrame(
+            metrics=accuracy_score,
+            y_true=batch["references"],
+            y_pred=batch["predictions"],
+            sensitive_features=features,
+        )
+        result = metrics["worst_group_accuracy"].compute(**batch, by_label=by_label)
+        assert result == {"worst_group_accuracy": pytest.approx(frame.group_min())}
+
+
+@pytest.mark.parametrize("groups", [2, 3, 5])
+def test_equalized_odds_gap_matches_fairlearn(metrics, rng, groups):
+    fairlearn_metrics = pytest.importorskip("fairlearn.metrics")
+    batch = grouped(rng, 2, groups)
+    expected = fairlearn_metrics.equalized_odds_difference(
+        batch["references"], batch["predictions"], sensitive_features=batch["groups"]
+    )
+    assert expected > 0.05
+    assert metrics["equalized_odds_gap"].compute(**batch) == {"equalized_odds_gap": pytest.approx(expected)}
+
+
+def test_group_metrics_by_hand(metrics):
+    # Group 0: right, right, wrong. Group -7 (any integer will do): wrong, right.
+    batch = {"predictions": [0, 2, 1, 2, 1], "references": [0, 2, 2, 0, 1], "groups": [0, 0, 0, -7, -7]}
+    assert metrics["worst_group_accuracy"].compute(**batch) == {"worst_group_accuracy": 0.5}
+    assert metrics["worst_group_accuracy"].compute(**batch, by_label=True) == {"worst_group_accuracy": 0.0}
+    # Of class 0 both groups have an example: predicted 0 always in one, never in the other. Classes 1 and 2: one group.
+    assert metrics["equalized_odds_gap"].compute(**batch) == {"equalized_odds_gap": 1.0}
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_group_metrics_refuse(metrics, name):
+    with pytest.raises(ValueError, match="groups hold missing"):
+        metrics[name].compute(predictions=[0, 1], references=[0, 1], groups=[0, None])
+    with pytest.raises(ValueError, match="groups"):
+        metrics[name].compute(predictions=[0, 1], references=[0, 1])
+
+
+def test_equalized_odds_gap_needs_something_to_compare(metrics):
+    with pytest.raises(ValueError, match="no true class has examples in two groups"):
+        metrics["equalized_odds_gap"].compute(predictions=[0, 1], references=[0, 1], groups=[0, 1])
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
+def test_group_metrics_read_the_second_label_column(rng, name):
+    batch = grouped(rng, 3, 2)
+    logits = np.eye(3)[batch["predictions"]]
+    metric = resolve(name, greater_is_better(name))
+    value = metric(EvalPrediction(logits, (batch["references"], batch["groups"])))
+    assert value == pytest.approx(evaluate.load(path(name)).compute(**batch)[name])
+    with pytest.raises(MetricError, match=r"got 1 label column\(s\): say label_names=\["):
+        metric(EvalPrediction(logits, batch["references"]))
+    # a metric without groups looks at the first column
+    accuracy = 1 - resolve("misclassification", False)(EvalPrediction(logits, (batch["references"], batch["groups"])))
+    assert accuracy == pytest.approx((batch["predictions"] == batch["references"]).mean())

@@ -1,0 +1,403 @@
+"""Diagnosis: before any training, whether there is something to gain for the metric, and by what.
+
+On the observation split a bias per logit is tuned, and phi is moved uphill where the outputs are still about linear in
+it, so that a metric call costs no forward pass; then, as at the end of a training, a bias is tuned there too. Each is
+measured once on the selection split, and the noise of their differences says whether they can be told apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from transformers import EvalPrediction
+
+from ..errors import MetricError
+from ..evaluation.evaluator import Evaluator
+from ..evaluation.interpolator import NotInterpolable
+from ..evaluation.ledger import Ledger
+from ..evaluation.observer import Observed, Observer
+from ..evaluation.rows import num_rows, take_rows
+from ..evaluation.virtual_observer import VirtualObserver
+from ..extras import require
+from ..phi import Coordinates
+from ..posthoc import add_bias, logits_of, tune_bias
+from .phase import LARGE_ERROR
+
+Candidate = Literal["start", "bias", "phi"]
+START, BIAS, PHI = "start", "bias", "phi"
+TITLES = {START: "start", BIAS: "a bias per logit", PHI: "phi, in its linear surroundings"}
+
+Recommendation = Literal["nothing to gain here", "a threshold suffices", "guidance pays", "too few examples to tell"]
+NOTHING, THRESHOLD, GUIDANCE, TOO_FEW = Recommendation.__args__
+
+MOST_COORDINATES = 8  # so that two expansions, of two passes per coordinate, take some 40 passes with all the rest
+EXPANSIONS = 2
+# How far phi may go from where the outputs were expanded, in units of the coordinates: farther as long as it goes to
+# the edge, and the interpolation is not off by more than this share of how far the outputs have moved
+RADII, SMALL_ERROR = (1.0, 2.0, 4.0), 0.25
+# rounds, and antithetic pairs in each, on interpolated predictions; and where a metric call takes a pass
+INTERPOLATED, PASSED = (16, 6), (4, 4)
+STEPS_TO_EDGE = 8
+MOMENTUM = 0.7
+DRAWS = 100  # random halves of the selection rows
+ERRORS = 2.0  # a gain of more than so many standard errors is none of chance
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How much better one candidate is than another.
+
+    Attributes:
+        mean: difference of their scores on the selection split, in the metric's unit; positive where it is better.
+        error: its standard error; nan where it is not known.
+    """
+
+    mean: float
+    error: float
+
+    def is_real(self, worthwhile: float) -> bool | None:
+        """True: it exceeds the noise. False: there is none worth having. None: too noisy to tell."""
+        if math.isnan(self.error):
+            return self.mean >= worthwhile
+        if self.mean > ERRORS * self.error:
+            return True
+        return None if max(self.mean, self.error) >= worthwhile else False
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What can be told before any training; printed, it is a table.
+
+    Attributes:
+        metric: its name.
+        greater_is_better: which way it is better.
+        examples: rows of the selection split.
+        worthwhile: the smallest gain that is worth having, in the metric's unit.
+        scores: the metric on the selection split of "start", "bias" (not where a bias has no place), and "phi".
+        draws: of each the metric on the same random halves of these rows, [draws], nan where it failed; empty where the
+            metric makes sense on all rows only.
+        interpolation_error: how far the interpolated outputs were off at the phi that was measured, as a share of how
+            far they had moved; None where scores were observed, one pass for each.
+        ledger: metric calls, forward passes and seconds.
+        seconds: in all.
+    """
+
+    metric: str
+    greater_is_better: bool
+    examples: int
+    worthwhile: float
+    scores: Mapping[Candidate, float]
+    draws: Mapping[Candidate, np.ndarray]
+    interpolation_error: float | None
+    ledger: Ledger
+    seconds: float
+
+    RECOMMENDATIONS: ClassVar[tuple[str, ...]] = Recommendation.__args__
+
+    def gain(self, of: Candidate, over: Candidate = START) -> Gain:
+        """By how much a candidate is better than another.
+
+        The error is the scatter of the difference on random halves of the rows: as great as a bootstrap's, without
+        rows that stand there twice, which a retrieval metric would praise.
+        """
+        sign = 1 if self.greater_is_better else -1
+        differences = self.draws[of] - self.draws[over]
+        differences = differences[np.isfinite(differences)]
+        error = float(differences.std(ddof=1)) if len(differences) > 1 else float("nan")
+        return Gain(sign * (self.scores[of] - self.scores[over]), error)
+
+    @property
+    def gains(self) -> dict[tuple[Candidate, Candidate], Gain]:
+        """(of, over) -> gain; what the recommendation is made of."""
+        pairs = [(PHI, START)] + [(PHI, BIAS), (BIAS, START)] * (BIAS in self.scores)
+        return {pair: self.gain(*pair) for pair in pairs}
+
+    @property
+    def recommendation(self) -> Recommendation:
+        """What to do."""
+        real = {pair: gain.is_real(self.worthwhile) for pair, gain in self.gains.items()}
+        phi, bias = real[PHI, START], real.get((BIAS, START), False)
+        beyond_bias = real.get((PHI, BIAS), phi)
+        if phi and beyond_bias:
+            return GUIDANCE
+        if phi or bias:
+            return TOO_FEW if beyond_bias is None or (beyond_bias and phi is None) else THRESHOLD
+        return TOO_FEW if None in (phi, bias) else NOTHING
+
+    @property
+    def examples_needed(self) -> int | None:
+        """Selection examples, of the same kind, that would tell; None where there are enough."""
+        if self.recommendation != TOO_FEW:
+            return None
+        open_ones = [gain for gain in self.gains.values() if gain.is_real(self.worthwhile) is None]
+        ratio = max((ERRORS * gain.error / max(gain.mean, self.worthwhile)) ** 2 for gain in open_ones)
+        return math.ceil(round(self.examples * ratio, 6))  # 1600.0000000000002 are 1600
+
+    def __str__(self) -> str:
+        rows = []
+        for name, score in self.scores.items():
+            over = [str(self.gain(name, other)) if other in self.scores else "" for other in (START, BIAS)]
+            over = ["", ""] if name == START else [over[0], ""] if name == BIAS else over
+            rows.append([TITLES[name], f"{score:.4f}", *over])
+        headers = ["", "selection split", "better than start by", "better than a bias by"]
+        table = require("tabulate", "report").tabulate(rows, headers, disable_numparse=True)
+        calls, passes = (sum(spent.values()) for spent in (self.ledger.calls, self.ledger.passes))
+        direction = "greater" if self.greater_is_better else "smaller"
+        return (
+            f"\nDiagnosis before training: {self.metric} ({direction} is better) on {self.examples} examples\n\n{table}"
+            f"\n\n{self.advice}\n± is one standard error. {passes} forward passes and {calls} metric calls in "
+            f"{self.seconds:.1f} s; nothing was trained.\n"
+        )
+
+    @property
+    def advice(self) -> str:
+        """The recommendation with its reason, as a sentence."""
+        gains, recommendation = self.gains, self.recommendation
+        if recommendation == GUIDANCE:
+            why = f"phi reaches {gains.get((PHI, BIAS), gains[PHI, START])} more than what needs no training"
+        elif recommendation == THRESHOLD:
+            why = f"a bias per logit reaches {gains[BIAS, START]}, and phi {gains[PHI, BIAS]} more than that"
+        elif recommendation == NOTHING:
+            why = f"nothing that was tried gains {self.worthwhile:g}"
+        else:
+            why = (
+                f"on {self.examples} examples the noise is as great as the gains; about {self.examples_needed} in the "
+                "selection split would do"
+            )
+        return f"Recommendation: {recommendation}; {why}."
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Draw the gains over the start, with two standard errors, into an image file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        require("matplotlib", "plot")
+        from matplotlib.figure import Figure  # no pyplot: no windows, no global state
+
+        figure = Figure(figsize=(8, 2.6), layout="constrained")
+        axes = figure.subplots()
+        names = [name for name in (PHI, BIAS) if name in self.scores]  # the first stands lowest
+        for i, name in enumerate(names):
+            gain = self.gain(name)
+            error = None if math.isnan(gain.error) else ERRORS * gain.error
+            color = "tab:orange" if name == PHI else "tab:blue"
+            axes.errorbar(gain.mean, i, xerr=error, fmt="o", capsize=4, color=color)
+        axes.axvspan(-self.worthwhile, self.worthwhile, color="tab:gray", alpha=0.15, label="not worth having")
+        axes.axvline(0, color="tab:gray", linewidth=1)
+        axes.set_yticks(range(len(names)), [TITLES[name] for name in names])
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_xlabel(f"{self.metric}: better than at the start ({self.scores[START]:.3f}) by, ± 2 standard errors")
+        axes.set_title(self.recommendation)
+        axes.legend(fontsize="small", framealpha=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=120)
+
+
+def diagnose(
+    observation: Evaluator,
+    selection: Evaluator,
+    coordinates: Coordinates,
+    perturbation_std: float,
+    on_all_rows: bool,
+    worthwhile: float,
+    seed: int,
+) -> Diagnosis:
+    """Try what there is to gain; phi is put back.
+
+    Args:
+        observation, selection: the metric on either split, with one ledger.
+        coordinates: in which phi is moved.
+        perturbation_std: on each of them.
+        on_all_rows: whether the metric makes sense on all rows only.
+        worthwhile: see `Diagnosis`.
+        seed: of the private generators, the same on every rank.
+
+    Raises:
+        MetricError: the metric fails on a split at the start.
+    """
+    since = perf_counter()
+    metric, phi = observation.metric, observation.phi
+    observer = Observer(observation, perturbation_std, seed)
+    virtual = VirtualObserver(observation, perturbation_std, on_all_rows, seed)
+    for evaluator in (observation, selection):
+        evaluator.freeze(lambda: observer.moved(coordinates))
+    with phi.restored():
+        start, (score, seen) = phi.read(), _measured(observation, phi.read(), "observe")
+        best, error = (score, start, seen), None
+        for score, point, there, off in _climbs(observer, virtual, coordinates):
+            if metric.sign * (score - best[0]) > 0:
+                best, error = (score, point, there), off
+        _, moved, there = best
+        held_out = {START: _measured(selection, start, "select")[1], PHI: _measured(selection, moved, "select")[1]}
+    if _has_place_for_bias(seen, observation.concat):
+        held_out[BIAS] = add_bias(held_out[START], _tuned_bias(observation, seen))
+        held_out[PHI] = add_bias(held_out[PHI], _tuned_bias(observation, there))
+
+    def measure() -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        predictions = {name: held_out[name] for name in TITLES if name in held_out}
+        scores = {name: _score(selection, prediction) for name, prediction in predictions.items()}
+        return scores, _on_halves(selection, predictions, 0 if on_all_rows else DRAWS, seed)
+
+    scores, draws = _agreed(selection, measure)
+    return Diagnosis(
+        metric.name,
+        metric.greater_is_better,
+        num_rows(held_out[START], selection.concat),
+        worthwhile,
+        scores,
+        draws,
+        error,
+        observation.ledger,
+        perf_counter() - since,
+    )
+
+
+def _climbs(
+    observer: Observer, virtual: VirtualObserver, coordinates: Coordinates
+) -> Iterator[tuple[float, Tensor, EvalPrediction, float | None]]:
+    """Where phi gets to, uphill from where it is: (score, phi [d], predictions, interpolation error), point by point.
+
+    Scores and predictions are real ones of the observation split. Where the outputs are no smooth function of phi,
+    scores are observed, one pass for each.
+    """
+    evaluator, phi = observer.evaluator, observer.evaluator.phi
+    try:
+        for _ in range(EXPANSIONS):
+            virtual.expand(coordinates, 0)
+            rounds, pairs = INTERPOLATED
+            for radius in RADII:
+                look = partial(virtual.observe, coordinates, 0, pairs)
+                distance = _climb(coordinates, evaluator, look, rounds, virtual.centre, radius)
+                score, there = _measured(evaluator, phi.read(), "observe")
+                error = virtual.interpolator.error(_offset(coordinates, phi.read(), virtual.centre), there)
+                yield score, phi.read(), there, error
+                if error > SMALL_ERROR or distance < 0.8 * radius:
+                    break
+            if error > LARGE_ERROR:  # beyond what the interpolation is good for
+                phi.write((virtual.centre + phi.read()) / 2)
+    except NotInterpolable:
+        rounds, pairs = PASSED
+        look = partial(observer.observe, coordinates, 0, 2 * pairs)
+        _climb(coordinates, evaluator, look, rounds, phi.read(), RADII[0])
+        score, there = _measured(evaluator, phi.read(), "observe")
+        yield score, phi.read(), there, None
+
+
+def _climb(
+    coordinates: Coordinates,
+    evaluator: Evaluator,
+    look: Callable[[], Observed],
+    rounds: int,
+    centre: Tensor,
+    radius: float,
+) -> float:
+    """Move phi uphill along the slopes of rounds of pairs, to the mean of where the last half of the steps led.
+
+    Args:
+        look: observes round phi.
+        centre: [d], from which phi goes no farther than `radius`.
+
+    Returns:
+        How far it is then.
+    """
+    phi, sign, origin = evaluator.phi, evaluator.metric.sign, coordinates.encode(centre).cpu().numpy()
+    z, direction, visited = _offset(coordinates, phi.read(), centre), np.zeros(coordinates.dim, np.float32), []
+
+    def go(z: np.ndarray) -> None:
+        phi.write(centre + coordinates.lift(torch.as_tensor(z, dtype=centre.dtype, device=centre.device)))
+
+    for _ in range(rounds):
+        if observations := look().observations:
+            scores = np.array([o.score for o in observations])
+            slope = sign * (scores - scores.mean()) @ (np.stack([o.z for o in observations]) - origin - z)
+            if (norm := np.linalg.norm(slope)) > 0:
+                direction = MOMENTUM * direction + slope / norm
+        if (norm := np.linalg.norm(direction)) > 0:
+            z = z + radius / STEPS_TO_EDGE * direction / norm
+            z = z * min(1.0, radius / np.linalg.norm(z))
+        visited.append(z)
+        go(z)
+    z = np.mean(visited[rounds // 2 :], axis=0)
+    go(z)
+    return float(np.linalg.norm(z))
+
+
+def _offset(coordinates: Coordinates, phi: Tensor, centre: Tensor) -> np.ndarray:
+    """[k] where phi is, relative to a centre."""
+    return (coordinates.encode(phi) - coordinates.encode(centre)).cpu().numpy()
+
+
+def _measured(evaluator: Evaluator, phi: Tensor, purpose: str) -> tuple[float, EvalPrediction]:
+    """The metric and the predictions at phi: [d].
+
+    Raises:
+        MetricError: the metric fails there.
+    """
+    scores = evaluator.evaluate_many(phi[None], purpose, predictions=True)
+    if scores.errors[0] is not None:
+        raise MetricError(scores.errors[0])
+    return float(scores.values[0]), scores.predictions[0]
+
+
+def _has_place_for_bias(prediction: EvalPrediction, concat: bool) -> bool:
+    """Whether the predictions are logits: numbers with whole numbers as labels."""
+    if not concat:
+        return False
+    labels = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
+    outputs = logits_of(prediction)
+    return outputs.dtype.kind == "f" and getattr(labels, "dtype", np.dtype(float)).kind in "iub"
+
+
+def _tuned_bias(evaluator: Evaluator, prediction: EvalPrediction) -> np.ndarray:
+    return _agreed(evaluator, lambda: tune_bias(evaluator.metric, prediction, evaluator.ledger))
+
+
+def _score(evaluator: Evaluator, prediction: EvalPrediction) -> float:
+    with evaluator.ledger.charge("select"):
+        return evaluator.metric(prediction)
+
+
+def _on_halves(
+    evaluator: Evaluator, predictions: Mapping[str, EvalPrediction], count: int, seed: int
+) -> dict[str, np.ndarray]:
+    """The metric of each of the predictions on `count` random halves of the rows, the same for all; nan: it failed."""
+    generator = np.random.default_rng(seed)
+    rows = num_rows(next(iter(predictions.values())), evaluator.concat)
+    draws: dict[str, list[float]] = {name: [] for name in predictions}
+    for _ in range(count):
+        half = np.sort(generator.permutation(rows)[: max(1, rows // 2)])
+        for name, prediction in predictions.items():
+            try:
+                draws[name].append(_score(evaluator, take_rows(prediction, half, evaluator.concat)))
+            except MetricError:
+                draws[name].append(float("nan"))
+    return {name: np.array(values) for name, values in draws.items()}
+
+
+def _agreed(evaluator: Evaluator, compute: Callable[[], Any]) -> Any:
+    """What the first rank computes: the metric may answer otherwise the next time it is called."""
+    outcome = [None]
+    if evaluator.rank == 0:
+        try:
+            outcome = [compute()]
+        except MetricError as error:
+            outcome = [error]
+    if evaluator.world_size > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], MetricError):
+        raise outcome[0]
+    return outcome[0]
