@@ -25,6 +25,7 @@ from transformers import EvalPrediction
 
 from .. import metrics as shipped_metrics
 from ..errors import ConfigurationError, MetricError, brief
+from .direct import DirectModule
 
 INPUTS = ("auto", "argmax", "scores", "identity")
 # The value function computes in float32, up to 3.4e38: a score beyond this is as little use as an infinite one.
@@ -280,6 +281,8 @@ def from_evaluate(
         else:
             inputs = "argmax" if dtype.startswith("int") else "identity"
 
+    direct = DirectModule(module)
+
     def function(prediction: EvalPrediction) -> dict[str, float]:
         if callable(inputs):
             arguments = inputs(prediction)
@@ -289,7 +292,7 @@ def from_evaluate(
             arguments = {argument: predictions, "references": labels}
             if "groups" in wants:
                 arguments["groups"] = _groups(module.name, columns)
-        return module.compute(**arguments, **(kwargs or {}))
+        return direct.compute(**arguments, **(kwargs or {}))
 
     return Metric(function, key or module.name, greater_is_better, timeout, exact=key is not None)
 
