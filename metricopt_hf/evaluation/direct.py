@@ -32,8 +32,9 @@ class DirectModule:
 
     def __init__(self, module: evaluate.EvaluationModule):
         self.module, self._left = module, TRIED
-        self._features = None if isinstance(module.features, list) else module.features
-        self._refused = self._features is None or not callable(getattr(module, "_compute", None))
+        # of several forms of the same inputs the first, for their types
+        self._features = module.features[0] if isinstance(module.features, list) else module.features
+        self._refused = not callable(getattr(module, "_compute", None))
 
     @property
     def is_direct(self) -> bool:
