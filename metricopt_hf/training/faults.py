@@ -86,10 +86,15 @@ class Faults:
     def outlier_message(score: float) -> str:
         return f"The metric returned {score}, far outside of everything that it returned so far."
 
-    def add(self, errors: Sequence[str], succeeded: int) -> None:
-        """Take in calls that failed, and how many beside them did not."""
+    def add(self, errors: Sequence[str], succeeded: int, same_rows: bool = False) -> None:
+        """Take in calls that failed, and how many beside them did not.
+
+        Args:
+            same_rows: whether all were made on one random half of the rows, of which a class may be missing: then they
+                count as one failure in a row.
+        """
         self.total += len(errors)
-        self.in_a_row = 0 if succeeded else self.in_a_row + len(errors)
+        self.in_a_row = 0 if succeeded else self.in_a_row + (min(1, len(errors)) if same_rows else len(errors))
         for error, times in Counter(errors).items():
             dropped = "The observation is dropped" if times == 1 else f"{times} observations are dropped"
             logger.warning(f"{error.rstrip('.')}. {dropped} ({self.in_a_row} failed in a row).")

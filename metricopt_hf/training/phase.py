@@ -362,7 +362,7 @@ class MetricPhase:
         if pairs < 1:
             return
         observed = self.virtual.observe(self.coordinates, step, pairs)
-        self.faults.add(observed.errors, succeeded=len(observed.observations))
+        self.faults.add(observed.errors, succeeded=len(observed.observations), same_rows=True)
         if observed.observations and self.guide.off is None:
             self.interpolated.extend(observed.observations)
             self.interpolated = self.interpolated.latest(MOST_INTERPOLATED)

@@ -177,3 +177,18 @@ def test_the_tuned_bias_is_that_of_posthoc(tmp_path):
     trainer.train()
     assert trainer.result.best_score == metric(add_bias(selected, expected)) == 1.0
     assert np.allclose(trainer.model.classifier.bias.detach() - before, expected, atol=1e-6)
+
+
+def test_a_half_of_the_rows_on_which_the_metric_fails_costs_its_round_alone(tmp_path):
+    calls = []
+
+    def metric(prediction):
+        calls.append(len(prediction.label_ids))
+        if len(calls) - calls.index(40) < 60 if 40 in calls else False:  # the first rounds of interpolated calls
+            raise ValueError("a class is missing")
+        return true_class_probability(prediction)
+
+    trainer = make(tmp_path, metric)
+    trainer.train()
+    assert trainer.result.failed_calls > 8 and trainer.phase.guide.off is None
+    assert len(trainer.observations) > 15
