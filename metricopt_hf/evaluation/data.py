@@ -112,7 +112,7 @@ def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
 
 
 def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int | None = None) -> list[np.ndarray]:
-    """`count` disjoint parts of the rows in `order`, each with its share of every class, and of `size` if it is given.
+    """`count` disjoint parts of the rows in `order`, in this order, each with its share of every class; of `size` each.
 
     First come the rows that every part needs for a class to be in all of them, as far as there are so many.
     """
@@ -123,7 +123,8 @@ def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int | N
     first = np.lexsort((order, (rank + 0.5) / sizes, rank >= count))
     chosen = order[first][: len(order) if size is None else count * size]
     dealt = chosen[np.argsort(labels[chosen], kind="stable")]
-    return [dealt[i::count] for i in range(count)]
+    place = np.argsort(order)
+    return [rows[np.argsort(place[rows])] for rows in (dealt[i::count] for i in range(count))]
 
 
 def _tell_missing(labels: np.ndarray, rows: np.ndarray, what: str) -> None:

@@ -39,7 +39,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
     """Batches, losses and predictions are made by what Trainer, or its subclass, makes them by."""
 
     _ignore_keys: list[str] | None = None  # of the model's outputs, from `train`
-    _unlabelled: list[str] | None = None  # columns of the last batch that was predicted, if it had no labels
+    _unlabelled_columns: list[str] | None = None  # of the last batch that was predicted, if it had no labels
     _stillness = Stillness()  # how what is not tuned is held still
 
     def diagnose(self, worthwhile: float = 0.02) -> Diagnosis:
@@ -110,7 +110,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
     def _predict(self, batch: Any) -> BatchOutput:
         with self._own_token_count():
             loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
-        self._unlabelled = sorted(batch) if labels is None and isinstance(batch, Mapping) else None
+        self._unlabelled_columns = sorted(batch) if labels is None and isinstance(batch, Mapping) else None
         if self.preprocess_logits_for_metrics is not None:
             logits = self.preprocess_logits_for_metrics(logits, labels)
         losses, inputs, wanted = None, None, self.args.include_for_metrics
@@ -138,10 +138,10 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
             scores = [evaluator.evaluate("check", part) for part in range(len(evaluator.parts))]
         except MetricError as error:
             hint = ""
-            if self._unlabelled is not None:
+            if self._unlabelled_columns is not None:
                 hint = (
-                    f"\nIt was given no labels: of the columns {', '.join(self._unlabelled)} none is among label_names="
-                    f"{self.label_names}. If one holds them, name it in the arguments: label_names=[...]."
+                    f"\nIt was given no labels: of the columns {', '.join(self._unlabelled_columns)} none is among "
+                    f"label_names={self.label_names}. If one holds them, name it in the arguments: label_names=[...]."
                 )
             raise MetricError(
                 f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "

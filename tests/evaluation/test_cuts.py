@@ -51,6 +51,7 @@ def test_each_class_has_its_share_of_both_halves(kind, seed):
     assert len(rows[0]) == len(rows[1]) == 50 and not set(rows[0]) & set(rows[1])
     for part in rows:
         assert np.bincount(LABELS[order][part]).tolist() == [30, 17, 2, 1]
+        assert (np.diff(LABELS[order][part]) < 0).sum() > 5  # in random order, not class by class
 
 
 @pytest.mark.parametrize("size", [4, 10, 30])
