@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, brief
 from ..value.serialization import replace_file
 
 TENSORS_FILE, JSON_FILE = "metricopt_state.safetensors", "metricopt_state.json"
+# What a checkpoint consists of, written when all of it is there; and which of its files are looked at.
+FILES_FILE = "metricopt_files.json"
+HASHED = {".safetensors", ".bin", ".pt", ".pth"}
+OF_A_RANK = re.compile(r"rng_state_\d+\.pth")
 FORMAT_VERSION = 2  # 2: dicts as pairs, lists of tensors
 
 
@@ -87,14 +93,23 @@ def load(folder: str | os.PathLike) -> dict[str, Any]:
         ) from error
 
 
+def vouch(folder: str | os.PathLike) -> None:
+    """Write down what a checkpoint consists of, once all of it is there: the hash of every file that is not for people.
+
+    JSON files are left out, as people edit those, and other ranks' random states, which may still be on their way.
+    """
+    folder = Path(folder)
+    files = sorted(path for path in folder.iterdir() if path.suffix in HASHED and not OF_A_RANK.fullmatch(path.name))
+    replace_file(folder / FILES_FILE, json.dumps({path.name: _digest(path) for path in files}, indent=1).encode())
+
+
 def check(folder: str | os.PathLike) -> None:
-    """Before a resume: is the checkpoint whole?
+    """Before a resume: is the checkpoint whole, and as it was saved?
 
     Raises:
         CheckpointError: it was not written to its end, is damaged, or holds no guidance state; names the one before.
     """
     folder = Path(folder)
-    problem = None
     if not (folder / JSON_FILE).exists():
         problem = (
             f"holds no guidance state ({JSON_FILE}): it was written by a plain Trainer, with save_only_model, or "
@@ -105,8 +120,37 @@ def check(folder: str | os.PathLike) -> None:
     else:
         with readable(folder):
             load(folder)
+        problem = _damage(folder)
     if problem is not None:
         raise CheckpointError(f"{folder} {problem}. {_before(folder)}")
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files that are not ours; None where nothing is."""
+    try:
+        for path in (folder / name for name in (TRAINER_STATE_NAME, CONFIG_NAME, FILES_FILE)):
+            if path.exists() and not isinstance(json.loads(path.read_bytes()), dict):
+                return f"is damaged: {path.name} holds something else than it should"
+    except (ValueError, RecursionError) as error:
+        return f"is damaged: {path.name} cannot be read ({type(error).__name__}: {brief(error)})"
+    if not (folder / FILES_FILE).exists():  # a process that was killed just before
+        empty = [path.name for path in folder.iterdir() if path.suffix in HASHED and not path.stat().st_size]
+        return f"is damaged: {', '.join(sorted(empty))} is empty" if empty else None
+    for name, digest in json.loads((folder / FILES_FILE).read_bytes()).items():
+        if not (folder / name).is_file():
+            return f"is not whole: {name} is missing, which was saved with it"
+        if _digest(folder / name) != digest:
+            return f"is damaged: {name} is not what was saved"
+    return None
+
+
+def _digest(path: Path) -> str:
+    """A hash that keeps up with a disk."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

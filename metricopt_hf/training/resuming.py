@@ -47,10 +47,13 @@ class ResumingTrainer(SharingTrainer):
         }
 
     def _save_checkpoint(self, model, trial):
-        if self.guided and self.args.should_save and not self.args.save_only_model:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        saves = self.guided and self.args.should_save and not self.args.save_only_model
+        folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if saves:
             checkpoint.save(self._guidance_state(self.phase.state_dict() if self.phase.started else None), folder)
         super()._save_checkpoint(model, trial)
+        if saves and os.path.isdir(folder):  # a limit on checkpoints may have removed it again
+            checkpoint.vouch(folder)
 
     def _guidance_state(self, phase: dict[str, Any] | None) -> dict[str, Any]:
         return {
