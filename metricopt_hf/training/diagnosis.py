@@ -231,6 +231,7 @@ def diagnose(
     """
     since = perf_counter()
     metric, phi = observation.metric, observation.phi
+    completed = observation.complete[0] is not None  # by what knows all rows by their place
     observer = Observer(observation, perturbation_std, seed)
     virtual = VirtualObserver(observation, perturbation_std, on_all_rows, seed)
     for evaluator in (observation, selection):
@@ -243,14 +244,14 @@ def diagnose(
                 best, error = (score, point, there), off
         _, moved, there = best
         held_out = {START: _measured(selection, start, "select")[1], PHI: _measured(selection, moved, "select")[1]}
-    if _has_place_for_bias(seen, observation.concat):
+    if not completed and _has_place_for_bias(seen, observation.concat):
         held_out[BIAS] = add_bias(held_out[START], _tuned_bias(observation, seen))
         held_out[PHI] = add_bias(held_out[PHI], _tuned_bias(observation, there))
 
     def measure() -> tuple[dict[str, float], dict[str, np.ndarray]]:
         predictions = {name: held_out[name] for name in TITLES if name in held_out}
         scores = {name: _score(selection, prediction) for name, prediction in predictions.items()}
-        return scores, _on_halves(selection, predictions, 0 if on_all_rows else DRAWS, seed)
+        return scores, _on_halves(selection, predictions, 0 if on_all_rows or completed else DRAWS, seed)
 
     scores, draws = _agreed(selection, measure)
     return Diagnosis(
@@ -368,7 +369,7 @@ def _tuned_bias(evaluator: Evaluator, prediction: EvalPrediction) -> np.ndarray:
 
 def _score(evaluator: Evaluator, prediction: EvalPrediction) -> float:
     with evaluator.ledger.charge("select"):
-        return evaluator.metric(prediction)
+        return evaluator.metric(prediction, evaluator.complete[0])
 
 
 def _on_halves(
