@@ -19,7 +19,7 @@ OTHERS = {
     "metric_kwargs": {"average": "macro", "k": 3},
     "metric_timeout": 2.5,
     "metric_start_ratio": 0.0,
-    "unguided_ratio": 0.0,
+    "unguided_ratio": 0.25,
     "unguided_learning_rate": 0.01,
     "observe": "scores",
     "forward_pass_budget": 10,

@@ -47,12 +47,23 @@ class Scaled(Quadratic):
         return outputs
 
 
+class Forget(TrainerCallback):
+    """What a trainer and its guide have noted in the rehearsal is not of the run."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.records, self.trainer.targets, self.trainer.trusts = [], [], []
+
+
 class Gradients(MetricOptTrainer):
     """Keeps, step by step, phi, the gradient of the loss, the trust while it was computed and the batches' targets."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.records, self.targets, self.trusts = [], [], []
+        self.add_callback(Forget(self))
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.phase is not None and self._stage is not None:
@@ -190,6 +201,7 @@ class Moves(MetricOptTrainer):
         super()._guide_update(step)
 
     def train(self, *args, **kwargs):
+        self.settle()
         self.initial = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         return super().train(*args, **kwargs)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import Texts, tiny_bert
 from torch import nn
+from transformers import TrainerCallback
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 
@@ -29,6 +30,16 @@ class Odd(nn.Module):
         return output
 
 
+class Begin(TrainerCallback):
+    """The passes of the rehearsal are not of the run."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.model.passes = 0
+
+
 def hits(prediction):
     """Goes on answering when all is nan: the argmax of that is 0."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
@@ -49,6 +60,11 @@ def run(folder, odd, factor, **kwargs):
         observe_steps=1,
         phi_dim=DIM,
         learning_rate=1e-3,
+        phi_learning_rate=5e-3,
+        observe="scores",
+        observation_folds=2,
+        unguided_ratio=0.5,
+        tune_output_bias=False,
     )
     trainer = MetricOptTrainer(
         Odd(odd, factor),
@@ -58,6 +74,7 @@ def run(folder, odd, factor, **kwargs):
         compute_metrics=hits,
         **kwargs,
     )
+    trainer.add_callback(Begin(trainer.model))
     trainer.train()
     assert trainer.state.global_step == STEPS
     return trainer

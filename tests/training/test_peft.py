@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Texts, tiny_bert, true_class_probability
+from runs import SCORES
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 
@@ -33,6 +34,7 @@ def test_an_adapter_is_tuned_saved_and_pushed_as_one(tmp_path, monkeypatch, kind
             learning_rate=1e-2,
             phi="adapter",
             metric_start_ratio=ratio,
+            **SCORES,
             metric_call_budget=24,
             save_strategy="steps",
             save_steps=6,

@@ -7,7 +7,7 @@ from metricopt_hf.training.plan import DEFAULTS, FIRST_ROUNDS, PAIRS, PhasePlan
 
 
 def plan(observe, steps, dim=6, before=0, **given):
-    return PhasePlan.from_args(MetricOptConfig("out", **given), observe, steps, before, dim)
+    return PhasePlan.from_args(MetricOptConfig("out", **{"unguided_ratio": 0.5, **given}), observe, steps, before, dim)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from runs import SCORES
 from transformers import T5Config, T5ForConditionalGeneration
 
 from metricopt_hf import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
@@ -67,6 +68,7 @@ def test_the_metric_sees_what_is_generated(tmp_path, beams):
             greater_is_better=True,
             metric_start_ratio=0.5,
             metric_call_budget=16,
+            **SCORES,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,

@@ -37,7 +37,7 @@ def make(folder, cls=MetricOptTrainer, model=None, config=MetricOptConfig, train
     }
     if "model_init" not in data:
         data["model"] = model or tiny_bert()
-    return cls(args=config(str(folder), **{**DEFAULTS, **kwargs}), **data)
+    return cls(args=config(str(folder), **{**SCORES, **DEFAULTS, **kwargs}), **data)
 
 
 def assert_ordinary(trainer, callbacks):
@@ -213,7 +213,7 @@ def test_another_run_is_not_gone_on_with(finished, tmp_path, name):
         trainer.train(resume_from_checkpoint=str(finished / "checkpoint-14"))
     message = str(caught.value)
     ours, saved = {"guide": ("RandomGuide", "ValueFunctionGuide"), "phi": ("Subset on", "FiLM on")}.get(
-        name, (str(OTHERS[name]), str(getattr(MetricOptConfig("out"), name)))
+        name, (str(OTHERS[name]), str(SCORES.get(name, getattr(MetricOptConfig("out"), name))))
     )
     assert f"{name}=" in message and ours in message and saved in message and "checkpoint-14" in message
     assert trainer.model.classifier.weight.requires_grad
