@@ -30,7 +30,7 @@ from .check_cifar import METRIC, make_trainer
 
 COLD, WARM = "cold", "warm"
 # to the end, with a round of observations at each look at the selection split
-GUIDED = {"unguided_ratio": 0.0, "observe_steps": 10}
+GUIDED = {"unguided_ratio": 0.0, "observe": "scores", "observe_steps": 10}
 # rows of the table that is printed: one per so many rounds
 ROUNDS_PER_ROW = 2
 # the first run has seeds of its own

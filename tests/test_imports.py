@@ -38,7 +38,11 @@ INSPECTED = {
     "benchmarks/searchers.py": {"evaluation", "phi"},  # searchers have the trainer's evaluation and its cache
 }
 # What those below `training` may know of transformers, and who knows the Hub.
-TRANSFORMERS = {"evaluation": {"EvalPrediction", "EvalLoopContainer"}, "guides": {"EvalPrediction"}}
+TRANSFORMERS = {
+    "evaluation": {"EvalPrediction", "EvalLoopContainer"},
+    "guides": {"EvalPrediction"},
+    "posthoc": {"EvalPrediction"},
+}
 KNOW_THE_HUB = {"hub", "training"}
 
 FILES = {

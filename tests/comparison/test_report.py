@@ -113,6 +113,7 @@ def trainer(tmp_path_factory):
         metric_call_budget=12,
         observations_per_step=4,
         phi_dim=2,
+        observe="scores",
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

@@ -48,4 +48,4 @@ def test_it_tells_what_was_spent():
     ledger = Ledger(budget=8)
     assert "nothing spent" in repr(ledger)
     ledger.add("observe", 4, 1.5)
-    assert "observe: 4 calls in 1.5 s" in repr(ledger) and "budget 8" in repr(ledger)
+    assert "observe: 4 calls, 0 passes in 1.5 s" in repr(ledger) and "budget 8" in repr(ledger)

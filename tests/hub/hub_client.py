@@ -322,7 +322,7 @@ def starts_from_a_private_one(folder):
     token = os.environ.pop("HF_TOKEN")
     try:
         start = functools.partial(trainer, folder / "private", value_function_name_or_path="tester/private")
-        return {"without": refusal(start, Refused), "with": start(hub_token=token).guided}
+        return {"without": refusal(lambda: start().settle(), Refused), "with": start(hub_token=token).guided}
     finally:
         os.environ["HF_TOKEN"] = token
 

@@ -78,8 +78,8 @@ def turned_round(folder, learned):
     """Predicts the opposite."""
     wrong = load(learned)
     with torch.no_grad():
-        wrong.weights[-1].neg_()
-        wrong.biases[-1].neg_()
+        for part in (wrong.weights[-1], wrong.biases[-1], wrong.slopes, wrong.intercepts):
+            part.neg_()
     wrong.save_pretrained(folder)
 
 
@@ -88,6 +88,7 @@ def says_nothing(folder, learned):
     constant = load(learned)
     with torch.no_grad():
         constant.weights[-1].zero_()
+        constant.slopes.zero_()
     constant.save_pretrained(folder)
 
 
@@ -154,20 +155,20 @@ def test_a_start_far_from_all_that_it_saw_is_told(tmp_path, learned, caplog):
 
 def test_another_model_s_phi_is_refused_before_training(tmp_path, learned):
     with pytest.raises(ValueFunctionError, match=r"another phi space.*Quadratic.*only there: w.*only here: .*film"):
-        bert_trainer(tmp_path, value_function_name_or_path=str(learned))
+        bert_trainer(tmp_path, value_function_name_or_path=str(learned)).settle()
     other = load(learned)
     other.signature.phi["parameters"][0][1] = [7]
     other.save_pretrained(tmp_path / "other")
     config(tmp_path / "other", signature__phi__parameters=[["w", [2, 3]]])
     with pytest.raises(ValueFunctionError, match=r"of another shape: w \[2, 3\] there, \[6\] here"):
-        warm(tmp_path, tmp_path / "other")
+        warm(tmp_path, tmp_path / "other").settle()
 
 
 def test_another_metric_is_refused_before_training(tmp_path, learned):
     config(learned, signature__metric__greater_is_better=True)
     try:
         with pytest.raises(ValueFunctionError, match="greater is better.*smaller is better"):
-            warm(tmp_path, learned)
+            warm(tmp_path, learned).settle()
     finally:
         config(learned, signature__metric__greater_is_better=False)
     signature = load(learned).signature
@@ -178,7 +179,7 @@ def test_another_metric_is_refused_before_training(tmp_path, learned):
 def test_one_without_a_signature_must_fit_the_coordinates(tmp_path):
     ValueFunction(3).save_pretrained(tmp_path / "plain")
     with pytest.raises(ConfigurationError, match="3 coordinates, this run 6: set phi_dim"):
-        warm(tmp_path, tmp_path / "plain")
+        warm(tmp_path, tmp_path / "plain").settle()
 
 
 def fitted(k=5):

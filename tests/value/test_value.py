@@ -209,8 +209,8 @@ def test_observations_of_high_variance_count_less():
     scores = np.where(wrong, -scores, scores)
     believed = fitted(z, scores, np.where(wrong, 100.0, 0.01))[0]
     doubted = fitted(z, scores, np.where(wrong, 0.01, 100.0))[0]
-    assert cosine(believed.gradient(torch.zeros(K)).numpy(), SLOPE) > 0.8
-    assert cosine(doubted.gradient(torch.zeros(K)).numpy(), SLOPE) < -0.8
+    assert cosine(believed.gradient(torch.zeros(K)).numpy(), SLOPE) > 0.5
+    assert cosine(doubted.gradient(torch.zeros(K)).numpy(), SLOPE) < -0.5
 
 
 def test_an_unknown_variance_counts_as_an_average_one():
