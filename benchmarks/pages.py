@@ -85,7 +85,7 @@ def cost(results: Sequence[Result]) -> str:
         return ""
     said = (
         f"It ends below loss only at its best by more than two standard errors in {worse} of {runs} runs "
-        f"({worse / runs:.1%}), loss only at one setting for all tasks in {share(theirs, their_runs)}"
+        f"({worse / runs:.1%}); loss only at one setting for all tasks does so in {share(theirs, their_runs)}"
     )
     ratios = [seconds_ratio(result.rows.get((OURS, PLAIN)), result.rows.get((UNGUIDED, PLAIN))) for result in results]
     ratios = [ratio for ratio in ratios if ratio is not None]
