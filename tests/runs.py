@@ -16,6 +16,35 @@ SCORES = {
     "tune_output_bias": False,
 }
 
+# A run of 16 steps on texts, judged by `probability`.
+TEXT_RUN = {
+    "max_steps": 16,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "metric_for_best_model": "probability",
+    "greater_is_better": True,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def probability(prediction):
+    return {"probability": true_class_probability(prediction)}
+
+
+def text_trainer(folder, cls=MetricOptTrainer, model=None, config=MetricOptConfig, trainer_kwargs=None, **kwargs):
+    data = {
+        "train_dataset": Texts(160, seed=1),
+        "eval_dataset": Texts(80, seed=2),
+        "compute_metrics": probability,
+        **(trainer_kwargs or {}),
+    }
+    if "model_init" not in data:
+        data["model"] = model or tiny_bert()
+    return cls(args=config(str(folder), **{**TEXT_RUN, **kwargs}), **data)
+
 
 class Truth(DirectionGuide):
     """Knows the optimum of the quadratic toy; `sign=-1` is the guide that lies."""

@@ -49,7 +49,8 @@ class VirtualObserver:
         self.directions: Tensor | None = None  # along which: [k, k], a step each
         self.error: float | None = None  # of the last interpolator, where the next one was made
 
-    def passes(self, dim: int) -> int:
+    @staticmethod
+    def passes(dim: int) -> int:
         """Forward passes of an expansion in `dim` coordinates."""
         return 2 * dim + 1
 

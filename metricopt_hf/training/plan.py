@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..evaluation.virtual_observer import VirtualObserver
 from .config import MetricOptConfig
 
 SELECTIONS = 20  # evaluations on the selection split, beside the last one
@@ -73,7 +74,7 @@ class PhasePlan:
             observe: "predictions" or "scores"; what the config asks for need not be possible.
             steps: optimizer steps of the metric phase.
             before: optimizer steps of the first phase in which the guide observes too.
-            dim: coordinates; an expansion takes twice as many passes, and one.
+            dim: coordinates; see `VirtualObserver.passes`.
         """
 
         def given(value, default):
@@ -83,7 +84,7 @@ class PhasePlan:
         passes = given(args.forward_pass_budget, default.passes)
         calls = given(args.metric_call_budget, default.calls)
         observed, real = before + args.guided_steps(steps), min(passes, calls)
-        expansion, checks = 2 * dim + 1, args.observations_per_step
+        expansion, checks = VirtualObserver.passes(dim), args.observations_per_step
         expansions = max(1, min((real - checks) // expansion, calls // 2 // (expansion + 2 * PAIRS + 1)))
         if observe == "scores":
             round_size, rounds = checks, -(-real // checks)

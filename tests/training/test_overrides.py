@@ -4,37 +4,16 @@ import logging
 
 import pytest
 import torch
-from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
+from helpers import Texts, assert_equal_weights, tiny_bert, weights
+from runs import text_trainer
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer
 
-DEFAULTS = {
-    "max_steps": 16,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
-    "metric_for_best_model": "probability",
-    "greater_is_better": True,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
-
-
-def compute_metrics(prediction):
-    return {"probability": true_class_probability(prediction)}
-
 
 def make(cls, folder, model=None, classes=MetricOptConfig, trainer_kwargs=None, **kwargs):
-    data = {
-        "train_dataset": Texts(160, seed=1),
-        "eval_dataset": Texts(80, seed=2),
-        "compute_metrics": compute_metrics,
-        **(trainer_kwargs or {}),
-    }
-    return cls(model or tiny_bert(), classes(str(folder), **{**DEFAULTS, **kwargs}), **data)
+    return text_trainer(folder, cls, model, classes, trainer_kwargs, **kwargs)
 
 
 def score_on_selection(trainer):

@@ -3,37 +3,12 @@
 import datasets
 import pytest
 import torch
-from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
+from helpers import Texts, assert_equal_weights, tiny_bert, weights
+from runs import text_trainer as make
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from metricopt_hf import ConfigurationError, DirectionGuide, MetricError, MetricOptConfig, MetricOptTrainer
-
-DEFAULTS = {
-    "max_steps": 16,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
-    "metric_for_best_model": "probability",
-    "greater_is_better": True,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
-
-
-def compute_metrics(prediction):
-    return {"probability": true_class_probability(prediction)}
-
-
-def make(folder, cls=MetricOptTrainer, model=None, config=MetricOptConfig, trainer_kwargs=None, **kwargs):
-    data = {
-        "train_dataset": Texts(160, seed=1),
-        "eval_dataset": Texts(80, seed=2),
-        "compute_metrics": compute_metrics,
-        **(trainer_kwargs or {}),
-    }
-    return cls(model or tiny_bert(), config(str(folder), **{**DEFAULTS, **kwargs}), **data)
+from metricopt_hf import ConfigurationError, DirectionGuide, MetricError, MetricOptTrainer
 
 
 def assert_guided(trainer):

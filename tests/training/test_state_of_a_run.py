@@ -5,39 +5,16 @@ import logging
 import pytest
 import torch
 from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
-from runs import SCORES
+from runs import SCORES, TEXT_RUN, probability, text_trainer
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from metricopt_hf import CheckpointError, ConfigurationError, FiLM, MetricOptConfig, MetricOptTrainer, PhiError
 
-DEFAULTS = {
-    "max_steps": 16,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
-    "metric_for_best_model": "probability",
-    "greater_is_better": True,
-    "metric_call_budget": 24,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
+DEFAULTS = {**SCORES, **TEXT_RUN, "metric_call_budget": 24}
 
 
-def compute_metrics(prediction):
-    return {"probability": true_class_probability(prediction)}
-
-
-def make(folder, cls=MetricOptTrainer, model=None, config=MetricOptConfig, trainer_kwargs=None, **kwargs):
-    data = {
-        "train_dataset": Texts(160, seed=1),
-        "eval_dataset": Texts(80, seed=2),
-        "compute_metrics": compute_metrics,
-        **(trainer_kwargs or {}),
-    }
-    if "model_init" not in data:
-        data["model"] = model or tiny_bert()
-    return cls(args=config(str(folder), **{**SCORES, **DEFAULTS, **kwargs}), **data)
+def make(folder, *args, **kwargs):
+    return text_trainer(folder, *args, **{**DEFAULTS, **kwargs})
 
 
 def assert_ordinary(trainer, callbacks):
@@ -229,13 +206,12 @@ def test_before_the_metric_phase_its_numbers_may_change(finished, tmp_path, name
 def test_resume_without_a_checkpoint_is_trainer_s_own_error(tmp_path):
     messages = []
     for cls, config in ((Trainer, TrainingArguments), (MetricOptTrainer, MetricOptConfig)):
-        arguments = {n: v for n, v in DEFAULTS.items() if n != "metric_call_budget"}
         trainer = cls(
             tiny_bert(),
-            config(str(tmp_path), **arguments),
+            config(str(tmp_path), **TEXT_RUN),
             train_dataset=Texts(160, seed=1),
             eval_dataset=Texts(80, seed=2),
-            compute_metrics=compute_metrics,
+            compute_metrics=probability,
         )
         with pytest.raises(ValueError, match="No valid checkpoint found") as caught:
             trainer.train(resume_from_checkpoint=True)
@@ -257,7 +233,7 @@ def test_resume_where_nothing_can_be_selected(tmp_path, step):
         trainer = MetricOptTrainer(
             tiny_bert(),
             MetricOptConfig(
-                str(folder), **{**SCORES, **DEFAULTS, "metric_start_ratio": 0, "max_metric_failures": 1000, **kwargs}
+                str(folder), **{**DEFAULTS, "metric_start_ratio": 0, "max_metric_failures": 1000, **kwargs}
             ),
             train_dataset=Texts(160, seed=1),
             observation_dataset=Texts(40, seed=3),
