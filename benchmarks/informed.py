@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def _said(task: Task, problem: Problem, start: float, outputs: dict[str, EvalPre
     ledger = Ledger()
     with ledger.charge("select"):
         score = task.metric(outputs["selection"])
-    return Outcome(problem.start(), 0, score, [], ledger, perf_counter() - start, outputs=outputs)
+    return Outcome(problem.start(), 0, score, [], ledger, process_time() - start, outputs=outputs)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def retrain_last_layer(task: Task, problem: Problem, seed: int, budget: Budget, 
 
     The mean of ten, each of another balanced part. With an L2 penalty, where the paper has L1 on a thousand features.
     """
-    start, generator, observation = perf_counter(), np.random.default_rng(seed), problem.observation
+    start, generator, observation = process_time(), np.random.default_rng(seed), problem.observation
     labels, group = (observation.columns[name].numpy()[observation.rows] for name in ("labels", "group"))
     cells = each_label_in_each_group(labels, group)
     of_cell = [np.flatnonzero(cells == cell) for cell in np.unique(cells)]
@@ -145,7 +145,7 @@ def thresholds_by_group(
     """
     from fairlearn.postprocessing import ThresholdOptimizer
 
-    start = perf_counter()
+    start = process_time()
     optimizer = ThresholdOptimizer(estimator=_Ready(), prefit=True, predict_method="predict", **config)
     outputs, model = {}, problem.model
     for name in MEASURED:
@@ -168,7 +168,7 @@ def batch_norm_of_observation(
 
     Mixed with those of training by `share`, as Schneider et al. (2020) do.
     """
-    start, model = perf_counter(), copy.deepcopy(problem.model)
+    start, model = process_time(), copy.deepcopy(problem.model)
     measured = {name: getattr(problem, name) for name in MEASURED}
     if config["layers"] == "all":
         pixels = task.pixels()

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import torch
@@ -120,7 +120,7 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
         space: what is searched; None: flat phi.
         make: dim -> the searcher.
     """
-    start = perf_counter()
+    start = process_time()
     set_seed(seed)
     model = copy.deepcopy(problem.model)
     for parameter in model.parameters():
@@ -140,7 +140,7 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
     every, curve, best = budget.steps // budget.rounds, [], None
     for turn in range(budget.rounds + 1):
         phi.write(place(searcher.centre))
-        spent = round(perf_counter() - start, 2)
+        spent = round(process_time() - start, 2)
         score = selection.evaluate("select")
         step = turn * every
         curve.append({"step": step, "passes": ledger.passes["observe"], "seconds": spent, "selection": score})
@@ -150,7 +150,7 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
             points = searcher.ask(budget.calls)
             phis = torch.stack([place(point) for point in points])
             searcher.tell(points, metric.sign * observation.evaluate_many(phis, "observe").values)
-    return Outcome(best[0], best[2], best[1], curve, ledger, perf_counter() - start)
+    return Outcome(best[0], best[2], best[1], curve, ledger, process_time() - start)
 
 
 def _evaluator(phi: PhiSpace, space: Coordinates, batches: Callable, metric: Metric, ledger: Ledger) -> Evaluator:
