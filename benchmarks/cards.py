@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         for seed in args.seeds:
             splits = cifar.splits(train, test, seed, train_size=TRAIN // 2)
             make = partial(make_trainer, seed, splits, args.max_steps, str(folder), hub_model_id=f"user/{NAME}")
-            runs.append(run_start(make(), splits.measured()))
+            runs += run_start(make(), splits.measured())
             for name, method in METHODS.items():
                 trainer, rows = run_method(method, make, splits.measured(), class_bias=True)
                 runs += rows

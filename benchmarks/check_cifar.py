@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             splits = cifar.splits(train, test, seed)
             make = partial(make_trainer, seed, splits, args.max_steps, folder)
             trainer = make()
-            runs.append(run_start(trainer, splits.measured()))
+            runs += run_start(trainer, splits.measured())
             for method in METHODS.values():
                 trainer, rows = run_method(method, make, splits.measured(), class_bias=True)
                 runs += rows

@@ -18,6 +18,7 @@ import numpy as np
 from .. import ConfigurationError
 
 MEASURED = ("observation", "selection", "report")
+LABELS_AND_GROUP = ["labels", "group"]  # `label_names` where the metric is told groups
 
 
 @dataclass
@@ -89,6 +90,25 @@ class Splits:
                 raise ConfigurationError(
                     f"All labels of the {name} split are {labels[0]}, as where labels are held back: take another "
                     "--*_split, or more of it."
+                )
+
+    def check_groups(self, column: str | None) -> None:
+        """Refuse groups that are no whole numbers where the metric is measured; train need not have any.
+
+        Args:
+            column: the name of the column `group` in the data set; None: there is none to check.
+
+        Raises:
+            ConfigurationError: names the split.
+        """
+        for name, dataset in self.measured.items() if column is not None else ():
+            if "group" not in dataset.column_names:
+                raise ConfigurationError(f"The {name} split has no column {column!r}: look at --group_column_name.")
+            groups = np.asarray(dataset.with_format("numpy")["group"][:])
+            if groups.dtype.kind not in "iub":
+                raise ConfigurationError(
+                    f"The groups of the {name} split, its column {column!r}, are {groups.dtype}, not whole numbers: "
+                    f"encode them first, with `dataset.class_encode_column({column!r})`."
                 )
 
     def check_classes(self, num_labels: int, column: str = "label") -> None:
