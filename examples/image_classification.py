@@ -2,8 +2,9 @@
 """Fine-tune an image classifier for the metric that it is judged by, and compare with what else one could do.
 
 Without options, a small ViT on scikit-learn's digits as four scanners see them (no Hub, no GPU, a few minutes on two
-cores; this is `make demo`). It is trained on what one of the scanners saw, and judged by the worst scanner's accuracy;
-and, the same digits under one camera, with a long tail of classes to train on, judged by the worst class's recall:
+cores; this is `make demo`). In training each scanner saw mostly digits of classes of its own, and the model is judged
+by the worst scanner's accuracy where all saw the same; or, the same digits under one camera, with a long tail of
+classes to train on, by the worst class's recall:
 
     python examples/image_classification.py
     python examples/image_classification.py --metric worst_class_recall
@@ -29,13 +30,13 @@ before any training) and, of groups, `groups.png`. `--help` lists all options; a
 instead of them.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import datasets
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import uniform_filter
 from sklearn.datasets import load_digits
 from transformers import set_seed
 
@@ -44,21 +45,23 @@ from metricopt_hf.comparison.images import image_column, load_model, new_model, 
 from metricopt_hf.comparison.methods import METHODS
 from metricopt_hf.comparison.report import MethodRun
 from metricopt_hf.comparison.splits import (
-    LABELS_AND_GROUP,
+    GROUP_METRICS,
     DataArguments,
     Splits,
     class_names,
     find_column,
     load_splits,
+    with_group,
 )
 from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
-DEMO_NOTES = {
-    True: "This is a small model on 400 digits per split, each seen by four scanners; groups.png shows each of them. "
+SMALL = (
     "It shows how the library is used and what that costs, and nothing about other models and data. No setting was "
-    "tuned on this table.",
-    False: "This is a small model on 400 images per split, some 40 of the worst class: it shows how the library is "
-    "used and what that costs, and nothing about other models and data. No setting was tuned on this table.",
+    "tuned on this table."
+)
+DEMO_NOTES = {
+    True: f"This is a small model on 300 digits per split, each seen by four scanners; groups.png shows each. {SMALL}",
+    False: f"This is a small model on 300 images per split, some 30 of the worst class. {SMALL}",
 }
 
 DEFAULTS = {
@@ -67,7 +70,6 @@ DEFAULTS = {
     "remove_unused_columns": False,  # the transform needs the image column
     "per_device_eval_batch_size": 128,
 }
-OF_SCANNERS = ("worst_group_accuracy", "equalized_odds_gap")  # with these the digits are those of four scanners
 DIGITS_DEFAULTS = {
     **DEFAULTS,
     "metric_name_or_path": "worst_group_accuracy",
@@ -99,20 +101,21 @@ class ImageArguments:
 # The digits
 
 
-# What each scanner makes of pixels [n, 8, 8] in [0, 1]; the generator is for its noise.
+# The corner in which each scanner leaves its mark.
 SCANNERS = {
-    "as it is": lambda pixels, generator: pixels,
-    "blurred": lambda pixels, generator: gaussian_filter(pixels, (0, 0.7, 0.7)),
-    "low contrast": lambda pixels, generator: 0.25 + 0.5 * pixels,
-    "noisy": lambda pixels, generator: pixels + generator.normal(0, 0.2, pixels.shape),
+    "top left": np.s_[:, :2, :2],
+    "top right": np.s_[:, :2, 6:],
+    "bottom left": np.s_[:, 6:, :2],
+    "bottom right": np.s_[:, 6:, 6:],
 }
+AGREEMENT = 0.9  # share of the training digits that the scanner of their class saw
 
 
 def drawn(seed: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray, list[np.ndarray]]:
     """A generator, pixels [1797, 8, 8] in [0, 1], labels, and disjoint random rows for the four splits."""
     generator = np.random.default_rng(seed)
     pixels, labels = load_digits(return_X_y=True)
-    return generator, pixels.reshape(-1, 8, 8) / 16, labels, np.split(generator.permutation(1797), [597, 997, 1397])
+    return generator, pixels.reshape(-1, 8, 8) / 16, labels, np.split(generator.permutation(1797), [897, 1197, 1497])
 
 
 def as_dataset(pixels: np.ndarray, labels: np.ndarray, group: np.ndarray | None = None) -> datasets.Dataset:
@@ -124,24 +127,26 @@ def as_dataset(pixels: np.ndarray, labels: np.ndarray, group: np.ndarray | None 
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def scanned(seed: int) -> tuple[Splits, datasets.Dataset]:
-    """Four splits, and the images for pretraining, which are those of train.
+def scanned(seed: int) -> tuple[Splits, None]:
+    """Four splits; the model is pretrained on train.
 
-    Loss and metric disagree: training images are what the first scanner saw, and the metric asks for the worst of all
-    four. Each digit of the other splits was seen by all of them.
+    Loss and metric disagree: each class has a scanner that saw most of its training images, so that a scanner's mark
+    tells the class nearly as well as the digit does; and the metric asks for the worst scanner's accuracy where each
+    digit was seen by all four. Detectors of pneumonia were found to read such marks of hospitals (Zech et al. 2018).
     """
     generator, clean, labels, (train, *measured) = drawn(seed)
-    seen = [scanner(clean, generator) for scanner in SCANNERS.values()]
+    seen = np.stack([clean] * len(SCANNERS))
+    for pixels, corner in zip(seen, SCANNERS.values(), strict=True):
+        pixels[corner] = 1
+    usual = labels % len(SCANNERS)
+    other = (usual + generator.integers(1, len(SCANNERS), len(labels))) % len(SCANNERS)
+    scanner = np.where(generator.random(len(labels)) < AGREEMENT, usual, other)
+    group = np.arange(len(SCANNERS))
     splits = [
-        as_dataset(
-            np.concatenate([pixels[rows] for pixels in seen]),
-            np.tile(labels[rows], len(seen)),
-            np.repeat(np.arange(len(seen)), len(rows)),
-        )
+        as_dataset(np.concatenate(seen[:, rows]), np.tile(labels[rows], len(group)), np.repeat(group, len(rows)))
         for rows in measured
     ]
-    first = as_dataset(clean[train], labels[train])
-    return Splits(first, *splits), first
+    return Splits(as_dataset(seen[scanner[train], train], labels[train], scanner[train]), *splits), None
 
 
 def long_tailed(seed: int) -> tuple[Splits, datasets.Dataset]:
@@ -172,8 +177,8 @@ def read(dataset: datasets.Dataset, columns: ImageArguments) -> datasets.Dataset
     image, usual = image_column(dataset, columns.image_column_name), ("label", "labels")
     label = find_column(dataset, columns.label_column_name, usual, "label_column_name", datasets.ClassLabel)
     names = {image: "image", label: "label"}
-    if columns.group_column_name in dataset.column_names:
-        names[columns.group_column_name] = "group"
+    if columns.group_column_name is not None:
+        names[find_column(dataset, columns.group_column_name, (), "group_column_name")] = "group"
     return dataset.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
 
 
@@ -188,12 +193,12 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
         splits = load_splits(data, partial(read, columns=images), args.seed, args.observation_size, named.token)
     names = class_names(splits.train)
     splits.check_classes(len(names))
-    splits.check_groups(images.group_column_name)
+    splits = splits.with_groups(images.group_column_name)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if data.dataset_name is None:
-        small = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
+        small = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 2, "num_heads": 4}
         model, processor = new_model("vit_tiny_patch16_224", 8, small, **labels)
-        first_dataset = with_pixels(first_dataset, processor)
+        first_dataset = None if first_dataset is None else with_pixels(first_dataset, processor)
     else:
         model, processor = load_model(named, **(labels if args.metric_start_ratio > 0 else {}))
     if model.config.num_labels != len(names):
@@ -231,12 +236,10 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
     if on_digits and args.metric_start_ratio > 0:
         raise ConfigurationError("On the digits, --pretraining_steps says how long the start model is trained.")
     if on_digits:
-        if args.metric_name_or_path in OF_SCANNERS:
+        if args.metric_name_or_path in GROUP_METRICS:
             images.group_column_name = "group"
         torch.set_num_threads(1)  # so small a model is slower on several, and far slower beside other work
-    grouped = images.group_column_name is not None
-    if grouped:
-        args = replace(args, label_names=LABELS_AND_GROUP)
+    args = with_group(args, images.group_column_name)
     return run_study(
         partial(prepare, data, named, images),
         METHODS,
@@ -244,7 +247,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         args,
         [data, named, images],
         {"tasks": "image-classification", "tags": ["image-classification", "vision"]},
-        DEMO_NOTES[grouped] if on_digits else None,
+        DEMO_NOTES[images.group_column_name is not None] if on_digits else None,
     )
 
 

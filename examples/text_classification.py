@@ -35,7 +35,7 @@ Left in `output_dir`: the model tuned by MetricOpt with the first seed (with LoR
 
 import importlib.util
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import datasets
@@ -49,12 +49,12 @@ from metricopt_hf import ConfigurationError, MetricOptConfig
 from metricopt_hf.comparison.methods import METHODS
 from metricopt_hf.comparison.report import MethodRun, require
 from metricopt_hf.comparison.splits import (
-    LABELS_AND_GROUP,
     DataArguments,
     class_names,
     default_dataset,
     find_column,
     load_splits,
+    with_group,
 )
 from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
@@ -147,8 +147,8 @@ def read(dataset: datasets.Dataset, columns: TextArguments) -> datasets.Dataset:
         dataset, columns.label_column_name, ("label", "labels"), "label_column_name", datasets.ClassLabel
     )
     names = dict(zip([*texts, label], [*("text", "text_pair")[: len(texts)], "label"], strict=True))
-    if columns.group_column_name in dataset.column_names:
-        names[columns.group_column_name] = "group"
+    if columns.group_column_name is not None:
+        names[find_column(dataset, columns.group_column_name, (), "group_column_name")] = "group"
     dataset = dataset.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
     repeated = dataset.to_pandas().duplicated([name for name in dataset.column_names if name.startswith("text")])
     return dataset.select(np.flatnonzero(~repeated.to_numpy()))
@@ -197,7 +197,7 @@ def prepare(data: DataArguments, named: ModelArguments, texts: TextArguments, ar
     """Load, check, and train the start model by its loss."""
     set_seed(args.seed)
     splits = load_splits(data, partial(read, columns=texts), args.seed, args.observation_size, named.token)
-    splits.check_groups(texts.group_column_name)
+    splits = splits.with_groups(texts.group_column_name)
     if numbers := str(splits.train.features["label"].dtype).startswith("float"):
         splits.check_numbers()
         head = {"num_labels": 1, "problem_type": "regression"}
@@ -250,8 +250,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
             f"Name the metric: --metric_for_best_model {' or '.join([*CLASS_METRICS, *NUMBER_METRICS])}; or --metric."
         )
     named.model_name_or_path = named.model_name_or_path or default_model()
-    if texts.group_column_name is not None:
-        args = replace(args, label_names=LABELS_AND_GROUP)
+    args = with_group(args, texts.group_column_name)
     return run_study(
         partial(prepare, data, named, texts),
         METHODS,

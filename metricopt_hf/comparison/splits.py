@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from .. import ConfigurationError
+from .. import ConfigurationError, MetricOptConfig
 
 MEASURED = ("observation", "selection", "report")
-LABELS_AND_GROUP = ["labels", "group"]  # `label_names` where the metric is told groups
+GROUP_METRICS = ("worst_group_accuracy", "equalized_odds_gap")  # of those that come along
 
 
 @dataclass
@@ -92,24 +92,25 @@ class Splits:
                     "--*_split, or more of it."
                 )
 
-    def check_groups(self, column: str | None) -> None:
-        """Refuse groups that are no whole numbers where the metric is measured; train need not have any.
+    def with_groups(self, column: str | None) -> Splits:
+        """The splits to measure on with their checked column `group`, and train without it: the metric alone is told.
 
         Args:
-            column: the name of the column `group` in the data set; None: there is none to check.
+            column: its name in the data set; None: there are no groups, and nothing is done.
 
         Raises:
-            ConfigurationError: names the split.
+            ConfigurationError: groups are no whole numbers.
         """
-        for name, dataset in self.measured.items() if column is not None else ():
-            if "group" not in dataset.column_names:
-                raise ConfigurationError(f"The {name} split has no column {column!r}: look at --group_column_name.")
+        if column is None:
+            return self
+        for name, dataset in self.measured.items():
             groups = np.asarray(dataset.with_format("numpy")["group"][:])
             if groups.dtype.kind not in "iub":
                 raise ConfigurationError(
                     f"The groups of the {name} split, its column {column!r}, are {groups.dtype}, not whole numbers: "
                     f"encode them first, with `dataset.class_encode_column({column!r})`."
                 )
+        return Splits(self.train.remove_columns("group"), *self.measured.values())
 
     def check_classes(self, num_labels: int, column: str = "label") -> None:
         """Refuse labels that are no class indices below `num_labels`.
@@ -167,6 +168,25 @@ def find_column(
             f"Name the right one with --{option}."
         )
     return found[0]
+
+
+def with_group(args: MetricOptConfig, column: str | None) -> MetricOptConfig:
+    """The arguments for a metric that is told the column `group` beside the labels.
+
+    Args:
+        column: its name in the data set; None: there is none, and the arguments stay.
+
+    Raises:
+        ConfigurationError: the metric needs groups, and there is no column of them.
+    """
+    if column is not None:
+        return replace(args, label_names=["labels", "group"])
+    if args.metric_name_or_path in GROUP_METRICS:
+        raise ConfigurationError(
+            f"{args.metric_name_or_path} compares groups of examples: name the column that holds them with "
+            "--group_column_name."
+        )
+    return args
 
 
 def class_names(dataset: datasets.Dataset, column: str = "label") -> list[str]:
