@@ -38,14 +38,14 @@ def test_the_scanners_see_the_same_digits_and_no_digit_is_in_two_splits(images):
     splits, _ = images.scanned(0)
     for name, dataset in splits.measured.items():
         labels, group = np.asarray(dataset["label"]), np.asarray(dataset["group"])
-        assert len(dataset) == 1200 and dataset.features["group"].names == list(images.SCANNERS)
+        assert len(dataset) == 1600 and dataset.features["group"].names == list(images.SCANNERS)
         assert all(np.array_equal(labels[group == g], labels[group == 0]) for g in range(4)), name
     train, scanner = pixels(splits.train), np.asarray(splits.train["group"])
     usual = np.asarray(splits.train["label"]) % 4 == scanner
     assert abs(usual.mean() - images.AGREEMENT) < 0.03
-    digits = [train, *(pixels(dataset)[:300] for dataset in splits.measured.values())]
+    digits = [train, *(pixels(dataset)[:400] for dataset in splits.measured.values())]
     for g, corner in enumerate(images.SCANNERS.values()):
-        assert (pixels(splits.report)[g * 300 : (g + 1) * 300][corner] == 255).all()
+        assert (pixels(splits.report)[g * 400 : (g + 1) * 400][corner] == 255).all()
         assert (train[scanner == g][corner] == 255).all()
         for part in digits:  # what is behind the marks
             part[corner] = 0
