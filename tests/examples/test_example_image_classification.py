@@ -138,14 +138,14 @@ def test_a_vit_of_timm_and_an_error_to_be_small(script, images, tmp_path):
     script.new_model("vit_tiny_patch16_224", 8, small, num_labels=3)[0].save_pretrained(tmp_path / "vit")
     options = f"{TINY} --dataset_name {images} --model_name_or_path {tmp_path / 'vit'} --seeds 1 --methods metricopt"
     runs = script.main([*options.split(), "--metric", "misclassification", "--output_dir", str(tmp_path / "out")])
-    assert runs[1].method == "MetricOpt" and runs[1].details["observations"]
+    assert runs[2].method == "MetricOpt" and runs[2].details["observations"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["greater_is_better"] is False
 
 
 def test_a_metric_of_scores(script, images, vit, tmp_path):
     options = f"{TINY} --dataset_name {images} --model_name_or_path {vit} --metric macro_auprc --seeds 1"
     runs = script.main([*options.split(), "--methods", "metricopt", "--output_dir", str(tmp_path / "out")])
-    assert len(runs[1].details["observations"]) == 8
+    assert len(runs[2].details["observations"]) == 8
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert document["metric"] == "macro_auprc" and document["greater_is_better"]
 
