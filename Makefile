@@ -20,9 +20,9 @@ help: ## list the targets (ARGS="..." goes to the command a target runs)
 demo: $(USE) ## diagnose and fine-tune an image classifier for its metric
 	$(IN_ROOT) $(PY) examples/image_classification.py $(ARGS)
 
-test: $(DEV) ## ruff, then the tests
+test: $(DEV) ## ruff, then the tests, in a process per core
 	$(IN_ROOT) $(PY) -m ruff check .
-	$(IN_ROOT) $(PY) -m pytest $(ARGS)
+	$(IN_ROOT) $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 check-cifar: $(USE) ## run the CIFAR check
 	$(IN_ROOT) $(PY) -m benchmarks.check_cifar $(ARGS)
