@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from torch import nn
-from transformers import HfArgumentParser, Trainer
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from .. import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from .. import metrics as shipped_metrics
@@ -73,6 +73,35 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Defaults told, and the script's own text as it is written."""
 
 
+class Parser(HfArgumentParser):
+    """`HfArgumentParser` with a heading in its help for each dataclass, and for what that inherits.
+
+    A heading is the first sentence of the docstring, or what stands in `HEADINGS`.
+    """
+
+    HEADINGS = {
+        MetricOptConfig: "Metric guidance (MetricOptConfig)",
+        TrainingArguments: "Training (TrainingArguments of transformers)",
+    }
+
+    def __init__(self, types: Sequence[type], **kwargs: Any):
+        classes = [cls for given in types for cls in given.__mro__ if dataclasses.is_dataclass(cls)]
+        self._headings = [self.HEADINGS.get(cls) or cls.__doc__.partition(".")[0] for cls in classes]
+        # a field belongs to the class that brings it in: bases come behind what is derived, and have the last word
+        pairs = zip(classes, self._headings, strict=True)
+        self._heading_of = {f.name: heading for cls, heading in pairs for f in dataclasses.fields(cls)}
+        self._groups: dict[str, Any] = {}
+        super().__init__(types, **kwargs)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        heading = self._heading_of.get(kwargs.get("dest") or names[0].lstrip("-"))
+        if heading is None:
+            return super().add_argument(*names, **kwargs)
+        if not self._groups:
+            self._groups = {heading: self.add_argument_group(heading) for heading in self._headings}
+        return self._groups[heading].add_argument(*names, **kwargs)
+
+
 def parse(
     argv: Sequence[str] | None,
     types: Sequence[type],
@@ -99,7 +128,7 @@ def parse(
         ImportError: what makes the table and the plot is not installed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(
+    parser = Parser(
         (*types, StudyArguments, MetricOptConfig),
         usage="%(prog)s [--option value ...]\n       %(prog)s options.json",
         description=description,

@@ -107,9 +107,18 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(repr=False)  # one of its own would show tokens
 class MetricOptConfig(TrainingArguments):
-    """`TrainingArguments` with the arguments of metric guidance.
+    """`TrainingArguments` with the arguments of metric guidance, each explained by its `help`.
 
-    Without a metric (see `MetricOptTrainer`) the fields below do nothing.
+    Without a metric (see `MetricOptTrainer`) these do nothing:
+
+    - the metric: `metric_name_or_path`, `metric_inputs`, `metric_key`, `metric_kwargs`, `metric_timeout`,
+      `metric_on_all_rows`, `max_metric_failures`
+    - the metric phase: `metric_start_ratio`, `unguided_ratio`, `unguided_learning_rate`, `select_steps`,
+      `tune_output_bias`
+    - what is tuned in it: `phi`, `phi_coordinates`, `phi_dim`, `phi_learning_rate`
+    - guidance: `guide`, `value_weight`, `value_function_name_or_path`
+    - observations: `observe`, `forward_pass_budget`, `metric_call_budget`, `observe_steps`, `observations_per_step`,
+      `observation_folds`, `perturbation_std`, `observation_size`, `observation_cache_gb`
 
     Raises:
         ConfigurationError: a value is out of its range, or the optimizer cannot be guided.
