@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
-import numpy as np
 import transformers
 from scipy.stats import t as student_t
 from tqdm.auto import tqdm
@@ -28,14 +27,17 @@ from transformers import HfArgumentParser
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 from metricopt_hf.comparison.methods import METHODS, run_method, run_start, summary
-from metricopt_hf.comparison.report import MethodRun, save_results
+from metricopt_hf.comparison.report import MethodRun, compare, save_results
+from metricopt_hf.comparison.study import Start
 
 from . import cifar
+from .problem import Problem, Sizes, no_data
 
 METRIC = "worst_class_recall"
 LOSS_ONLY, OURS = METHODS["loss_only"].title, METHODS["metricopt"].title
 CONTROLS = (METHODS["shuffled"].title, METHODS["random"].title)
 CLAIM = 0.02
+SIZES = Sizes(None, 6000, None, 2000)
 
 
 @dataclass
@@ -47,7 +49,8 @@ class CheckArguments:
     results: str | None = field(default=None, metadata={"help": "File to write all figures to, as JSON."})
 
 
-def make_trainer(seed: int, splits: cifar.Splits, max_steps: int, folder: str, **changes) -> MetricOptTrainer:
+def make_trainer(seed: int, problem: Problem, max_steps: int, folder: str, **changes) -> MetricOptTrainer:
+    """A trainer on a copy of the model, with `changes` as a `Method` makes them."""
     args = MetricOptConfig(
         folder,
         max_steps=max_steps,
@@ -64,54 +67,45 @@ def make_trainer(seed: int, splits: cifar.Splits, max_steps: int, folder: str, *
         report_to=[],
         disable_tqdm=True,
         seed=seed,
-        **changes,
     )
-    trainer = MetricOptTrainer(
-        cifar.pretrained(20),
-        args,
-        train_dataset=splits.train,
-        observation_dataset=splits.observation,
-        selection_dataset=splits.selection,
-    )
+    trainer = Start(problem.model, args, problem).trainer(**changes)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
 def interval(runs: list[MethodRun], method: str) -> tuple[float, float, float]:
     """Mean of the paired differences to loss only on the report split, and its 95 % interval (Student's t)."""
-    by_method = {name: {r.seed: r.scores["report"] for r in runs if r.method == name} for name in (method, LOSS_ONLY)}
-    differences = np.array([by_method[method][seed] - by_method[LOSS_ONLY][seed] for seed in by_method[method]])
-    half = student_t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
-    return float(differences.mean()), float(differences.mean() - half), float(differences.mean() + half)
+    difference = compare(runs, LOSS_ONLY, "report")[method]
+    half = float(student_t.ppf(0.975, len({run.seed for run in runs}) - 1)) * difference.error
+    return difference.mean, difference.mean - half, difference.mean + half
 
 
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(CheckArguments).parse_args_into_dataclasses(argv)
-    if not cifar.data_root().exists():
-        print(f"The data are not here: {cifar.data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     transformers.logging.set_verbosity_error()
     logging.getLogger("metricopt_hf").setLevel(logging.ERROR)
     print("decoding images ...", flush=True)
-    train, test = cifar.load("train"), cifar.load("test")
+    net, train, test = cifar.pretrained(20), vars(cifar.load("train")), vars(cifar.load("test"))
     runs = []
     with tempfile.TemporaryDirectory() as folder, tqdm(total=len(args.seeds) * len(METHODS), desc="runs") as bar:
         for seed in args.seeds:
-            splits = cifar.splits(train, test, seed)
-            make = partial(make_trainer, seed, splits, args.max_steps, folder)
+            problem = cifar.cut(net, train, test, SIZES, seed)
+            make = partial(make_trainer, seed, problem, args.max_steps, folder)
             trainer = make()
-            runs.append(run_start(trainer, splits.measured()))
+            runs.append(run_start(trainer, problem.measured))
             for method in METHODS.values():
-                trainer, rows = run_method(method, make, splits.measured(), class_bias=True)
+                trainer, rows = run_method(method, make, problem.measured, class_bias=True)
                 runs += rows
                 tqdm.write(f"seed {seed}, {rows[0].method}: {rows[0].scores['report']:.4f} on the report split")
                 bar.update()
 
     start = perf_counter()
-    trainer.evaluate(splits.observation)
+    trainer.evaluate(problem.observation)
     evaluate_seconds = perf_counter() - start
     probe_seconds = trainer.ledger.seconds["observe"] / trainer.ledger.calls["observe"]
-    images, folds = len(splits.observation), trainer.args.observation_folds
+    images, folds = len(problem.observation), trainer.args.observation_folds
 
     print(f"\nCIFAR-10 (JPEG), ResNet-20, {METRIC}, {args.max_steps} steps\n")
     print(summary(runs, trainer) + "\n")

@@ -33,6 +33,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -61,6 +62,8 @@ from metricopt_hf.comparison.splits import DataArguments, default_dataset, find_
 from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
 logger = logging.getLogger(__name__)
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # COCO's numbers, as torchmetrics calls them
 COCO_METRICS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10", "mar_100")
@@ -304,7 +307,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         raise ConfigurationError("Boxes per image cannot be joined over batches: leave eval_do_concat_batches=False.")
     note = None
     if data.dataset_name is None:
-        data.dataset_name, note = default_dataset("bccd"), NOTE
+        data.dataset_name, note = default_dataset("bccd", DATA), NOTE
     if named.model_name_or_path is None:
         folder = f"{args.output_dir}_pretrained"
         if detection.pretrain_only or not os.path.exists(os.path.join(folder, CONFIG_NAME)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Splits:
 
     def items(self) -> list[tuple[str, Any]]:
         """(name, data set), train first."""
-        return list(self.__dict__.items())
+        return [("train", self.train), *self.measured.items()]
 
     @property
     def measured(self) -> Mapping[str, Any]:
@@ -73,7 +73,7 @@ class Splits:
 
     def map(self, function: Callable[[Any], Any]) -> Splits:
         """The splits with `function` applied to each data set."""
-        return Splits(*(function(dataset) for _, dataset in self.items()))
+        return replace(self, **{name: function(dataset) for name, dataset in self.items()})
 
     def check_numbers(self, column: str = "label") -> None:
         """Refuse labels that are no numbers, and a split in which all are the same: nothing correlates with these.
@@ -111,18 +111,13 @@ class Splits:
                 )
 
 
-def data_root() -> Path:
-    """Where the scripts' own data lie: $METRICOPT_DATA, or `../shared/data` beside the project."""
-    return Path(os.environ.get("METRICOPT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-
-
-def default_dataset(name: str) -> str:
-    """The folder of a script's default data set.
+def default_dataset(name: str, root: Path) -> str:
+    """The folder of a script's default data set, in $METRICOPT_DATA or else in `root`.
 
     Raises:
         ConfigurationError: it is not there.
     """
-    folder = data_root() / name
+    folder = Path(os.environ.get("METRICOPT_DATA", root)) / name
     if not folder.is_dir():
         raise ConfigurationError(
             f"The default data set is not here: {folder}. Set METRICOPT_DATA to the folder that holds {name}, or name "

@@ -40,9 +40,9 @@ def test_the_smoke_plan_leaves_nothing_out():
 def test_splits_are_disjoint_and_cut_by_the_seed(name):
     task = tasks.tasks(smoke=True)[name]
     first, again, other = (task.prepare(seed) for seed in (0, 0, 1))
-    rows = [(split.pool, int(row)) for split in first.splits().values() for row in split.rows]
+    rows = [(split.pool, int(row)) for _, split in first.items() for row in split.rows]
     assert len(set(rows)) == len(rows)
-    digests = [{n: s.digest for n, s in problem.splits().items()} for problem in (first, again, other)]
+    digests = [{n: s.digest for n, s in problem.items()} for problem in (first, again, other)]
     assert digests[0] == digests[1]
     for split in ("observation", "selection"):
         assert digests[0][split] != digests[2][split]

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from benchmarks import scores
-from benchmarks.problem import Problem, Rows, Task
+from benchmarks.problem import Problem, Rows, Task, data_root
 from benchmarks.tabular import MLP
 from benchmarks.training import Budget
-from metricopt_hf.comparison.splits import data_root
 
 NEEDED = ("cifar10", "resnet_cifar10", "a9a", "bank_marketing", "glue_cola", "glue_stsb")
 missing = [name for name in NEEDED if not (data_root() / name).is_dir()]
@@ -27,7 +26,7 @@ def toy_problem(seed: int) -> Problem:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MLP(5).eval()
-    return Problem(model, *(Rows(columns, part, "toy") for part in parts))
+    return Problem(*(Rows(columns, part, "toy") for part in parts), model)
 
 
 TOY = Task("toy", "Toy", scores.f1, "F1", True, True, "binary", toy_problem)
