@@ -74,66 +74,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(HfArgumentParser):
-    """`HfArgumentParser` whose help has a heading for each dataclass: where it is derived, one for each of its bases.
-
-    A heading is the first sentence of the docstring, or the name of the class where that stands in `HEADINGS`.
-    """
-
-    HEADINGS = {
-        MetricOptConfig: "metric guidance (MetricOptConfig)",
-        TrainingArguments: "training (TrainingArguments of transformers)",
-    }
-
-    def __init__(self, types: Sequence[type], **kwargs: Any):
-        self._heading_of: dict[str, str] = {}
-        for dataclass_type in types:
-            for base in reversed([base for base in dataclass_type.__mro__ if dataclasses.is_dataclass(base)]):
-                heading = self.HEADINGS.get(base) or base.__doc__.partition(".")[0]
-                for name in {f.name for f in dataclasses.fields(base)} - self._heading_of.keys():
-                    self._heading_of[name] = heading
-        self._groups: dict[str, argparse._ArgumentGroup] = {}
-        super().__init__(types, **kwargs)
-
-    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        heading = self._heading_of.get(kwargs.get("dest") or names[0].lstrip("-"))
-        if heading is None:
-            return super().add_argument(*names, **kwargs)
-        if heading not in self._groups:
-            self._groups[heading] = self.add_argument_group(heading)
-        return self._groups[heading].add_argument(*names, **kwargs)
-
-
-class Parser(HfArgumentParser):
-    """`HfArgumentParser` whose help has a heading for each dataclass: where it is derived, one for each of its bases.
-
-    A heading is the first sentence of the docstring, or the name of the class where that stands in `HEADINGS`.
-    """
-
-    HEADINGS = {
-        MetricOptConfig: "metric guidance (MetricOptConfig)",
-        TrainingArguments: "training (TrainingArguments of transformers)",
-    }
-
-    def __init__(self, types: Sequence[type], **kwargs: Any):
-        self._heading_of: dict[str, str] = {}
-        for dataclass_type in types:
-            for base in reversed([base for base in dataclass_type.__mro__ if dataclasses.is_dataclass(base)]):
-                heading = self.HEADINGS.get(base) or base.__doc__.partition(".")[0]
-                for name in {f.name for f in dataclasses.fields(base)} - self._heading_of.keys():
-                    self._heading_of[name] = heading
-        self._groups: dict[str, argparse._ArgumentGroup] = {}
-        super().__init__(types, **kwargs)
-
-    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        heading = self._heading_of.get(kwargs.get("dest") or names[0].lstrip("-"))
-        if heading is None:
-            return super().add_argument(*names, **kwargs)
-        if heading not in self._groups:
-            self._groups[heading] = self.add_argument_group(heading)
-        return self._groups[heading].add_argument(*names, **kwargs)
-
-
-class Parser(HfArgumentParser):
     """`HfArgumentParser` with a heading in its help for each dataclass, and for what that inherits.
 
     A heading is the first sentence of the docstring, or what stands in `HEADINGS`.
