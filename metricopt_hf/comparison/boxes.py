@@ -1,4 +1,4 @@
-"""Boxes, for a script that finds objects: checked, with their pixels, and in batches of images of any size.
+"""Boxes, for object detection: checked, with their pixels, and in batches of images of any size.
 
 A data set has the columns `image` and `objects`, with lists `bbox` (x, y, width, height in pixels) and `category`.
 """

@@ -25,7 +25,7 @@ class DataArguments:
     """Where the data come from. Their columns are the script's own arguments."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set: a name on the Hub or a local folder. Default: told above."}
+        default=None, metadata={"help": "Data set: a name on the Hub or a local folder. Default: see above."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_split: str = field(
@@ -44,7 +44,7 @@ class DataArguments:
         metadata={"help": "Split to report on. Default: test where eval_split is another, else cut from eval_split."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many random examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many random ones of eval_split."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many random examples of eval_split."})
     max_report_samples: int | None = field(default=None, metadata={"help": "Report on so many random examples."})
 
 
@@ -60,7 +60,7 @@ class Splits:
     def __post_init__(self):
         for name, dataset in self.items():
             if len(dataset) == 0:
-                raise ConfigurationError(f"The {name} split is empty: look at --max_*_samples and --*_split.")
+                raise ConfigurationError(f"The {name} split is empty: check --max_*_samples and --*_split.")
 
     def items(self) -> list[tuple[str, Any]]:
         """(name, data set), train first."""
@@ -76,7 +76,7 @@ class Splits:
         return replace(self, **{name: function(dataset) for name, dataset in self.items()})
 
     def check_numbers(self, column: str = "label") -> None:
-        """Refuse labels that are no numbers, and a split in which all are the same: nothing correlates with these.
+        """Refuse labels that are not finite, and a split whose labels are all equal: nothing correlates with these.
 
         Raises:
             ConfigurationError: names the split.

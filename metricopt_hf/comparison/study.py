@@ -1,4 +1,4 @@
-"""A whole comparison, as the example scripts run it: arguments, a start per seed, every method on it, what is left.
+"""A whole comparison, as the example scripts run it: arguments, a start per seed, every method from it, the results.
 
 A script says what is its own: how data and model are loaded (`prepare`), which methods there are, and its defaults.
 """
@@ -57,7 +57,7 @@ class ModelArguments:
     """The model to start from, wherever it lies."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model: a name on the Hub or a local folder. Default: told above."}
+        default=None, metadata={"help": "Model: a name on the Hub or a local folder. Default: see above."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     token: str | None = field(default=None, metadata={"help": "Token for private repositories on the Hub."})
@@ -70,7 +70,7 @@ class ModelArguments:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults told, and the script's own text as it is written."""
+    """Shows defaults, and the script's own text as it is written."""
 
 
 class Parser(HfArgumentParser):
@@ -118,7 +118,7 @@ def parse(
         methods: what `--methods` may name.
         defaults: other than the dataclasses'; where they depend on the options given, a function of these.
         description: what `--help` says first; the script's docstring.
-        directions: for metrics of the script's own, whether greater is better; of shipped ones it is known.
+        directions: whether greater is better, for the script's own metrics; for shipped ones it is known.
 
     Returns:
         One instance of each of `types`, then `StudyArguments` and `MetricOptConfig`.
@@ -180,7 +180,7 @@ class Start:
         splits: with the columns that the model takes.
         options: further arguments of each trainer (`data_collator`, `metric`, `phi`, `processing_class`, ...).
         class_bias: whether the task is a classification, whose cheap rival is a bias per class.
-        seconds: what training it took.
+        seconds: how long it took to train.
     """
 
     model: nn.Module
@@ -237,7 +237,7 @@ def start(
     logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
     if first_steps:
         asked = made.trainer()
-        asked.settle()  # what is refused, shall be refused now
+        asked.settle()  # what would be refused later is refused now
         run_start(asked, {"observation": splits.observation})
         logger.info(f"Seed {args.seed}: training the start model by its loss, {first_steps} steps.")
         plain = {name: value for name, value in options.items() if name in inspect.signature(Trainer).parameters}
@@ -262,7 +262,7 @@ def run_study(
 ) -> list[MethodRun]:
     """Run every method with every seed, print the table, and leave model, value function, results and plot.
 
-    Kept, and pushed with `--push_to_hub`, is MetricOpt's model (else the last method's) of the first seed.
+    MetricOpt's model (else the last method's) of the first seed is kept, and pushed with `--push_to_hub`.
 
     Args:
         prepare: loads, checks, and makes the start for the seed of the arguments given to it.
@@ -283,7 +283,7 @@ def run_study(
     for seed in study.seeds:
         begin = prepare(replace(args, seed=seed, push_to_hub=False))
         first = begin.trainer(push_to_hub=args.push_to_hub and not runs)  # makes the repository, or fails early
-        first.settle()  # what is refused, shall be refused now
+        first.settle()  # what would be refused later is refused now
         runs.append(run_start(first, begin.splits.measured, begin.seconds))
         for name in study.methods:
             keep = name == kept_method and seed == study.seeds[0]
@@ -322,7 +322,7 @@ def run_study(
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; what the library refuses ends it with the message alone."""
+    """Run a script's `main`; an error of this library ends it with the message alone."""
     try:
         main()
     except MetricOptError as error:

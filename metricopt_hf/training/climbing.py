@@ -1,4 +1,4 @@
-"""How far phi gets for the metric by itself, near where it is: uphill along the slopes of observations.
+"""How far the metric can be improved near the present phi, by moving phi along the slopes of observations.
 
 Where the outputs are still about linear in phi, scores come from interpolated predictions, without a forward pass each.
 """
@@ -34,10 +34,10 @@ MOMENTUM = 0.7
 def climbs(
     observer: Observer, virtual: VirtualObserver, coordinates: Coordinates
 ) -> Iterator[tuple[float, Tensor, EvalPrediction, float | None]]:
-    """Where phi gets to, uphill from where it is: (score, phi [d], predictions, interpolation error), point by point.
+    """Move phi uphill from where it is; at each stop (score, phi [d], predictions, interpolation error).
 
-    Scores and predictions are real ones of the observation split. Where the outputs are no smooth function of phi,
-    scores are observed, one pass for each.
+    Scores and predictions are real ones of the observation split. If the outputs are no smooth function of phi, scores
+    are observed instead, one pass for each.
     """
     evaluator, phi = observer.evaluator, observer.evaluator.phi
     try:
@@ -70,14 +70,14 @@ def _climb(
     centre: Tensor,
     radius: float,
 ) -> float:
-    """Move phi uphill along the slopes of rounds of pairs, to the mean of where the last half of the steps led.
+    """Move phi uphill along the slopes of rounds of pairs, to the mean of the last half of the steps.
 
     Args:
         observe: evaluates points around phi.
         centre: [d], from which phi goes no farther than `radius`.
 
     Returns:
-        How far it is then.
+        Its distance from the centre.
     """
     phi, sign, origin = evaluator.phi, evaluator.metric.sign, coordinates.encode(centre).cpu().numpy()
     z, direction, visited = _offset(coordinates, phi.read(), centre), np.zeros(coordinates.dim, np.float32), []

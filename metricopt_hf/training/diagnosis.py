@@ -54,7 +54,7 @@ class Gain:
     error: float
 
     def is_real(self, worthwhile: float) -> bool | None:
-        """True: it exceeds the noise. False: there is none worth having. None: too noisy to tell."""
+        """True: it exceeds the noise. False: no gain is worth having. None: the noise is too great to say."""
         if math.isnan(self.error):
             return self.mean >= worthwhile
         if self.mean > ERRORS * self.error:
@@ -67,16 +67,16 @@ class Gain:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What can be told before any training; printed, it is a table.
+    """What is known before any training; printed, it is a table.
 
     Attributes:
         metric: its name.
         greater_is_better: which way it is better.
         examples: rows of the selection split.
         worthwhile: the smallest gain that is worth having, in the metric's unit.
-        scores: the metric on the selection split of "start", "bias" (not where a bias has no place), and "phi".
-        draws: of each the metric on the same random halves of these rows, [draws], nan where it failed; empty where the
-            metric makes sense on all rows only.
+        scores: the metric on the selection split, for "start", "bias" (if a bias has a place), and "phi".
+        draws: for each of these, the metric on the same random halves of the rows, [draws]; nan where it failed, empty
+            if the metric makes sense on all rows only.
         interpolation_error: how far the interpolated outputs were off at the phi that was measured, as a share of how
             far they had moved; None where scores were observed, one pass for each.
         ledger: metric calls, forward passes and seconds.
@@ -127,7 +127,7 @@ class Diagnosis:
 
     @property
     def examples_needed(self) -> int | None:
-        """Selection examples, of the same kind, that would tell; None where there are enough."""
+        """How many selection examples, of the same kind, would settle it; None if there are enough."""
         if self.recommendation != TOO_FEW:
             return None
         open_ones = [gain for gain in self.gains.values() if gain.is_real(self.worthwhile) is None]
@@ -291,7 +291,7 @@ def _on_halves(
 
 
 def _agreed(evaluator: Evaluator, compute: Callable[[], Any]) -> Any:
-    """What the first rank computes: the metric may answer otherwise the next time it is called."""
+    """What the first rank computes, on every rank: another call of the metric may answer something else."""
     outcome = [None]
     if evaluator.rank == 0:
         try:
