@@ -24,7 +24,7 @@ PATIENCE = 0.05  # seconds in which a process whose connection broke is seen to 
 
 @contextmanager
 def told_when_lost(args: TrainingArguments) -> Iterator[None]:
-    """Inside, an error caused by the end of another rank names that rank and the checkpoint to resume from. For all ranks.
+    """Inside, an error caused by the end of another rank names that rank and the checkpoint to resume from. Collective.
 
     Raises:
         RankError: another rank has gone; the backend itself reports only a closed connection.
