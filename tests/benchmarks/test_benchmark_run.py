@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import example
 from toy import TINY, TOY, needs_data
 
 from benchmarks import ceiling, measure, methods, protocol, records, run, tabular, tasks
+from benchmarks.problem import data_root
 from benchmarks.training import PREDICTIONS
 from metricopt_hf import ConfigurationError
 
@@ -33,6 +35,14 @@ def test_the_smoke_plan_leaves_nothing_out():
     keys = [key for unit in run.smoke_plan() for key in unit]
     assert {key[0] for key in keys} == set(tasks.tasks())
     assert {key[1] for key in keys} == set(methods.RIVALS)
+
+
+def test_the_data_lie_beside_the_project(monkeypatch):
+    monkeypatch.delenv("METRICOPT_DATA", raising=False)
+    beside = ROOT.parent / "shared" / "data"
+    assert data_root() == beside
+    for name in ("image_retrieval", "object_detection", "text_classification"):
+        assert example(name).DATA == beside
 
 
 @needs_data
