@@ -165,6 +165,6 @@ def _evaluator(phi: PhiSpace, space: Coordinates, batches: Callable, metric: Met
             phi.write(phi.read() + space.lift(0.1 * torch.ones(space.dim)))
             yield
 
-    evaluator = Evaluator(phi, predict, [batches], metric, ledger, CACHE_BYTES)
+    evaluator = Evaluator(phi, predict, batches, metric, ledger, CACHE_BYTES)
     evaluator.freeze(moved)
     return evaluator
