@@ -100,7 +100,7 @@ def make_trainer(
     numbers: Mapping[str, Any],
     **options: Any,
 ) -> MetricOptTrainer:
-    """A trainer on a copy of the model; `numbers` are of the config, but for `coordinates`, `options` of the trainer."""
+    """A trainer on a copy of the model; `numbers` are of the config (`coordinates` apart), `options` of the trainer."""
     numbers = {
         "max_steps": budget.steps,
         "metric_call_budget": budget.rounds * budget.calls,

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -326,9 +327,6 @@ class MetricOptTrainer(ObservingTrainer):
         dim = dim if given is None else given.num_coordinates
         ledger, selection = Ledger(), self.selection_dataset
 
-        def make_plan(observe: str | None = None, calls: int | None = None) -> PhasePlan:
-            return PhasePlan.from_args(args, observe or args.observe, metric_steps, before, dim, calls)
-
         return MetricPhase(
             phi=self.phi,
             moving=self.phi if guide.scope == "phi" else spaces.trainable(self.model),
@@ -336,8 +334,13 @@ class MetricOptTrainer(ObservingTrainer):
             selector=None if selection is None else self._evaluator(selection, ledger),
             guide=guide,
             make_coordinates=self._make_coordinates,
-            make_plan=make_plan,
+            make_plan=partial(self._make_plan, metric_steps, before, dim),
         )
+
+    def _make_plan(
+        self, steps: int, before: int, dim: int, observe: str | None = None, calls: int | None = None
+    ) -> PhasePlan:
+        return PhasePlan.from_args(self.args, observe or self.args.observe, steps, before, dim, calls)
 
     def _rehearsed(self, model: nn.Module) -> Stillness:
         """How to hold still what is not tuned, after a rehearsal of the metric phase on one batch.

@@ -54,11 +54,11 @@ class Seen:
 
 def evaluator(metric=None, examples=None, max_bytes=1e9, concat=True, predict=None, model=None, phi=None, **kwargs):
     model = (phi.model if phi else Model()) if model is None else model
-    sets = examples if isinstance(examples, list) else [Examples() if examples is None else examples]
+    examples = Examples() if examples is None else examples
     return Evaluator(
         phi or Subset(model, "4.bias"),
         predict or (lambda batch: BatchOutput(model(batch["x"]), batch["labels"])),
-        [data.in_order(part, BATCH, torch.utils.data.default_collate) for part in sets],
+        data.in_order(examples, BATCH, torch.utils.data.default_collate),
         Metric(metric or Seen(), "seen"),
         Ledger(),
         max_bytes,
@@ -148,8 +148,8 @@ def test_batches_are_collated_once_if_they_fit_into_memory():
 def test_a_collator_s_own_mapping_counts_against_the_memory_too():
     examples = Examples()
     taken = evaluator(examples=examples, max_bytes=1)
-    batches = taken.parts[0]._batches
-    taken.parts[0]._batches = lambda: (BatchEncoding(batch) for batch in batches())
+    batches = taken._data._batches
+    taken._data._batches = lambda: (BatchEncoding(batch) for batch in batches())
     taken.evaluate("observe")
     before = examples.read
     taken.evaluate("observe")
@@ -356,8 +356,8 @@ def test_ranks_predict_equally_often(monkeypatch, count):
         others = [(i, 0.0, None, 0.0, None) for i in range(count) if i % 2 != rank]
         monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
         taken = evaluator(rank=rank, world_size=2)
-        predictions, calls = taken.parts[0].predictions, []
-        taken.parts[0].predictions = lambda predictions=predictions, calls=calls: calls.append(1) or predictions()
+        predictions, calls = taken._data.predictions, []
+        taken._data.predictions = lambda predictions=predictions, calls=calls: calls.append(1) or predictions()
         assert taken.evaluate_many(torch.randn(count, taken.phi.dim), "observe").values.shape == (count,)
         assert taken.ledger.calls["observe"] == count
         predicted.append(len(calls))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
-from runs import Truth
+from runs import Truth, planned
 from transformers import EvalPrediction
 
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
@@ -28,9 +28,10 @@ def make(folder, metric=true_class_probability, model=None, guide=None, selectio
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return MetricOptTrainer(
+    settings = {**defaults, **kwargs}
+    return planned(MetricOptTrainer, settings)(
         model or tiny_bert(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        MetricOptConfig(str(folder), **settings),
         train_dataset=Texts(120, seed=1),
         observation_dataset=Texts(80, seed=2),
         selection_dataset=Texts(selection, seed=3),
@@ -66,7 +67,7 @@ def test_a_metric_of_all_rows_is_never_given_a_part(tmp_path):
         sizes.add(len(prediction.label_ids))
         return true_class_probability(prediction)
 
-    make(tmp_path, metric, metric_on_all_rows=True).train()
+    make(tmp_path, metric, observe="predictions_on_all_rows").train()
     assert sizes == {80, 60}
 
 
@@ -137,7 +138,7 @@ def test_a_guide_that_lies_is_not_followed(tmp_path):
     def metric(prediction):
         return -float(np.mean(prediction.predictions[:, 0]))
 
-    trainer = make(tmp_path, metric, guide=Liar(), phi=r"classifier\.bias$", phi_coordinates="identity")
+    trainer = make(tmp_path, metric, guide=Liar(), phi=r"classifier\.bias$", coordinates="identity")
     trainer.train()
     assert trainer.result.trust == 0 and all(row["trust"] == 0 for row in trainer.result.curve)
 
@@ -152,7 +153,7 @@ def test_the_tuned_bias_is_a_candidate_and_part_of_the_output_layer(tmp_path):
     before = trainer.model.classifier.bias.detach().clone()
     trainer.train()
     result = trainer.result
-    assert result.best_score == 1.0 and result.kept_branch == "bias"
+    assert result.best_score == 1.0 and result.bias_tuned
     assert trainer.ledger.calls["post-hoc"] > 0
     moved = trainer.model.classifier.bias.detach() - before
     assert moved.argmax() == 1 and moved.abs().max() > 0
@@ -164,7 +165,7 @@ def test_where_it_is_not_wanted_no_bias_is_tuned(tmp_path):
         tmp_path, decided_for_the_second, forward_pass_budget=0, phi_learning_rate=1e-9, tune_output_bias=False
     )
     trainer.train()
-    assert trainer.ledger.calls["post-hoc"] == 0 and trainer.result.kept_branch == "guided"
+    assert trainer.ledger.calls["post-hoc"] == 0 and not trainer.result.bias_tuned
 
 
 def test_the_tuned_bias_is_that_of_posthoc(tmp_path):
