@@ -271,17 +271,6 @@ def test_the_scores_of_points_are_those_with_phi_there():
     assert len(set(scores.values)) == 3
 
 
-def test_each_point_is_evaluated_on_its_part():
-    taken = evaluator(examples=[Examples(5), Examples(SIZE)])
-    points = taken.phi.read().expand(4, -1)
-    scores = taken.evaluate_many(points, "observe", [1, 0, 0, 1], predictions=True)
-    assert [len(prediction.label_ids) for prediction in scores.predictions] == [SIZE, 5, 5, SIZE]
-    for part, score in ((0, scores.values[1]), (1, scores.values[0])):
-        assert taken.evaluate("observe", part) == score
-    assert scores.values[0] == scores.values[3] != scores.values[1] == scores.values[2]
-    assert len(taken.evaluate_many(points[:1], "observe", predictions=True).predictions[0].label_ids) == 5
-
-
 def test_a_call_that_fails_costs_its_point_alone():
     taken = evaluator(Fails({1}))
     points = torch.randn(3, taken.phi.dim)
