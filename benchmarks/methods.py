@@ -1,7 +1,7 @@
 """The rivals, each with its grid: what is chosen, on development seeds and the selection split, by `benchmarks.tune`.
 
-All start from the same model, with the same phi, data, steps, selection rounds and metric calls to observe. Grids are
-of one size. Controls take MetricOpt's own setting.
+All start from the same model, with the same phi, data, steps and selection rounds. Grids are of one size. Controls take
+MetricOpt's own setting.
 """
 
 from __future__ import annotations
@@ -163,6 +163,12 @@ def _cma(flat: bool, task, problem, seed, budget, folder, config) -> Outcome:
     return search(task, problem, seed, budget, space, make)
 
 
+def _cma_virtual(task, problem, seed, budget, folder, config) -> Outcome:
+    make = partial(CMAES, **config, diagonal=False, seed=seed)
+    space = coordinates(task, problem, seed, folder)
+    return search(task, problem, seed, budget, space, make, config["population"])
+
+
 def _spsa(task, problem, seed, budget, folder, config) -> Outcome:
     space = None if config["space"] == "flat" else coordinates(task, problem, seed, folder)
     numbers = {name: config[name] for name in ("perturbation_std", "step")}
@@ -201,6 +207,11 @@ RIVALS: dict[str, Rival] = {
     ),
     "cma": Rival(
         "CMA-ES, same coordinates", partial(_cma, False), _grid(perturbation_std=(0.06, 0.2, 0.6), population=(1, 2))
+    ),
+    "cma_virtual": Rival(
+        "CMA-ES on interpolated predictions",
+        _cma_virtual,
+        _grid(perturbation_std=(0.06, 0.2, 0.6), population=(8, 16)),
     ),
     "cma_flat": Rival(
         "separable CMA-ES, flat phi", partial(_cma, True), _grid(perturbation_std=(0.03, 0.1, 0.3), population=(1, 2))
