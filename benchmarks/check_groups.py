@@ -6,8 +6,8 @@ Two tasks of the benchmark, with its methods, settings, splits and budgets: a9a,
 sex and label, and CIFAR-10 under four cameras, accuracy under the worst of them.
 
 The claim, for each of the two over seeds 0-4: with a bias per logit tuned afterwards on both sides, the paired 95 %
-interval of MetricOpt minus the best of loss only on the report split lies above zero, and those of both controls include
-zero.
+interval of MetricOpt minus the best of loss only on the report split lies above zero, and those of both controls
+include zero.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Runs that observe predictions: budgets, interpolation, the fallback to scores, resume, and the tuned bias."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from runs import Truth, planned
 from transformers import EvalPrediction
 
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.evaluation import evaluator
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 PASSES, CALLS = 40, 400
@@ -193,3 +196,59 @@ def test_a_half_of_the_rows_on_which_the_metric_fails_costs_its_round_alone(tmp_
     trainer.train()
     assert trainer.result.failed_calls > 8 and trainer.phase.guide.off is None
     assert len(trainer.observations) > 15
+
+
+class Clock:
+    """Stands in for the clock by which passes and calls are timed: only what is said to take time does."""
+
+    def __init__(self, monkeypatch, passes=0.0, calls=0.0):
+        self.now, self.passes, self.calls = 0.0, passes, calls
+        monkeypatch.setattr(evaluator, "perf_counter", lambda: self.now)
+        predictions = evaluator._Data.predictions
+
+        def timed(data):
+            self.now += self.passes
+            return predictions(data)
+
+        monkeypatch.setattr(evaluator._Data, "predictions", timed)
+
+    def metric(self, prediction):
+        self.now += self.calls
+        return true_class_probability(prediction)
+
+
+ENOUGH = 8 + 7 + 3 * 33  # calls that an expansion in three coordinates and its rounds need
+
+
+@pytest.mark.parametrize(
+    ("passes", "calls", "budget"),
+    [(2**-10, 2**-7, 1200), (2.0, 2**-4, 1200), (2**-10, 0.5, 120), (5.0, 1.0, 200), (2**-10, 64.0, ENOUGH)],
+)
+def test_a_slow_metric_is_called_no_longer_than_the_passes_take_or_a_minute(
+    tmp_path, monkeypatch, caplog, passes, calls, budget
+):
+    clock = Clock(monkeypatch, passes, calls)
+    with caplog.at_level(logging.INFO, "metricopt_hf"):
+        trainer = make(tmp_path, clock.metric, forward_pass_budget=PASSES, metric_call_budget=None)
+        trainer.train()
+    assert trainer.phase.plan.calls == trainer.ledger.budget == budget
+    assert ENOUGH - 33 < trainer.ledger.calls["observe"] <= budget
+    assert (f"{budget} calls instead of 1200" in caplog.text) is (budget < 1200)
+
+
+def test_what_the_user_allows_is_not_timed(tmp_path, monkeypatch):
+    trainer = make(tmp_path, Clock(monkeypatch, calls=60.0).metric)
+    trainer.train()
+    assert trainer.phase.plan.calls == CALLS
+
+
+def test_a_resumed_run_keeps_the_calls_that_were_timed_whatever_the_clock_says_now(tmp_path, monkeypatch):
+    kwargs = {"save_strategy": "steps", "save_steps": 3, "metric_call_budget": None}
+    with monkeypatch.context() as patched:
+        whole = make(tmp_path / "whole", Clock(patched, calls=0.5).metric, **kwargs)
+        whole.train()
+    resumed = make(tmp_path / "resumed", **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.phase.plan == whole.phase.plan and whole.phase.plan.calls == 120
+    assert whole.ledger.calls == resumed.ledger.calls
+    assert [o.score for o in whole.observations] == [o.score for o in resumed.observations]
