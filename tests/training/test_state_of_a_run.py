@@ -54,7 +54,7 @@ def test_a_run_that_ends_early_leaves_an_ordinary_model_and_another_can_follow(t
     assert_ordinary(trainer, callbacks)
     after = weights(trainer.model)
     assert all(not torch.equal(before[name], after[name]) for name in after if "position_ids" not in name)
-    assert trainer.ledger.calls["observe"] == 16 and trainer.phase.start_step == 12
+    assert trainer.ledger.calls["observe"] == 24 and trainer.phase.start_step == 12
 
 
 def test_an_interrupt_keeps_what_was_tuned_so_far(tmp_path):
@@ -96,7 +96,7 @@ def test_out_of_memory_with_auto_find_batch_size(tmp_path, step):
     trainer.train()
     assert trainer._train_batch_size <= 4 and trainer.state.global_step == 16
     assert len(trainable) == 5 and set(trainable) == {len(list(tiny_bert().parameters()))}
-    assert trainer.ledger.calls["observe"] == 16 and trainer.phase.start_step == 12
+    assert trainer.ledger.calls["observe"] == 24 and trainer.phase.start_step == 12
     assert_ordinary(trainer, callbacks)
 
 
@@ -109,7 +109,7 @@ def test_no_memory_already_in_the_rehearsal(tmp_path):
 
     trainer = make(tmp_path, Greedy, auto_find_batch_size=True)
     trainer.train()
-    assert trainer._train_batch_size <= 4 and trainer.ledger.calls["observe"] == 16
+    assert trainer._train_batch_size <= 4 and trainer.ledger.calls["observe"] == 24
 
 
 def test_a_phi_and_an_optimizer_of_one_s_own_serve_twice(tmp_path):
@@ -120,7 +120,7 @@ def test_a_phi_and_an_optimizer_of_one_s_own_serve_twice(tmp_path):
     for _ in range(2):
         trainer.train()
         assert trainer.phi is phi and not phi.inserted
-        assert trainer.ledger.calls["observe"] == 16
+        assert trainer.ledger.calls["observe"] == 24
         assert trainer.result.phi["parameters"][0][0].endswith("film_scale")
 
 
@@ -133,7 +133,7 @@ def test_a_finished_run_goes_on_with_more_epochs_and_is_guided_anew(tmp_path, ca
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 60
     assert "metric phase that began at step 15" in caplog.text and "begins at step 45" in caplog.text
-    assert trainer.phase.start_step == 45 and min(trainer.phase.trajectory.steps) == 45
+    assert trainer.phase.start_step == 45 and min(trainer.result.trajectory.steps) == 45
     assert trainer.ledger.calls["observe"] == 24
     score = trainer.predict(trainer.selection_dataset).metrics["test_probability"]
     assert score == pytest.approx(trainer.result.best_score, abs=1e-6)
