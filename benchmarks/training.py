@@ -20,19 +20,18 @@ from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.comparison.methods import LOSS_ONLY
 from metricopt_hf.comparison.study import Start
 from metricopt_hf.phi import Coordinates
+from metricopt_hf.training.plan import CHECKS, SELECTIONS
 
 from .problem import Problem, Task
 
 NO_GUIDE = {name: value for name, value in LOSS_ONLY.changes.items() if name != "tune_output_bias"}
-# What the library does by default; and what all that trains and is not MetricOpt does instead.
+# What the library does by default, whatever the metric's time; all that trains and is not MetricOpt observes scores.
 PREDICTIONS = {
     "observe": "predictions",
     "forward_pass_budget": 60,
     "metric_call_budget": 1200,
     "tune_output_bias": True,
-    "observation_folds": 1,
 }
-SCORES = {"observe": "scores", "tune_output_bias": False, "observation_folds": 2}
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,14 @@ class Budget:
 
     Attributes:
         steps: optimizer steps.
-        rounds: evenly over the steps; in each, one look at the selection split, and `calls` metric calls to observe.
+        rounds: evenly over the steps; in each, one look at the selection split, and `calls` metric calls to observe:
+            as many as the library makes.
         batch_size: training examples per step.
     """
 
     steps: int = 200
-    rounds: int = 20
-    calls: int = 8
+    rounds: int = SELECTIONS
+    calls: int = CHECKS
     batch_size: int = 64
 
 
@@ -63,7 +63,7 @@ class Outcome:
             trained, "trust" and "coverage" (mean of the calls to observe until the next).
         ledger: metric calls and seconds by purpose.
         seconds: of processor time, of the whole run: on one thread, what else the machine does counts little.
-        soup: [d] the mean of phi over the last half of the rounds before the loss alone, where phi was trained.
+        soup: [d] the mean of phi over the last half of the rounds, where phi was trained.
         outputs: of the splits that are measured, where not the model at phi is what the method says.
     """
 
@@ -104,9 +104,9 @@ def make_trainer(
     args = MetricOptConfig(
         folder,
         max_steps=budget.steps,
-        select_steps=budget.steps // budget.rounds,
-        observations_per_step=budget.calls,
+        observe="scores",
         metric_call_budget=budget.rounds * budget.calls,
+        tune_output_bias=False,
         lr_scheduler_type="constant",
         metric_start_ratio=0,
         per_device_train_batch_size=budget.batch_size,
@@ -122,7 +122,7 @@ def make_trainer(
     )
     metric = Metric(task.metric, task.metric_name, task.greater_is_better)
     start = Start(problem.model, args, problem, {"metric": metric, "phi": problem.phi, **options})
-    trainer = start.trainer(**{**SCORES, **changes})
+    trainer = start.trainer(**changes)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -145,7 +145,7 @@ def train(
     trainer.train()
     result = trainer.result
     seconds = process_time() - start
-    visited = [*recorder.phis[: result.unguided_step and result.unguided_step // recorder.every], result.last_phi]
+    visited = [*recorder.phis, result.last_phi]
     return Outcome(
         result.best_phi,
         result.best_step,
@@ -177,7 +177,6 @@ def per_look(curve: list[dict[str, Any]], ended: list[float]) -> list[dict[str, 
 
 def coordinates(task: Task, problem: Problem, seed: int, folder: str) -> Coordinates:
     """The coordinates that MetricOpt would take at the start of the same run."""
-    budget = Budget(steps=1, rounds=1, calls=2)
-    trainer = make_trainer(task, problem, seed, budget, folder, {"value_weight": 0.0, "metric_call_budget": 0})
+    trainer = make_trainer(task, problem, seed, Budget(steps=1), folder, {"value_weight": 0.0, "metric_call_budget": 0})
     trainer.train()
     return trainer.result.coordinates

@@ -19,7 +19,7 @@ from ..evaluation.interpolator import NotInterpolable
 from ..evaluation.observer import Observed, Observer
 from ..evaluation.virtual_observer import VirtualObserver
 from ..phi import Coordinates
-from .phase import LARGE_ERROR
+from .rounds import LARGE_ERROR
 
 EXPANSIONS = 2
 # How far phi may go from where the outputs were expanded, in units of the coordinates: farther as long as it goes to

@@ -219,7 +219,7 @@ def diagnose(
     """
     since = perf_counter()
     metric, phi = observation.metric, observation.phi
-    completed = observation.complete[0] is not None  # by what knows all rows by their place
+    completed = observation.complete is not None  # by what knows all rows by their place
     observer = Observer(observation, perturbation_std, seed)
     virtual = VirtualObserver(observation, perturbation_std, on_all_rows, seed)
     for evaluator in (observation, selection):
@@ -270,7 +270,7 @@ def _tuned_bias(evaluator: Evaluator, prediction: EvalPrediction) -> np.ndarray:
 
 def _score(evaluator: Evaluator, prediction: EvalPrediction) -> float:
     with evaluator.ledger.charge("select"):
-        return evaluator.metric(prediction, evaluator.complete[0])
+        return evaluator.metric(prediction, evaluator.complete)
 
 
 def _on_halves(
