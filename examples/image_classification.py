@@ -2,9 +2,9 @@
 """Fine-tune an image classifier for the metric that it is judged by, and compare with what else one could do.
 
 Without options, a small ViT on scikit-learn's digits as four scanners see them (no Hub, no GPU, a few minutes on two
-cores; this is `make demo`). In training each scanner saw mostly digits of classes of its own, and the model is judged
-by the worst scanner's accuracy where all saw the same; or, the same digits under one camera, with a long tail of
-classes to train on, by the worst class's recall:
+cores; this is `make demo`). The training digits were seen by one of them, and the model is judged by the worst
+scanner's accuracy; or, the same digits under one camera, with a long tail of classes to train on, by the worst
+class's recall:
 
     python examples/image_classification.py
     python examples/image_classification.py --metric worst_class_recall
@@ -36,7 +36,7 @@ from functools import partial
 import datasets
 import numpy as np
 import torch
-from scipy.ndimage import uniform_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 from sklearn.datasets import load_digits
 from transformers import set_seed
 
@@ -94,21 +94,20 @@ class ImageArguments:
         metadata={"help": "Column of whole numbers that the metric alone is told, for worst_group_accuracy and such."},
     )
     pretraining_steps: int = field(
-        default=300, metadata={"help": "Steps for which the digits' model is pretrained in this script."}
+        default=400, metadata={"help": "Steps for which the digits' model is pretrained in this script."}
     )
 
 
 # The digits
 
 
-# The corner in which each scanner leaves its mark.
+# What each scanner makes of pixels [n, 8, 8] in [0, 1]; the generator is for its noise.
 SCANNERS = {
-    "top left": np.s_[:, :2, :2],
-    "top right": np.s_[:, :2, 6:],
-    "bottom left": np.s_[:, 6:, :2],
-    "bottom right": np.s_[:, 6:, 6:],
+    "as it is": lambda pixels, generator: pixels,
+    "blurred": lambda pixels, generator: gaussian_filter(pixels, (0, 0.7, 0.7)),
+    "low contrast": lambda pixels, generator: 0.25 + 0.5 * pixels,
+    "noisy": lambda pixels, generator: pixels + generator.normal(0, 0.2, pixels.shape),
 }
-AGREEMENT = 0.9  # share of the training digits that the scanner of their class saw
 
 
 def drawn(seed: int) -> tuple[np.random.Generator, np.ndarray, np.ndarray, list[np.ndarray]]:
@@ -127,26 +126,24 @@ def as_dataset(pixels: np.ndarray, labels: np.ndarray, group: np.ndarray | None 
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def scanned(seed: int) -> tuple[Splits, None]:
-    """Four splits; the model is pretrained on train.
+def scanned(seed: int) -> tuple[Splits, datasets.Dataset]:
+    """Four splits, and the images for pretraining, which are those of train.
 
-    Loss and metric disagree: each class has a scanner that saw most of its training images, so that a scanner's mark
-    tells the class nearly as well as the digit does; and the metric asks for the worst scanner's accuracy where each
-    digit was seen by all four. Detectors of pneumonia were found to read such marks of hospitals (Zech et al. 2018).
+    Loss and metric disagree: training images are what the first scanner saw, and the metric asks for the worst of all
+    four. Each digit of the other splits was seen by all of them.
     """
     generator, clean, labels, (train, *measured) = drawn(seed)
-    seen = np.stack([clean] * len(SCANNERS))
-    for pixels, corner in zip(seen, SCANNERS.values(), strict=True):
-        pixels[corner] = 1
-    usual = labels % len(SCANNERS)
-    other = (usual + generator.integers(1, len(SCANNERS), len(labels))) % len(SCANNERS)
-    scanner = np.where(generator.random(len(labels)) < AGREEMENT, usual, other)
-    group = np.arange(len(SCANNERS))
+    seen = [scanner(clean, generator) for scanner in SCANNERS.values()]
     splits = [
-        as_dataset(np.concatenate(seen[:, rows]), np.tile(labels[rows], len(group)), np.repeat(group, len(rows)))
+        as_dataset(
+            np.concatenate([pixels[rows] for pixels in seen]),
+            np.tile(labels[rows], len(seen)),
+            np.repeat(np.arange(len(seen)), len(rows)),
+        )
         for rows in measured
     ]
-    return Splits(as_dataset(seen[scanner[train], train], labels[train], scanner[train]), *splits), None
+    first = as_dataset(clean[train], labels[train])
+    return Splits(first, *splits), first
 
 
 def long_tailed(seed: int) -> tuple[Splits, datasets.Dataset]:
@@ -196,9 +193,9 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
     splits = splits.with_groups(images.group_column_name)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if data.dataset_name is None:
-        small = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 2, "num_heads": 4}
+        small = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
         model, processor = new_model("vit_tiny_patch16_224", 8, small, **labels)
-        first_dataset = None if first_dataset is None else with_pixels(first_dataset, processor)
+        first_dataset = with_pixels(first_dataset, processor)
     else:
         model, processor = load_model(named, **(labels if args.metric_start_ratio > 0 else {}))
     if model.config.num_labels != len(names):

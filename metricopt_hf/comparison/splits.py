@@ -110,7 +110,8 @@ class Splits:
                     f"The groups of the {name} split, its column {column!r}, are {groups.dtype}, not whole numbers: "
                     f"encode them first, with `dataset.class_encode_column({column!r})`."
                 )
-        return Splits(self.train.remove_columns("group"), *self.measured.values())
+        without = [name for name in self.train.column_names if name != "group"]
+        return Splits(self.train.select_columns(without), *self.measured.values())
 
     def check_classes(self, num_labels: int, column: str = "label") -> None:
         """Refuse labels that are no class indices below `num_labels`.
