@@ -264,11 +264,15 @@ class _Part:
 
     def _outputs(self) -> Iterator[BatchOutput]:
         batches = self._kept_batches()
-        for index, batch in enumerate(self._batches() if batches is None else batches):
-            if self._prefix is None or batches is None:
-                yield self.predict(batch)
-            else:
-                yield self._prefix.forward(index, lambda i: self.predict(batches[i]), len(batches))
+        if batches is None:
+            yield from map(self.predict, self._batches())
+            return
+
+        def run(index: int) -> BatchOutput:  # on a copy: whoever predicts may take columns out, or write to them
+            return self.predict(copy.deepcopy(batches[index]))
+
+        for index in range(len(batches)):
+            yield run(index) if self._prefix is None else self._prefix.forward(index, run, len(batches))
 
     def _check_joinable(self, labels: Any) -> None:
         """Batches of lists of dicts would be joined row by row, the first image with the first, and say nothing."""

@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 INDICES = "indices"  # in `include_for_metrics`
 POST_PROCESS = (
-    "evaluate() is overridden here: if it makes something else of the predictions before it calls compute_metrics, "
-    "hand the same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see "
-    "CompletingTrainer)."
+    "{}() is overridden here. If it makes something else of the predictions before it calls compute_metrics, hand the "
+    "same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see CompletingTrainer). "
+    "If it makes metrics of its own, let compute_metrics return the one to optimise, and name it (metric_key)."
 )
 
 
@@ -118,8 +118,10 @@ class CompletingTrainer(Trainer):
     @property
     def _hint(self) -> str:
         """What a metric that fails at its first call may lack."""
-        overridden = type(self).evaluate not in (CompletingTrainer.evaluate, Seq2SeqTrainer.evaluate)
-        return POST_PROCESS if overridden and self.post_process_function is None else ""
+        evaluates = type(self).evaluate not in (CompletingTrainer.evaluate, Seq2SeqTrainer.evaluate)
+        loops = type(self).evaluation_loop is not CompletingTrainer.evaluation_loop
+        overridden = "evaluate" if evaluates else "evaluation_loop" if loops else None
+        return POST_PROCESS.format(overridden) if overridden and self.post_process_function is None else ""
 
     def _post_process(self, examples: Any, features: Any, prediction: EvalPrediction) -> EvalPrediction:
         return self.post_process_function(examples, features, prediction.predictions)

@@ -133,7 +133,11 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     metric_key: str | None = field(
-        default=None, metadata={"help": "Which number of the `evaluate` module's result to optimise."}
+        default=None,
+        metadata={
+            "help": "Which number of the metric's result to optimise. Default: metric_for_best_model; of an `evaluate` "
+            "module its own."
+        },
     )
     metric_kwargs: dict | str | None = field(
         default=None,

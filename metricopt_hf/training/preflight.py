@@ -36,6 +36,20 @@ def names_metric(given: Any, args: TrainingArguments, compute_metrics: Callable 
     return compute_metrics is not None and metric_name(args, eval_dataset) is not None
 
 
+def tell_unguided(args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> None:
+    """Warn of a run that is Trainer's own although it has something of a metric."""
+    name, why = metric_name(args, eval_dataset), None
+    if compute_metrics is not None:
+        why = "compute_metrics is given, but metric_for_best_model names none of its metrics"
+    elif name is not None:
+        why = f"metric_for_best_model={name!r} names a metric, but there is no compute_metrics that would compute it"
+    if why is not None:
+        logger.warning(
+            f"This run is Trainer's own, and nothing is guided: {why}. Set both, as in compute_metrics=..., "
+            'metric_for_best_model="f1", greater_is_better=True; or pass the metric itself, as metric=...'
+        )
+
+
 def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> Metric:
     """The metric that `names_metric` speaks of.
 
@@ -56,7 +70,7 @@ def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callabl
         description = f"{given.description} {given.inputs_description}"
     if given is None:
         batchwise = args.batch_eval_metrics and metrics.takes_batches(compute_metrics)
-        name = metric_name(args, eval_dataset)
+        name = args.metric_key or metric_name(args, eval_dataset)  # evaluate() may rename what compute_metrics returns
         metric = Metric(compute_metrics, name, True, args.metric_timeout, exact=True, batchwise=batchwise)
     else:
         metric = metrics.resolve(
