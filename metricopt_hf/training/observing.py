@@ -189,7 +189,9 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         def outputs() -> list[torch.Tensor]:
             with self._own_token_count(), torch.no_grad():
                 try:
-                    logits = self.prediction_step(self.model, copy.copy(batch), False, ignore_keys=self._ignore_keys)[1]
+                    _, logits, _ = self.prediction_step(
+                        self.model, copy.deepcopy(batch), False, ignore_keys=self._ignore_keys
+                    )
                 except Exception:  # training batches need not be such as are predicted; then nothing can be said
                     return []
             leaves = [leaf for leaf in tree_flatten(logits)[0] if isinstance(leaf, torch.Tensor)]
