@@ -16,7 +16,7 @@ from typing import Any
 from transformers import EvalPrediction
 from transformers.trainer_callback import ProgressCallback
 
-from .. import Ledger, MetricOptTrainer
+from .. import Ledger, Metric, MetricError, MetricOptTrainer
 from ..posthoc import add_bias, tune_bias
 from .report import MethodRun, compare, comparison_table, details_of, plot_run, save_results, table_note
 from .splits import MEASURED
@@ -62,6 +62,21 @@ def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[st
     return {name: EvalPrediction(output.predictions, output.label_ids) for name, output in outputs.items()}
 
 
+def measured(metric: Metric, outputs: Mapping[str, EvalPrediction]) -> dict[str, float]:
+    """The metric of each prediction; nan where it fails twice, so that one failure does not cost a study all it has."""
+    scores = {}
+    for name, output in outputs.items():
+        for last in (False, True):
+            try:
+                scores[name] = metric(output)
+                break
+            except MetricError as error:
+                scores[name] = float("nan")
+                again = f"The figure on the {name} split is left out." if last else "It is asked once more."
+                logger.warning(f"{error} {again}")
+    return scores
+
+
 def run_start(trainer: MetricOptTrainer, splits: Mapping[str, Any], seconds: float = 0.0) -> MethodRun:
     """The row of the model as it is before tuning; `seconds` it took to train."""
     scores = {name: trainer.metric(prediction) for name, prediction in predictions(trainer, splits).items()}
@@ -94,7 +109,7 @@ def run_method(
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     seconds = perf_counter() - start
     outputs = predictions(trainer, splits)
-    scores = {name: metric(output) for name, output in outputs.items()}
+    scores = measured(metric, outputs)
     logger.info(
         f"Seed {seed}: {method.title} took {seconds:.1f} s; {', '.join(f'{n} {s:.3f}' for n, s in scores.items())}."
     )
@@ -103,7 +118,7 @@ def run_method(
         ledger, start = Ledger(), perf_counter()
         bias = tune_bias(metric, outputs["observation"], ledger)
         seconds += perf_counter() - start
-        scores = {name: metric(add_bias(output, bias)) for name, output in outputs.items()}
+        scores = measured(metric, {name: add_bias(output, bias) for name, output in outputs.items()})
         calls = {**trainer.ledger.calls, "post-hoc": ledger.calls["post-hoc"]}
         rows.append(MethodRun(method.title + WITH_BIAS, seed, scores, calls, seconds, {"bias": bias}))
     return trainer, rows
