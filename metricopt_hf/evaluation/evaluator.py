@@ -27,7 +27,10 @@ from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
 
-NOTHING = "The set on which the metric is observed is empty, or the model returns no logits."
+NOTHING = (
+    "The set on which the metric is observed is empty, or the model returns no logits. Look at "
+    'len(observation_dataset), and let forward return {"loss": loss, "logits": logits}.'
+)
 
 
 class BatchOutput(NamedTuple):
@@ -208,7 +211,8 @@ class Evaluator:
         if not self.phi.read().isfinite().all():
             raise MetricError(
                 f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
-                "moved it. What was selected before stays."
+                "moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
+                "learning_rate and phi_learning_rate."
             )
         complete = complete or self.complete[part]
         if prediction is None and self.metric.batchwise and complete is None:

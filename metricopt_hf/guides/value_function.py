@@ -37,7 +37,8 @@ class ValueFunctionGuide(DirectionGuide):
         given, dim = self._given, context.coordinates.dim
         if given is not None and given.num_coordinates != dim:
             raise ConfigurationError(
-                f"The value function given has {given.num_coordinates} coordinates, this phi {dim}."
+                f"The value function given has {given.num_coordinates} coordinates, this phi {dim}: set phi_dim to "
+                f"{given.num_coordinates}, or start without it."
             )
         self.fitted, self.groups = given is not None, 1
         self.calibration = Calibration()

@@ -22,6 +22,7 @@ from ..evaluation.evaluator import undisturbed
 
 logger = logging.getLogger(__name__)
 
+GUIDE_STATE = "Let the guide's state_dict() hold tensors, numbers, texts, lists and dicts."
 # what trainers keep losses in until they are logged
 COLLECTIONS = (list, dict, set, deque, defaultdict, Counter, OrderedDict)
 
@@ -75,10 +76,13 @@ def first_that_works(
             break
     if max(reached) == 0:
         why = "the loss does not reach phi" if None in errors else f"{type(errors[0]).__name__}: {errors[0]}"
+        remedy = "If Trainer takes this step, run without a metric, and look at the error above."
+        if None in errors:
+            remedy = 'Choose a phi that it depends on: phi="a regular expression over parameter names".'
         raise ConfigurationError(
             "A training step as the metric phase takes it, with everything but phi frozen and in eval mode, was tried "
             f"on one batch and failed ({why}). Nothing was trained. It fails also without freezing, and with "
-            "dropout and batch statistics alone switched off."
+            f"dropout and batch statistics alone switched off. {remedy}"
         ) from errors[0]
     chosen = reached.index(max(reached))
     if chosen > 0:
@@ -94,8 +98,8 @@ def first_that_works(
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Inside, `what` is rehearsed: an error that nobody has explained yet says so."""
+def told(what: str, remedy: str) -> Iterator[None]:
+    """Inside, `what` is rehearsed: an error that nobody has explained yet says so, and the remedy."""
     try:
         yield
     except Exception as error:
@@ -103,7 +107,7 @@ def told(what: str) -> Iterator[None]:
             raise
         raise ConfigurationError(
             f"{what[0].upper() + what[1:]}, as the metric phase will need, was tried before training and failed "
-            f"({type(error).__name__}: {error}). Nothing was trained."
+            f"({type(error).__name__}: {error}). Nothing was trained. {remedy}"
         ) from error
 
 

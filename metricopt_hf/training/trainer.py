@@ -26,7 +26,7 @@ from .modes import pinned
 from .observing import ObservingTrainer
 from .phase import MetricPhase
 from .plan import PhasePlan
-from .rehearsal import Stillness, attributes_kept, first_that_works, is_trainers, told, untouched
+from .rehearsal import GUIDE_STATE, Stillness, attributes_kept, first_that_works, is_trainers, told, untouched
 from .watch import CHANGED, Watch, followed, sums
 
 logger = logging.getLogger(__name__)
@@ -386,9 +386,9 @@ class MetricOptTrainer(ObservingTrainer):
             self._stillness = chosen = first_that_works(candidates, attempt, wanted, self.args.world_size)
             self._tell_idle(batch)
             if not self.phase.started:
-                with told("computing coordinates"):
+                with told("computing coordinates", 'phi_coordinates="random" needs no gradients.'):
                     coordinates = self._make_coordinates(max_batches=1)
-                with told("saving the guide's state"), TemporaryDirectory() as folder:
+                with told("saving the guide's state", GUIDE_STATE), TemporaryDirectory() as folder:
                     checkpoint.save(self._guidance_state(self.phase.rehearse(coordinates)), folder)
         return chosen
 
