@@ -310,7 +310,7 @@ class FiLM(PhiSpace):
             if hasattr(norm, "act") and isinstance(getattr(norm, "drop", None), nn.Module):
                 host, host_name = norm.drop, f"{name}.drop"
             if hasattr(host, SCALE):
-                raise PhiError(f"{name} is modulated already: call merge() of the first FiLM before building another.")
+                raise PhiError(f"{name} is modulated already: merge the first FiLM before building another.")
             dim = _channel_dim(norm, host)
             if dim is None:
                 if layers is None:
