@@ -160,11 +160,11 @@ def untouched(trainer: Trainer, weights: bool) -> Iterator[None]:
 
 def _putting_back(value: Any) -> Callable[[], None] | None:
     """For what can change in itself: puts back, in itself, what it holds now; collections in a dict included."""
-    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        return partial(_fill, [value], [value.detach().clone()])
     if isinstance(value, nn.Module):
-        buffers = list(value.buffers())
-        return partial(_fill, buffers, [buffer.clone() for buffer in buffers]) if buffers else None
+        put_back = [_putting_back(buffer) for buffer in value.buffers()]
+        return (lambda: [put_buffer() for put_buffer in put_back]) if put_back else None
+    if isinstance(value, Tensor):
+        return partial(_fill, value, value.detach().clone(), value._version)
     if type(value) not in COLLECTIONS:
         return None
     before = copy.copy(value)
@@ -179,8 +179,7 @@ def _putting_back(value: Any) -> Callable[[], None] | None:
     return put
 
 
-def _fill(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            if not torch.equal(tensor, value):
-                tensor.copy_(value)
+def _fill(tensor: Tensor, value: Tensor, version: int) -> None:
+    if tensor._version != version:  # it was written to
+        with torch.no_grad():
+            tensor.copy_(value)

@@ -78,7 +78,7 @@ class MetricOptTrainer(ObservingTrainer):
     _requires_grad: dict[str, bool] | None = None  # before the run; None outside of one
     _left_out: frozenset[str] = frozenset()  # of phi, by the user's own optimizer
     _rehearsal_due = False
-    _delivered: dict[str, float] | None = None  # sums of the weights that a guided run put in place
+    _delivered: dict[str, float | None] | None = None  # sums of the weights that a guided run put in place
 
     # What a user reads
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -50,7 +52,8 @@ def followed(callbacks: Iterable[TrainerCallback]) -> bool:
     )
 
 
-def sums(model: nn.Module) -> dict[str, float]:
-    """Of each of the weights that the model would save: enough to see whether they were changed."""
+def sums(model: nn.Module) -> dict[str, float | None]:
+    """Of each of the weights that the model would save, None where it is not finite: do they change, so do these."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    return {name: tensor.double().sum().item() for name, tensor in weights.items()}
+    found = {name: tensor.sum(dtype=torch.float32).item() for name, tensor in weights.items()}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}

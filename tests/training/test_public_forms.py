@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 import torch
 from helpers import Texts, assert_equal_weights, tiny_bert, weights
-from runs import TEXT_RUN, text_trainer
+from runs import text_trainer
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from metricopt_hf import ConfigurationError, MetricError, MetricOptConfig, MetricOptTrainer
+from metricopt_hf import ConfigurationError, MetricError, MetricOptTrainer
 
-FEW = {"metric_call_budget": 60, "forward_pass_budget": 12, "phi_dim": 2, "observations_per_step": 4}
-FIRST_PHASE = 12  # of 16 steps; a schedule that is constant makes it a shorter run of Trainer
+STEPS, FIRST_PHASE = 8, 6  # a schedule that is constant makes the first phase a shorter run of Trainer
+BUDGETS = {"metric_call_budget": 60, "forward_pass_budget": 12, "phi_dim": 2, "observations_per_step": 4}
 
 
 def guided(folder, cls=MetricOptTrainer, trainer_kwargs=None, **kwargs):
     data = {"train_dataset": Texts(96, seed=1), "eval_dataset": Texts(48, seed=2), **(trainer_kwargs or {})}
-    return text_trainer(folder, cls, trainer_kwargs=data, **{**FEW, **kwargs})
+    return text_trainer(folder, cls, trainer_kwargs=data, **{"max_steps": STEPS, **BUDGETS, **kwargs})
 
 
 def by_trainer(folder, cls=Trainer, trainer_kwargs=None, **kwargs):
@@ -101,7 +101,7 @@ def test_what_a_subclass_keeps_of_its_losses_is_of_training_alone(tmp_path):
     class Theirs(SeveralLosses, Trainer):
         pass
 
-    common = {"lr_scheduler_type": "constant", "logging_steps": 4}
+    common = {"lr_scheduler_type": "constant", "logging_steps": 2}
     logged = []
     for make, cls in ((guided, Ours), (by_trainer, Theirs)):
         trainer = make(tmp_path / cls.__name__, cls, **common)
@@ -110,7 +110,7 @@ def test_what_a_subclass_keeps_of_its_losses_is_of_training_alone(tmp_path):
         logged.append([[entry[name] for name in ("sizes", "total", "count", "mean")] for entry in entries])
     ours, plain = logged
     assert ours[:3] == plain and len(ours) == 4
-    assert len(ours[3][0]) == 4 and ours[3][2] == 16  # in the metric phase too
+    assert len(ours[3][0]) == 2 and ours[3][2] == STEPS  # in the metric phase too
 
 
 # A loss with parameters of its own, which the optimizer holds (sentence-transformers 2872, pytorch-metric-learning 355)
@@ -188,7 +188,7 @@ class ByCollator(Mixes):
 
 @pytest.mark.parametrize("cls", [ByArgument, ByAttribute, ByCollator])
 def test_the_metric_is_observed_on_batches_of_a_loader_of_one_s_own(tmp_path, cls):
-    trainer = guided(tmp_path, cls, {"data_collator": mixing}, eval_strategy="steps", eval_steps=8)
+    trainer = guided(tmp_path, cls, {"data_collator": mixing}, eval_strategy="steps", eval_steps=4)
     trainer.train()
     assert trainer.ledger.calls["observe"] > 0 and trainer.phase.faults.total == 0
     assert len(trainer.accelerator._dataloaders) < 6  # of training, and two evaluations
@@ -351,7 +351,7 @@ def test_where_evaluate_renames_it_the_key_says_which_one_is_optimised(tmp_path)
             return {**metrics, "eval_certainty": metrics.pop("eval_probability")}
 
     names = {"metric_for_best_model": "certainty", "metric_key": "probability"}
-    saves = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 8, "save_steps": 8}
+    saves = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
     trainer = guided(tmp_path, Renames, load_best_model_at_end=True, **names, **saves)
     trainer.train()
     assert trainer.metric.name == "probability" and trainer.state.best_metric is not None
@@ -449,7 +449,7 @@ class Unfreezes(TrainerCallback):
         model.bert.requires_grad_(False)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 4:
+        if state.global_step == 2:
             model.bert.encoder.requires_grad_(True)
 
 
@@ -471,4 +471,4 @@ def test_it_is_guided_and_delivers_what_was_selected(tmp_path, cls, trainer_kwar
     trainer = guided(tmp_path, cls, trainer_kwargs)
     trainer.train()
     assert_delivered(trainer)
-    assert trainer.state.max_steps == TEXT_RUN["max_steps"] and isinstance(trainer.args, MetricOptConfig)
+    assert trainer.state.global_step == STEPS
