@@ -164,7 +164,7 @@ def _putting_back(value: Any) -> Callable[[], None] | None:
         put_back = [_putting_back(buffer) for buffer in value.buffers()]
         return (lambda: [put_buffer() for put_buffer in put_back]) if put_back else None
     if isinstance(value, Tensor):
-        return partial(_fill, value, value.detach().clone(), value._version)
+        return partial(_fill, value, value.detach().clone())
     if type(value) not in COLLECTIONS:
         return None
     before = copy.copy(value)
@@ -179,7 +179,6 @@ def _putting_back(value: Any) -> Callable[[], None] | None:
     return put
 
 
-def _fill(tensor: Tensor, value: Tensor, version: int) -> None:
-    if tensor._version != version:  # it was written to
-        with torch.no_grad():
-            tensor.copy_(value)
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
