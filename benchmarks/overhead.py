@@ -43,6 +43,7 @@ from metricopt_hf.guides.blend import correction
 from metricopt_hf.phi import Coordinates, random_basis
 
 from . import cifar
+from .problem import Rows
 
 WARM_UP = 5
 LIMIT = 1.03
@@ -117,21 +118,24 @@ class FrozenTrainer(Trainer):
 
 
 class Clock(TrainerCallback):
-    def __init__(self):
-        self.ends = []
+    """When each step ended; the run ends behind so many."""
+
+    def __init__(self, steps: int):
+        self.steps, self.ends = steps, []
 
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(perf_counter())
+        control.should_training_stop = len(self.ends) == self.steps
 
     @property
     def step(self) -> float:
         return median(np.diff(self.ends)[WARM_UP:])
 
 
-def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: cifar.Images, folder: str) -> float:
-    clock = Clock()
+def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: Rows, folder: str) -> float:
+    clock, few = Clock(args.steps + WARM_UP + 1), Rows(data.columns, np.arange(8), data.pool)
     common = {
-        "max_steps": args.steps + WARM_UP + 1,
+        "max_steps": 20 * clock.steps,  # of which only the first are taken: so none is beside a look
         "per_device_train_batch_size": args.batch_size,
         "learning_rate": 1e-4,
         "save_strategy": "no",
@@ -143,9 +147,6 @@ def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: 
         config = MetricOptConfig(
             folder,
             metric_start_ratio=0,
-            unguided_ratio=0,  # every step is guided, and none is beside a look
-            select_steps=10**9,
-            observe_steps=10**9,
             metric_call_budget=0,
             greater_is_better=True,
             **common,
@@ -154,8 +155,8 @@ def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: 
             model,
             config,
             train_dataset=data,
-            observation_dataset=data.take(np.arange(8)),
-            selection_dataset=data.take(np.arange(8)),
+            observation_dataset=few,
+            selection_dataset=few,
             metric=lambda prediction: 0.5,
             guide=ReadyGuide(),
             callbacks=[clock],
@@ -174,7 +175,8 @@ def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: 
 def ratios(name: str, args: OverheadArguments) -> list[str]:
     torch.manual_seed(0)
     model = MODELS[name]()
-    data = cifar.Images(torch.randn(256, 3, 32, 32), torch.randint(10, (256,)))
+    columns = {"pixel_values": torch.randn(256, 3, 32, 32), "labels": torch.randint(10, (256,))}
+    data = Rows(columns, np.arange(256), "noise")
     plain, guided = [], []
     with tempfile.TemporaryDirectory() as folder:
         for pair in tqdm(range(args.pairs), desc=name):

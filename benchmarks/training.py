@@ -5,8 +5,7 @@ Every such method has the same phi, start, steps, batches and selection rounds; 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import process_time
 from typing import Any
@@ -17,22 +16,22 @@ import transformers
 from torch import Tensor
 from transformers import EvalPrediction
 
-from metricopt_hf import Guide, Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.comparison.methods import LOSS_ONLY
+from metricopt_hf.comparison.study import Start
 from metricopt_hf.phi import Coordinates
+from metricopt_hf.training.plan import CHECKS, SELECTIONS
 
 from .problem import Problem, Task
 
-# The cheapest coordinates, as they are never looked at.
-NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
-# What the library does by default; and what all that trains and is not MetricOpt does instead.
+NO_GUIDE = {name: value for name, value in LOSS_ONLY.changes.items() if name != "tune_output_bias"}
+# What the library does by default, whatever the metric's time; all that trains and is not MetricOpt observes scores.
 PREDICTIONS = {
     "observe": "predictions",
     "forward_pass_budget": 60,
     "metric_call_budget": 1200,
     "tune_output_bias": True,
-    "observation_folds": 1,
 }
-SCORES = {"observe": "scores", "tune_output_bias": False, "observation_folds": 2}
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,14 @@ class Budget:
 
     Attributes:
         steps: optimizer steps.
-        rounds: evenly over the steps; in each, one look at the selection split, and `calls` metric calls to observe.
+        rounds: evenly over the steps; in each, one look at the selection split, and `calls` metric calls to observe:
+            as many as the library makes.
         batch_size: training examples per step.
     """
 
     steps: int = 200
-    rounds: int = 20
-    calls: int = 8
+    rounds: int = SELECTIONS
+    calls: int = CHECKS
     batch_size: int = 64
 
 
@@ -63,7 +63,7 @@ class Outcome:
             trained, "trust" and "coverage" (mean of the calls to observe until the next).
         ledger: metric calls and seconds by purpose.
         seconds: of processor time, of the whole run: on one thread, what else the machine does counts little.
-        soup: [d] the mean of phi over the last half of the rounds before the loss alone, where phi was trained.
+        soup: [d] the mean of phi over the last half of the rounds, where phi was trained.
         outputs: of the splits that are measured, where not the model at phi is what the method says.
     """
 
@@ -97,21 +97,17 @@ def make_trainer(
     seed: int,
     budget: Budget,
     folder: str,
-    numbers: Mapping[str, Any],
+    changes: Mapping[str, Any],
     **options: Any,
 ) -> MetricOptTrainer:
-    """A trainer on a copy of the model; `numbers` are of `MetricOptConfig`, `options` of the trainer."""
-    numbers = {
-        "max_steps": budget.steps,
-        "select_steps": budget.steps // budget.rounds,
-        "observations_per_step": budget.calls,
-        "metric_call_budget": budget.rounds * budget.calls,
-        "lr_scheduler_type": "constant",
-        **SCORES,
-        **numbers,
-    }
+    """A trainer on a copy of the model, with `changes` as a `Method` makes them; `options` are of the trainer."""
     args = MetricOptConfig(
         folder,
+        max_steps=budget.steps,
+        observe="scores",
+        metric_call_budget=budget.rounds * budget.calls,
+        tune_output_bias=False,
+        lr_scheduler_type="constant",
         metric_start_ratio=0,
         per_device_train_batch_size=budget.batch_size,
         per_device_eval_batch_size=problem.eval_batch,
@@ -123,17 +119,10 @@ def make_trainer(
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        **numbers,
     )
-    trainer = MetricOptTrainer(
-        copy.deepcopy(problem.model),
-        args,
-        metric=Metric(task.metric, task.metric_name, task.greater_is_better),
-        observation_dataset=problem.observation,
-        selection_dataset=problem.selection,
-        phi=problem.phi,
-        **{"train_dataset": problem.train, **options},
-    )
+    metric = Metric(task.metric, task.metric_name, task.greater_is_better)
+    start = Start(problem.model, args, problem, {"metric": metric, "phi": problem.phi, **options})
+    trainer = start.trainer(**changes)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -144,37 +133,19 @@ def train(
     seed: int,
     budget: Budget,
     folder: str,
-    numbers: Mapping[str, Any],
-    guide: Guide | None = None,
-    train_dataset: Any = None,
-    loss: Callable | None = None,
+    changes: Mapping[str, Any],
+    **options: Any,
 ) -> Outcome:
-    """Train phi, and say what came of it.
-
-    Args:
-        numbers: of `MetricOptConfig`.
-        train_dataset: instead of the problem's.
-        loss: `compute_loss_func`, instead of the model's.
-    """
+    """Train phi, and say what came of it; the arguments are those of `make_trainer`."""
     start = process_time()
     recorder = Recorder(budget.steps // budget.rounds)
-    options = {"train_dataset": train_dataset} if train_dataset is not None else {}
     recorder.trainer = trainer = make_trainer(
-        task,
-        problem,
-        seed,
-        budget,
-        folder,
-        numbers,
-        guide=guide,
-        compute_loss_func=loss,
-        callbacks=[recorder],
-        **options,
+        task, problem, seed, budget, folder, changes, callbacks=[recorder], **options
     )
     trainer.train()
     result = trainer.result
     seconds = process_time() - start
-    visited = [*recorder.phis[: result.unguided_step and result.unguided_step // recorder.every], result.last_phi]
+    visited = [*recorder.phis, result.last_phi]
     return Outcome(
         result.best_phi,
         result.best_step,
@@ -206,7 +177,6 @@ def per_look(curve: list[dict[str, Any]], ended: list[float]) -> list[dict[str, 
 
 def coordinates(task: Task, problem: Problem, seed: int, folder: str) -> Coordinates:
     """The coordinates that MetricOpt would take at the start of the same run."""
-    budget = Budget(steps=1, rounds=1, calls=2)
-    trainer = make_trainer(task, problem, seed, budget, folder, {"value_weight": 0.0, "metric_call_budget": 0})
+    trainer = make_trainer(task, problem, seed, Budget(steps=1), folder, {"value_weight": 0.0, "metric_call_budget": 0})
     trainer.train()
     return trainer.result.coordinates

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Method:
-    """A way to tune a model: by the loss alone, by a control guide, or by MetricOpt.
+    """A way to tune a model: by the loss, by a control guide, or by MetricOpt.
 
     Attributes:
         title: row of the table.
@@ -42,7 +42,7 @@ class Method:
 # It never uses its coordinates, so they may be the cheapest; what a tuned bias adds is a row of its own.
 LOSS_ONLY = Method(
     "loss only",
-    {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random", "tune_output_bias": False},
+    {"value_weight": 0.0, "metric_call_budget": 0, "coordinates": "random", "tune_output_bias": False},
 )
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),
@@ -56,7 +56,7 @@ VALUE_FUNCTION, RESULTS, PLOT = "value_function", "results.json", "metric.png"
 
 
 def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[str, EvalPrediction]:
-    """What the trainer's model says of each data set, without another progress bar for each."""
+    """The predictions of the trainer's model on each data set, without a progress bar for each."""
     trainer.remove_callback(ProgressCallback)
     outputs = {name: trainer.predict(dataset) for name, dataset in splits.items()}
     return {name: EvalPrediction(output.predictions, output.label_ids) for name, output in outputs.items()}

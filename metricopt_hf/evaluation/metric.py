@@ -1,7 +1,7 @@
 """Metric: the user's black box, called with predictions and labels, answering one finite number.
 
-Nobody looks inside. What is checked is what comes out, and what goes in is a copy; what a call changes of the world
-(see `world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and
+Nobody looks inside. What comes out is checked, what goes in is a copy, and what a call changes elsewhere (see
+`world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and
 whatever it answers or raises, a call ends in one finite number or in a `MetricError`.
 """
 
@@ -31,7 +31,7 @@ INPUTS = ("auto", "argmax", "scores", "identity")
 # The value function computes in float32, up to 3.4e38: a score beyond this is as little use as an infinite one.
 LARGEST_SCORE = 1e30
 
-# What a metric may change for everybody, and nobody would think of it: how to read it, and how to set it.
+# Global state that a metric may change unnoticed: how to read it, and how to set it.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -129,7 +129,7 @@ class Metric:
         return self._call(_as_tensors(prediction) if self.batchwise else prediction, complete, last=True)
 
     def over(self, batches: Iterable[EvalPrediction]) -> float:
-        """The metric of a set that comes batch by batch, of a function that is `batchwise`. Raises as `__call__`."""
+        """The metric of a set that comes batch by batch, for a `batchwise` function. Raises as `__call__`."""
         batch = None
         try:
             for following in batches:
@@ -198,7 +198,7 @@ class Metric:
             if key is None:
                 raise MetricError(
                     f"The metric returned the keys {brief(list(result))}, none of which is {self.name!r}: name one of "
-                    "them with metric_for_best_model (or metric_key)."
+                    "them: metric_for_best_model does of compute_metrics, Metric(function, name) of any other."
                 )
             result = result[key]
         array = np.empty(0)
@@ -239,7 +239,6 @@ def from_evaluate(
     module: evaluate.EvaluationModule,
     greater_is_better: bool = True,
     inputs: str | Callable[[EvalPrediction], dict[str, Any]] = "auto",
-    key: str | None = None,
     kwargs: dict[str, Any] | None = None,
     timeout: float | None = None,
 ) -> Metric:
@@ -257,7 +256,6 @@ def from_evaluate(
             integer predictions, else "identity".
             Of several label columns (`label_names`) the first is the references; a module that takes `groups`, as
             `worst_group_accuracy` does, gets the second.
-        key: which number of the module's result; default: the module's name, or the only one there is.
         kwargs: passed on to `module.compute`, for instance `{"average": "macro"}`.
 
     Raises:
@@ -294,11 +292,11 @@ def from_evaluate(
                 arguments["groups"] = _groups(module.name, columns)
         return direct.compute(**arguments, **(kwargs or {}))
 
-    return Metric(function, key or module.name, greater_is_better, timeout, exact=key is not None)
+    return Metric(function, module.name, greater_is_better, timeout)
 
 
 def _groups(name: str, columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Of a prediction's label columns the one that holds the groups."""
+    """The label column of a prediction that holds the groups."""
     if len(columns) != 2:
         raise MetricError(
             f"The evaluate module {name!r} takes groups, beside labels, and got {len(columns)} label column(s): "
@@ -338,7 +336,6 @@ def resolve(
     metric: Any,
     greater_is_better: bool,
     inputs: str | Callable[[EvalPrediction], dict[str, Any]] = "auto",
-    key: str | None = None,
     kwargs: dict[str, Any] | None = None,
     timeout: float | None = None,
 ) -> Metric:
@@ -354,10 +351,10 @@ def resolve(
     if isinstance(metric, (str, os.PathLike)):
         metric = load(os.fspath(metric))
     if isinstance(metric, evaluate.EvaluationModule):
-        return from_evaluate(metric, greater_is_better, inputs, key, kwargs, timeout)
+        return from_evaluate(metric, greater_is_better, inputs, kwargs, timeout)
     if callable(metric):
-        name = key or getattr(metric, "__name__", type(metric).__name__)
-        return Metric(metric, name, greater_is_better, timeout, exact=key is not None)
+        name = getattr(metric, "__name__", type(metric).__name__)
+        return Metric(metric, name, greater_is_better, timeout)
     raise ConfigurationError(
         f"metric={metric!r} must be an evaluate module, its name or path, or a callable EvalPrediction -> number."
     )

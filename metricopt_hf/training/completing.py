@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ INDICES = "indices"  # in `include_for_metrics`
 POST_PROCESS = (
     "{}() is overridden here. If it makes something else of the predictions before it calls compute_metrics, hand the "
     "same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see CompletingTrainer). "
-    "If it makes metrics of its own, let compute_metrics return the one to optimise, and name it (metric_key)."
+    "If it makes or renames metrics itself, pass the one to optimise: metric=Metric(compute_metrics, 'its name')."
 )
 
 
@@ -94,23 +94,23 @@ class CompletingTrainer(Trainer):
         examples = dataset if self.eval_examples is None else data.examples_of(dataset, self.eval_examples)
         return self._post_process(examples, dataset, prediction)
 
-    def _tell_of_places(self, evaluator: Evaluator, scores: Sequence[float]) -> None:
+    def _tell_of_places(self, evaluator: Evaluator, score: float) -> None:
         """Warn of a metric that looks rows up by their place, where it is given parts of `eval_dataset`: in another
-        order of the rows it answers another number. `scores` are what it answered on each part."""
+        order of the rows it answers another number than `score`."""
         if self._completes or not data.is_part(self.observation_dataset):
             return
         try:
-            score = scores[0]
             for by_label in (True, False):  # of a coarse metric one may come out the same by chance
-                other = evaluator.evaluate("check", 0, partial(_reordered, by_label=by_label))
+                other = evaluator.evaluate("check", partial(_reordered, by_label=by_label))
                 if np.isclose(other, score):
                     continue
-                if np.isclose(evaluator.evaluate("check", 0), score):  # else it is never twice the same
+                if np.isclose(evaluator.evaluate("check"), score):  # else it is never twice the same
                     logger.warning(
                         f"In another order of the same rows {self.metric.name} is {other:g} instead of {score:g}: does "
                         "it look rows up by their place in eval_dataset? It is given random parts of that. Set "
                         'include_for_metrics=["indices"] and look up prediction.indices, or pass an '
-                        "observation_dataset and a selection_dataset that it knows, with observation_folds=1."
+                        "observation_dataset and a selection_dataset that it knows, with "
+                        'observe="predictions_on_all_rows".'
                     )
                 return
         except MetricError:

@@ -25,14 +25,13 @@ from benchmarks import (
     tabular,
     tasks,
 )
-from benchmarks.problem import KINDS, MEASURED, Problem, Rows, Task, label_ids_of, take
+from benchmarks.problem import KINDS, Problem, Rows, Task, data_root, label_ids_of, take
 from benchmarks.training import Budget, make_trainer
 from metricopt_hf import Ledger, Metric, Subset
-from metricopt_hf.comparison.splits import data_root
 
 missing = [name for name in ("cifar10", "resnet_cifar10", "a9a", "bank_marketing") if not (data_root() / name).is_dir()]
 needs_data = pytest.mark.skipif(bool(missing), reason=f"not here: {', '.join(missing)} (METRICOPT_DATA)")
-TINY = Budget(steps=4, rounds=2, calls=4, batch_size=8)
+TINY = Budget(steps=20, batch_size=8)
 GROUPED = ["a9a_groups", "a9a_fair", "cifar_cameras", "dominoes"]
 
 
@@ -45,7 +44,7 @@ def toy_problem(seed: int) -> Problem:
     parts = np.split(np.random.default_rng(seed).permutation(400), [100, 200, 300])
     train = Rows(columns, parts[0], "toy")
     model = tabular.pretrain(next(train.batches()), seed)
-    return Problem(model, train, *(Rows({**columns, "group": group}, part, "toy") for part in parts[1:]))
+    return Problem(train, *(Rows({**columns, "group": group}, part, "toy") for part in parts[1:]), model)
 
 
 def toy_pixels() -> torch.Tensor:
@@ -60,7 +59,7 @@ def toy_images(seed: int) -> Problem:
     columns["pixel_values"] = cifar.activations(net, cifar.Images(pixels, columns["labels"])).pixel_values
     parts = np.split(np.random.default_rng(seed).permutation(40), [10, 20, 30])
     measured = (Rows(columns, part, "toy images") for part in parts[1:])
-    return Problem(net, Rows(columns, parts[0], "toy images").without("group"), *measured)
+    return Problem(Rows(columns, parts[0], "toy images").without("group"), *measured, net)
 
 
 TOY = Task(
@@ -129,7 +128,7 @@ def test_groups_are_the_metrics_alone(name, tmp_path):
     # and what the trainer hands to the metric is what the benchmark measures
     seen = []
     spy = replace(task, metric=lambda p: seen.append(p) or task.metric(p))
-    trainer = make_trainer(spy, problem, 0, TINY, str(tmp_path), {"observation_folds": 1, "metric_call_budget": 0})
+    trainer = make_trainer(spy, problem, 0, TINY, str(tmp_path), {"metric_call_budget": 0})
     trainer.train()
     expected = problem.predict(problem.model, problem.observation)
     first = next(p for p in seen if len(p.predictions) == len(expected.predictions))
@@ -144,9 +143,9 @@ def test_the_sex_of_a9a_is_its_feature():
     train, _ = tabular.load("a9a")
     assert int(train["features"][:, groups.MALE].sum()) == 21_790
     grouped, plain = groups.problem(tasks.TABULAR_SMOKE, 0), tabular.problem("a9a", tasks.TABULAR_SMOKE, 0.0, 0)
-    assert {n: s.digest for n, s in grouped.splits().items()} == {n: s.digest for n, s in plain.splits().items()}
-    for name in MEASURED:
-        batch = next(getattr(grouped, name).batches())
+    assert {n: s.digest for n, s in grouped.items()} == {n: s.digest for n, s in plain.items()}
+    for rows in grouped.measured.values():
+        batch = next(rows.batches())
         assert torch.equal(batch["group"], batch["features"][:, groups.MALE].long())
 
 
@@ -276,7 +275,7 @@ def report(task: Task, name: str, config: dict, seed: int = 0, budget: Budget = 
 
 
 def test_labels_and_groups_of_observation_help():
-    long = Budget(steps=150, rounds=3, calls=4, batch_size=32)
+    long = Budget(steps=160, batch_size=32)
     start = report(TOY, "start", {})["plain"]
     assert report(TOY, "dfr", {"C": 1.0})["plain"] > start
     assert report(TOY, "group_dro", {"phi_learning_rate": 3e-2, "group_step": 0.1}, budget=long)["plain"] > start

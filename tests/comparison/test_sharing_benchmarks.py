@@ -2,12 +2,13 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from benchmarks import cards, check_cifar, cifar, warm_start
+from benchmarks import cards, cifar, warm_start, worst_class
 from metricopt_hf.comparison.methods import METHODS
 
 
@@ -31,10 +32,10 @@ def few(monkeypatch, tmp_path):
     monkeypatch.setenv("METRICOPT_DATA", str(tmp_path))
     monkeypatch.setattr(cifar, "load", images)
     monkeypatch.setattr(cifar, "pretrained", net)
-    monkeypatch.setattr(cifar, "splits", functools.partial(cifar.splits, observation_size=50))
-    monkeypatch.setattr(check_cifar, "METRIC", "misclassification")  # of an untrained net no class is always missed
+    monkeypatch.setattr(cards, "SIZES", replace(cards.SIZES, observation=50))
+    monkeypatch.setattr(worst_class, "METRIC", "misclassification")  # of an untrained net no class is always missed
     for script in (cards, warm_start):
-        monkeypatch.setattr(script, "make_trainer", functools.partial(check_cifar.make_trainer, phi_dim=2))
+        monkeypatch.setattr(script, "make_trainer", functools.partial(worst_class.make_trainer, phi_dim=2))
     monkeypatch.setattr(warm_start, "OBSERVED", 50)
     monkeypatch.setattr(warm_start, "FIRST_SELECTED", 30)
 
@@ -53,19 +54,19 @@ def test_warm_is_compared_with_cold(capsys, tmp_path):
     assert warm_start.main(["--seeds", "0", "1", "--max_steps", "11", "--results", str(results)]) == 0
     printed = capsys.readouterr().out
     calls = [line.split()[0] for line in printed.splitlines() if line.strip()[:1].isdigit()]
-    assert calls == ["0", "16"]
+    assert calls == ["0", "16", "32", "48", "64", "80"]
     assert "report split, at end" in printed and "2 seeds" in printed
     runs = json.loads(results.read_text())["runs"]
     assert [run["method"] for run in runs] == ["cold", "warm"] * 2
-    assert all(run["details"]["curve"][1]["calls"] == 16 for run in runs)
+    assert all([row["calls"] for row in run["details"]["curve"][:2]] == [8, 16] for run in runs)
     # whether what it predicts in its first round has been learned before
     assert [run["details"]["curve"][0]["rank_correlation"] is not None for run in runs] == [False, True] * 2
 
 
 def test_two_users_share_no_image(monkeypatch):
     monkeypatch.setattr(warm_start, "OBSERVED", 40)
-    first, second = warm_start.two_users(images("train"), images("test"), seed=0)
-    theirs, ours = ([part.pixel_values for part in vars(splits).values()] for splits in (first, second))
-    seen = {tuple(image.flatten()[:4].tolist()) for part in theirs for image in part}
-    assert not seen & {tuple(image.flatten()[:4].tolist()) for part in ours for image in part}
+    first, second = warm_start.two_users(net(20), images("train"), images("test"), seed=0)
+    theirs, ours = ([part for _, part in problem.items()] for problem in (first, second))
+    seen = {tuple(item["pixel_values"].flatten()[:4].tolist()) for part in theirs for item in part}
+    assert not seen & {tuple(item["pixel_values"].flatten()[:4].tolist()) for part in ours for item in part}
     assert all(len(part) for part in (*theirs, *ours))

@@ -8,12 +8,11 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, example, save_dataset
+from helpers import DATA, TINY, example, save_dataset
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
-from metricopt_hf import ConfigurationError, MetricError, PhiError
+from metricopt_hf import ConfigurationError, PhiError
 from metricopt_hf.comparison.images import new_model
-from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.metrics import path
 
 for needed in ("tabulate", "matplotlib", "pytorch_metric_learning"):
@@ -149,12 +148,6 @@ def test_refusals(script, images, model, tmp_path, options, message):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_refuses_a_missing_metric_key(script, images, model, tmp_path):
-    given = f"{TINY} --dataset_name {images} --model_name_or_path {model} --output_dir {tmp_path / 'out'}"
-    with pytest.raises(MetricError, match=r"returned the keys \['map_at_r'\], none of which is 'map'"):
-        script.main([*given.split(), "--metric_key", "map"])
-
-
 def test_refuses_too_few_groups_and_missing_labels(script, model, tmp_path):
     few = save_images(tmp_path / "few", [0, 0, 1, 1, 2, 2])
     options = f"{TINY} --model_name_or_path {model} --seeds 1 --output_dir {tmp_path / 'out'} --dataset_name"
@@ -181,7 +174,7 @@ def test_refuses_a_model_without_norms(script, images, tmp_path):
 
 
 def test_omniglot(script, tmp_path):
-    if not (data_root() / "omniglot_small").is_dir():
+    if not (DATA / "omniglot_small").is_dir():
         pytest.skip("needs omniglot_small in ../shared/data beside the project")
     options = f"{TINY} --seeds 1 --methods metricopt --observation_size 40 --max_report_samples 40"
     runs = script.main([*options.split(), "--output_dir", str(tmp_path / "out")])

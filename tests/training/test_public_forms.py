@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from helpers import Texts, assert_equal_weights, tiny_bert, weights
-from runs import text_trainer
+from runs import probability, text_trainer
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from metricopt_hf import ConfigurationError, MetricError, MetricOptTrainer
+from metricopt_hf import ConfigurationError, Metric, MetricError, MetricOptTrainer
 
 STEPS, FIRST_PHASE = 8, 6  # a schedule that is constant makes the first phase a shorter run of Trainer
-BUDGETS = {"metric_call_budget": 60, "forward_pass_budget": 12, "phi_dim": 2, "observations_per_step": 4}
+BUDGETS = {"metric_call_budget": 60, "forward_pass_budget": 12, "phi_dim": 2}
 
 
 def guided(folder, cls=MetricOptTrainer, trainer_kwargs=None, **kwargs):
@@ -340,19 +340,20 @@ def test_a_run_that_has_something_of_a_metric_and_is_not_guided_says_so(tmp_path
 @pytest.mark.parametrize("name", ["evaluate", "evaluation_loop"])
 def test_a_metric_that_compute_metrics_does_not_return_is_asked_for_by_name(tmp_path, name):
     cls = type("Overrides", (MetricOptTrainer,), {name: lambda self, *args, **kwargs: None})
-    with pytest.raises(MetricError, match=rf"'certainty'.*\n.*{name}\(\) is overridden .*metric_key"):
+    with pytest.raises(MetricError, match=rf"'certainty'.*\n.*{name}\(\) is overridden .*metric=Metric\(compute_metrics"):
         guided(tmp_path, cls, metric_for_best_model="certainty").train()
 
 
-def test_where_evaluate_renames_it_the_key_says_which_one_is_optimised(tmp_path):
+def test_where_evaluate_renames_it_the_metric_given_is_optimised(tmp_path):
     class Renames(MetricOptTrainer):
         def evaluate(self, *args, **kwargs):
             metrics = super().evaluate(*args, **kwargs)
             return {**metrics, "eval_certainty": metrics.pop("eval_probability")}
 
-    names = {"metric_for_best_model": "certainty", "metric_key": "probability"}
+    names = {"metric_for_best_model": "certainty", "greater_is_better": True}
     saves = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
-    trainer = guided(tmp_path, Renames, load_best_model_at_end=True, **names, **saves)
+    metric = {"metric": Metric(probability, "probability", True)}
+    trainer = guided(tmp_path, Renames, metric, load_best_model_at_end=True, **names, **saves)
     trainer.train()
     assert trainer.metric.name == "probability" and trainer.state.best_metric is not None
 
