@@ -64,6 +64,21 @@ def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[st
     return {name: EvalPrediction(output.predictions, output.label_ids) for name, output in outputs.items()}
 
 
+def measured(metric: Metric, outputs: Mapping[str, EvalPrediction]) -> dict[str, float]:
+    """The metric of each prediction; nan where it fails twice, so that one failure does not cost a study all it has."""
+    scores = {}
+    for name, output in outputs.items():
+        for last in (False, True):
+            try:
+                scores[name] = metric(output)
+                break
+            except MetricError as error:
+                scores[name] = float("nan")
+                again = f"The figure on the {name} split is left out." if last else "It is asked once more."
+                logger.warning(f"{error} {again}")
+    return scores
+
+
 def by_group(metric: Metric, prediction: EvalPrediction) -> dict[int, float]:
     """The metric on the examples of each group alone, where groups stand in a second label column.
 
@@ -92,7 +107,7 @@ def rows_of(
     metric, calls, reported = trainer.metric, dict(trainer.ledger.calls), MEASURED[-1]
 
     def row(title: str, outputs: Mapping[str, EvalPrediction], **values: Any) -> MethodRun:
-        scores = {name: metric(output) for name, output in outputs.items()}
+        scores = measured(metric, outputs)
         groups = by_group(metric, outputs[reported]) if reported in outputs else {}
         return MethodRun(title, trainer.args.seed, scores, by_group=groups, **values)
 

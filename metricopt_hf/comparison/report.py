@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 from .. import ConfigurationError, MetricOptTrainer
 from ..extras import require
 
-BETTER, WORSE, INSIDE_NOISE, ONE_SEED = "better", "worse", "inside noise", "one seed"
+BETTER, WORSE, INSIDE_NOISE, ONE_SEED, NO_FIGURE = "better", "worse", "inside noise", "one seed", "no figure"
 # A difference of at most so many standard errors is called noise.
 NOISE_ERRORS = 2.0
 
@@ -55,7 +55,7 @@ class Difference:
     Attributes:
         mean: over the seeds, in units of the metric.
         error: its standard error; nan for one seed.
-        verdict: "better", "worse", "inside noise", or "one seed".
+        verdict: "better", "worse", "inside noise", "one seed", or "no figure".
     """
 
     mean: float
@@ -119,7 +119,11 @@ def compare(
                 f"{method!r} was run with the seeds {sorted(scores)}, {reference!r} with {sorted(base)}: differences "
                 "are paired by seed."
             )
-        seeds = sorted(base)
+        # without seeds of which a figure is missing, as the metric failed
+        seeds = [seed for seed in sorted(base) if math.isfinite(scores[seed] - base[seed])]
+        if not seeds:
+            differences[method] = Difference(float("nan"), float("nan"), NO_FIGURE)
+            continue
         differences[method] = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds], greater_is_better)
     return differences
 

@@ -85,7 +85,10 @@ class Splits:
         for name, dataset in self.items():
             labels = np.asarray(dataset.with_format("numpy")[column][:])
             if (wrong := np.flatnonzero(~np.isfinite(labels))).size:
-                raise ConfigurationError(f"Example {wrong[0]} of the {name} split has the label {labels[wrong[0]]}.")
+                raise ConfigurationError(
+                    f"Example {wrong[0]} of the {name} split has the label {labels[wrong[0]]}, which is no number to "
+                    "learn: leave such examples out, or name another column with --label_column_name."
+                )
             if np.ptp(labels) == 0:
                 raise ConfigurationError(
                     f"All labels of the {name} split are {labels[0]}, as where labels are held back: take another "
@@ -270,7 +273,7 @@ def load_dataset(name: str, config: str | None, split: str, token: str | None = 
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
-        raise ConfigurationError(f"The split {split!r} of {name} is empty.") from error
+        raise ConfigurationError(f"The split {split!r} of {name} is empty: take another with --*_split.") from error
 
 
 def sample(dataset: datasets.Dataset, size: int | None, seed: Any) -> datasets.Dataset:
