@@ -43,7 +43,7 @@ def assert_delivered(trainer):
     assert best.phi is not None and out == pytest.approx(best.score, abs=1e-6)
 
 
-# What is set up when training begins: class weights computed in a callback (transformers 8886), a temperature per epoch
+# What is set up when training begins: class weights computed in a callback, a temperature per epoch
 
 
 class Weighted:
@@ -225,7 +225,7 @@ def test_a_prediction_step_may_take_columns_out_and_write_to_them(tmp_path, obse
 
 
 class ByName(TrainerCallback):
-    """Finds the parameters by their names (lucidrains and many notebooks)."""
+    """Finds the parameters by their names."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
