@@ -201,6 +201,16 @@ RIVALS: dict[str, Rival] = {
         _scores,
         setting={"phi_learning_rate": 5e-3, "value_weight": 64.0, "perturbation_std": 0.4},
     ),
+    "bridge": Rival(
+        "BridgeGuide",
+        partial(_guided, "bridge"),
+        _grid(phi_learning_rate=(5e-3, 1e-2), value_weight=(1.0, 5.0, 20.0)),
+    ),
+    "loss_alignment": Rival(
+        "LossAlignmentGuide (ALA)",
+        partial(_guided, "loss_alignment"),
+        _grid(phi_learning_rate=(5e-3, 1e-2), value_weight=(1.0, 4.0, 16.0)),
+    ),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "evolution": Rival(

@@ -23,10 +23,12 @@ class Bridge(nn.Module):
     model: its gradient joins in the backward pass of whatever loss is computed from the output. So the module works
     in any model under any Trainer, and the loss that is logged is the task's alone.
 
-    As in the paper, the task's gradient moves the approximator's input and not its parameters, and the distance moves
-    both. Each example's distance is weighed by the length of the task's gradient at its output: that makes the sum of
-    the two gradients follow every scale that the loss is given, by gradient accumulation, gradient scalers or several
-    ranks, which the module is not told of. (The paper's weight is the same for all examples.)
+    The task's gradient moves the approximator's input and not its parameters, and the distance the parameters and not
+    the input. (In the authors' code the distance moves the input too, towards where the approximator is right; measured
+    on sorting, that drew the hard output to a constant.) Each example's distance is weighed by the length of the task's
+    gradient at its output: so both gradients follow every scale that the loss is given, by gradient accumulation,
+    gradient scalers or several ranks, of which the module is not told. (The paper's weight is the same for all
+    examples.)
 
     Args:
         function: tensors -> a tensor with examples in its first dimension. It may be a module, and is then saved with
@@ -90,7 +92,7 @@ class _Bridged(torch.autograd.Function):
         weights = ctx.gamma * gradient.float().flatten(1).norm(dim=1)
         pull = 2 * weights.view(-1, *[1] * (gradient.dim() - 1)) * (ctx.soft.detach().float() - ctx.hard.float())
         moved = [x for x in ctx.inputs if x.requires_grad]
-        given = ((gradient + pull, moved), (pull, ctx.trained))
+        given = ((gradient, moved), (pull, ctx.trained))
         to_moved, to_trained = (
             torch.autograd.grad(ctx.soft, wanted, at.to(ctx.soft.dtype), retain_graph=True, allow_unused=True)
             if wanted

@@ -20,7 +20,7 @@ from .outputs import CLASSES, NUMBERS, ReadingGuide, Rows
 from .set_network import SetNetwork, fit
 
 # optimizer steps of a fit: the first, and those that go on from it
-FIRST_FIT_STEPS, WARM_FIT_STEPS = 100, 20
+FIRST_FIT_STEPS, WARM_FIT_STEPS = 60, 10
 # outputs that are kept to be fitted to, in numbers; the oldest round goes first
 MOST_NUMBERS = 2**22
 
