@@ -1,7 +1,7 @@
 """The rivals, each with its grid: what is chosen, on development seeds and the selection split, by `benchmarks.tune`.
 
 All start from the same model, with the same phi, data, steps, selection rounds and metric calls to observe. Grids are
-of one size. Controls take MetricOpt's own setting.
+of one size. Controls, and other guides, take MetricOpt's own setting.
 """
 
 from __future__ import annotations
@@ -201,16 +201,8 @@ RIVALS: dict[str, Rival] = {
         _scores,
         setting={"phi_learning_rate": 5e-3, "value_weight": 64.0, "perturbation_std": 0.4},
     ),
-    "bridge": Rival(
-        "BridgeGuide",
-        partial(_guided, "bridge"),
-        _grid(phi_learning_rate=(5e-3, 1e-2), value_weight=(1.0, 5.0, 20.0)),
-    ),
-    "loss_alignment": Rival(
-        "LossAlignmentGuide (ALA)",
-        partial(_guided, "loss_alignment"),
-        _grid(phi_learning_rate=(5e-3, 1e-2), value_weight=(1.0, 4.0, 16.0)),
-    ),
+    "bridge": Rival("bridge to the metric", partial(_guided, "bridge"), settings_of="metricopt"),
+    "loss_alignment": Rival("adaptive loss alignment", partial(_guided, "loss_alignment"), settings_of="metricopt"),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "evolution": Rival(
