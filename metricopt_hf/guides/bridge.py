@@ -59,7 +59,8 @@ class BridgeGuide(ReadingGuide):
     def learn_rows(self, rows: list[Rows], scores: np.ndarray, observed: Round) -> None:
         steps = WARM_FIT_STEPS
         if self._network is None:
-            self._network, steps = SetNetwork(rows[0], self.context.generator), FIRST_FIT_STEPS
+            whole = Rows(torch.cat([some.outputs for some in rows]), rows[0].labels, self.kind)
+            self._network, steps = SetNetwork(whole, self.context.generator), FIRST_FIT_STEPS
         start = 0
         for end in range(1, len(rows) + 1):
             if end == len(rows) or not torch.equal(rows[end].labels, rows[start].labels):

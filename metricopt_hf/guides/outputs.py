@@ -83,20 +83,19 @@ def of_batch(inputs: Mapping[str, Any], outputs: Any, kind: str) -> tuple[Rows, 
 def matched(term: Tensor, rows: Rows, at: Tensor, task_loss: Tensor, weight: float) -> Tensor:
     """`term` times the number that makes its gradient at the outputs `weight` times as long as the task's there.
 
-    It is no function of the outputs. Where the task's loss was computed from a copy of them (mixed precision), the
-    usual loss of such labels stands for it. Zero where `term` has no gradient, or one that is not finite.
+    The number is no function of the outputs. Where the task's loss was computed from a copy of them (mixed precision)
+    or from something else, cross-entropy stands for it, and of labels that are no classes a loss whose gradient is of
+    length one at every example. Zero where `term` has no gradient, or one that is not finite.
 
     Args:
         at: the model's outputs, as `of_batch` returns them.
     """
     (ours,) = torch.autograd.grad(term, at, retain_graph=True)
     (task,) = torch.autograd.grad(task_loss, at, retain_graph=True, allow_unused=True)
-    if task is None:
-        usual = {CLASSES: F.cross_entropy, NUMBERS: F.mse_loss}.get(rows.kind)
-        if usual is None:
-            return term * 0
-        (task,) = torch.autograd.grad(usual(rows.outputs, rows.labels), at, retain_graph=True)
-    ratio = weight * task.float().norm() / ours.float().norm()
+    if task is None and rows.kind == CLASSES:
+        (task,) = torch.autograd.grad(F.cross_entropy(rows.outputs, rows.labels), at, retain_graph=True)
+    length = len(rows) ** -0.5 if task is None else task.float().norm()
+    ratio = weight * length / ours.float().norm()
     return term * torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
 
 
