@@ -201,8 +201,10 @@ RIVALS: dict[str, Rival] = {
         _scores,
         setting={"phi_learning_rate": 5e-3, "value_weight": 64.0, "perturbation_std": 0.4},
     ),
-    "bridge": Rival("bridge to the metric", partial(_guided, "bridge"), settings_of="metricopt"),
-    "loss_alignment": Rival("adaptive loss alignment", partial(_guided, "loss_alignment"), settings_of="metricopt"),
+    "bridge": Rival("bridge to the metric", partial(_guided, "bridge"), settings_of="metricopt", seeds=3),
+    "loss_alignment": Rival(
+        "adaptive loss alignment", partial(_guided, "loss_alignment"), settings_of="metricopt", seeds=3
+    ),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "evolution": Rival(
