@@ -26,7 +26,7 @@ GUIDES = {
     "loss_alignment": (
         "loss_alignment",
         "Where a loss of classes, or of pairs, with other weights would do. It is followed only as far as its loss "
-        "ranks real scores, which with groups or flipped labels is seldom.",
+        "ranks real scores: see its trust below.",
     ),
 }
 
