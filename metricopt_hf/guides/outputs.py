@@ -54,7 +54,7 @@ def of_prediction(prediction: EvalPrediction, kind: str | None = None) -> Rows:
     Raises:
         Unreadable: it holds something else.
     """
-    outputs, labels = _first(prediction.predictions), _first(prediction.label_ids)
+    outputs, labels = _joined(prediction.predictions), _joined(prediction.label_ids)
     if not isinstance(outputs, np.ndarray) or not isinstance(labels, np.ndarray):
         raise Unreadable("predictions and labels are no arrays")
     return _rows(torch.as_tensor(outputs), torch.as_tensor(labels), kind)
@@ -73,7 +73,9 @@ def of_batch(inputs: Mapping[str, Any], outputs: Any, kind: str) -> tuple[Rows, 
         outputs = [value for name, value in outputs.items() if name != "loss"]
     elif isinstance(outputs, (tuple, list)) and torch.is_tensor(outputs[0]) and not outputs[0].dim():
         outputs = outputs[1:]  # as Trainer: the loss comes first
-    given = _first(outputs)
+    given = outputs
+    while isinstance(given, (tuple, list)) and len(given):
+        given = given[0]
     names = [name for name in inputs if name.startswith("label")]
     if not torch.is_tensor(given) or not names or not torch.is_tensor(inputs[names[0]]):
         raise Unreadable("a training batch holds no tensor of outputs, or none of labels")
@@ -99,9 +101,14 @@ def matched(term: Tensor, rows: Rows, at: Tensor, task_loss: Tensor, weight: flo
     return term * torch.where(ratio.isfinite(), ratio, torch.zeros_like(ratio))
 
 
-def _first(tree: Any) -> Any:
-    while isinstance(tree, (tuple, list)) and len(tree):
-        tree = tree[0]
+def _joined(tree: Any) -> Any:
+    """The first of a tuple; of a list, with a thing per batch (`eval_do_concat_batches=False`), all one after another."""
+    if isinstance(tree, tuple) and tree:
+        return _joined(tree[0])
+    if isinstance(tree, list) and tree:
+        parts = [_joined(part) for part in tree]
+        if all(isinstance(part, np.ndarray) and part.shape[1:] == parts[0].shape[1:] for part in parts):
+            return np.concatenate(parts)
     return tree
 
 

@@ -41,15 +41,22 @@ def test_of_several_arrays_the_first_counts_as_with_groups_beside_labels():
     assert rows.outputs.shape == (4, 2) and rows.labels.tolist() == [0, 1, 1, 0]
 
 
+def test_batches_that_are_not_joined_are_joined():
+    logits, labels = np.arange(12.0, dtype=np.float32).reshape(6, 2), np.array([0, 1, 1, 0, 0, 1])
+    rows = of_prediction(EvalPrediction([(logits[:4], logits[:4]), (logits[4:], logits[4:])], [labels[:4], labels[4:]]))
+    assert rows.outputs.tolist() == logits.tolist() and rows.labels.tolist() == labels.tolist()
+
+
 @pytest.mark.parametrize(
     "given",
     [
         prediction(np.zeros((4, 3), int), np.zeros(4, int)),
         prediction(np.zeros((4, 3)), np.zeros(3)),
         EvalPrediction(np.zeros((4, 3)), None),
-        EvalPrediction([{"boxes": 1}], [{"class": 2}]),
+        EvalPrediction([np.zeros((2, 5, 3), np.float32)] * 2, [[{"boxes": np.zeros(4)}] * 2] * 2),
+        EvalPrediction([np.zeros((2, 5, 3), np.float32), np.zeros((2, 4, 3), np.float32)], [np.zeros(2)] * 2),
     ],
-    ids=["generated tokens", "other rows", "no labels", "detection"],
+    ids=["generated tokens", "other rows", "no labels", "detection", "batches of other shapes"],
 )
 def test_what_is_no_rows_is_told(given):
     with pytest.raises(Unreadable):
