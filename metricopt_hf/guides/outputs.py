@@ -102,7 +102,7 @@ def matched(term: Tensor, rows: Rows, at: Tensor, task_loss: Tensor, weight: flo
 
 
 def _joined(tree: Any) -> Any:
-    """The first of a tuple; of a list, with a thing per batch (`eval_do_concat_batches=False`), all one after another."""
+    """The first of a tuple; of a list, with a thing per batch (`eval_do_concat_batches=False`), all of them joined."""
     if isinstance(tree, tuple) and tree:
         return _joined(tree[0])
     if isinstance(tree, list) and tree:
