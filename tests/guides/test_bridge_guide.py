@@ -143,10 +143,8 @@ def distance_after(folder, guide, observe="predictions"):
         folder,
         guide,
         observe=observe,
-        observation_folds=1,
         observe_steps=4,
         metric_call_budget=None,
-        unguided_ratio=0.0,
         value_weight=0.0 if guide is None else 6.0,
     )
     trainer.train()
@@ -169,7 +167,7 @@ def test_it_makes_no_pass_and_no_call_of_its_own(tmp_path):
     spent = []
     for guide in (ValueFunctionGuide(), BridgeGuide()):
         trainer = quadratic_trainer(
-            tmp_path, guide, observe="predictions", observation_folds=1, metric_call_budget=None, max_steps=8
+            tmp_path, guide, observe="predictions", metric_call_budget=None, max_steps=8
         )
         trainer.train()
         spent.append((dict(trainer.ledger.calls), dict(trainer.ledger.passes)))

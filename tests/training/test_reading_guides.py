@@ -23,7 +23,7 @@ class Reads(Truth):
 
 def test_interpolated_rounds_bring_predictions_too_and_the_metric_of_each(tmp_path):
     guide = Reads()
-    trainer = quadratic_trainer(tmp_path, guide, observe="predictions", observation_folds=1, metric_call_budget=None)
+    trainer = quadratic_trainer(tmp_path, guide, observe="predictions", metric_call_budget=None)
     trainer.train()
     kinds = [is_real for is_real, *_ in guide.rounds]
     assert kinds.count(False) > 5 and kinds.count(True) > 1
@@ -46,7 +46,7 @@ def test_a_call_that_failed_leaves_no_prediction_behind(tmp_path):
         return distance_to_optimum(prediction)
 
     guide = Reads()
-    trainer = quadratic_trainer(tmp_path, guide, observe="predictions", observation_folds=1, max_steps=8)
+    trainer = quadratic_trainer(tmp_path, guide, observe="predictions", max_steps=8)
     trainer._given_metric = metric
     trainer.train()
     assert trainer.result.failed_calls > 5
