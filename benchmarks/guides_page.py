@@ -7,7 +7,7 @@ from statistics import mean
 
 from metricopt_hf.comparison.report import mean_and_error
 
-from .comparing import OURS, UNGUIDED, Result
+from .comparing import OURS, UNGUIDED, Result, Row
 from .measure import PLAIN
 from .tables import interval, markdown
 
@@ -31,46 +31,54 @@ GUIDES = {
 }
 
 
-def mean_trust(result: Result, method: str) -> float:
+def shared_rows(result: Result) -> dict[str, Row]:
+    """The guides, and the same without guidance, over the seeds that all have; empty where one was not run."""
+    rows = {method: result.rows.get((method, PLAIN)) for method in (UNGUIDED, *GUIDES)}
+    if None in rows.values():
+        return {}
+    seeds = set.intersection(*(set(row.runs) for row in rows.values()))
+    return {m: Row(m, PLAIN, {seed: row.runs[seed] for seed in seeds}) for m, row in rows.items()} if seeds else {}
+
+
+def mean_trust(row: Row) -> float:
     """Over all looks of all runs."""
-    curves = [run["curve"]["trust"] for run in result.rows[method, PLAIN].runs.values()]
-    return mean(value for curve in curves for value in curve if value is not None)
+    return mean(value for run in row.runs.values() for value in run["curve"]["trust"] if value is not None)
 
 
 def guides_section(results: Sequence[Result]) -> list[str]:
     """Parts of the page: what each is for, how often it was best, and the table."""
-    shared = [result for result in results if all((method, PLAIN) in result.rows for method in (*GUIDES, UNGUIDED))]
-    table, best = [], dict.fromkeys(GUIDES, 0)
-    for result in shared:
-        seeds = sorted(set.intersection(*(set(result.rows[m, PLAIN].runs) for m in (*GUIDES, UNGUIDED))))
-        scores = {
-            method: [result.rows[method, PLAIN].of(seed)["scores"]["report"] for seed in seeds]
-            for method in (UNGUIDED, *GUIDES)
-        }
-        best[max(GUIDES, key=lambda method: result.task.sign * mean(scores[method]))] += 1
-        for method, values in scores.items():
-            score, error = mean_and_error(values)
-            difference = result.difference((method, PLAIN), (UNGUIDED, PLAIN)) if method in GUIDES else None
+    shared = [(result.task, rows) for result in results if (rows := shared_rows(result))]
+    table, best, told = [], dict.fromkeys(GUIDES, 0), dict.fromkeys(GUIDES, 0)
+    for task, rows in shared:
+        best[max(GUIDES, key=lambda method: task.sign * mean(rows[method].scores()))] += 1
+        for method, row in rows.items():
+            score, error = mean_and_error(row.scores())
+            difference = row.minus(rows[UNGUIDED], task.sign) if method in GUIDES else None
+            if difference is not None:
+                told[method] += difference.low > 0
             table.append(
                 [
-                    f"[{result.task.name}]({result.task.name}.md)" if method == UNGUIDED else "",
+                    f"[{task.name}]({task.name}.md)" if method == UNGUIDED else "",
                     GUIDES[method][0] if method in GUIDES else "none",
-                    f"{score:.4f} ± {error:.4f} ({len(seeds)})",
+                    f"{score:.4f} ± {error:.4f} ({len(row.runs)})",
                     interval(difference),
-                    f"{mean_trust(result, method):.2f}" if method in GUIDES else "",
-                    f"{result.rows[method, PLAIN].seconds:.1f}",
+                    f"{mean_trust(row):.2f}" if method in GUIDES else "",
+                    f"{row.seconds:.1f}",
                 ]
             )
-    when = [[f"`{name}`", why, f"{best[method]} of {len(shared)}"] for method, (name, why) in GUIDES.items()]
+    when = [
+        [f"`{name}`", why, f"{best[method]} of {len(shared)}", f"{told[method]} of {len(shared)}"]
+        for method, (name, why) in GUIDES.items()
+    ]
     headers = ["task", "guide", "report split (seeds)", "better than without guidance by", "trust", "seconds"]
     return [
         "# Guides",
         "All guides answer the same question, which way the metric improves, and are judged by the same trust. "
         "`MetricOptConfig(guide=...)`, or `--guide` of an example, names one.",
-        markdown(["guide", "when to take it", "best of the three"], when),
+        markdown(["guide", "when to take it", "best mean of the three", "interval above no guidance"], when),
         "Every run has the same start, phi, steps, passes and metric calls. The two that are not the default have its "
-        "setting, which was chosen for it and not for them, and they were run with fewer seeds; scores are over the "
-        "seeds that all have, differences and seconds over those that both have. The smaller score is the better one "
-        "where the task's page says so.",
+        "setting, which was chosen for it and not for them. They were run with few seeds, and all figures here are "
+        "over the seeds that all have: 95 % intervals of so few are wide, and the task's page has the default's own over "
+        "all of its seeds. Trust is the mean over a run.",
         markdown(headers, table),
     ]
