@@ -78,7 +78,7 @@ def guides_section(results: Sequence[Result]) -> list[str]:
         markdown(["guide", "when to take it", "best mean of the three", "interval above no guidance"], when),
         "Every run has the same start, phi, steps, passes and metric calls. The two that are not the default have its "
         "setting, which was chosen for it and not for them. They were run with few seeds, and all figures here are "
-        "over the seeds that all have: 95 % intervals of so few are wide, and the task's page has the default's own over "
-        "all of its seeds. Trust is the mean over a run.",
+        "over the seeds that all have: 95 % intervals of so few are wide, and the task's page has the default's own "
+        "over all of its seeds. Trust is the mean over a run.",
         markdown(headers, table),
     ]
