@@ -32,12 +32,14 @@ GUIDES = {
 
 
 def shared_rows(result: Result) -> dict[str, Row]:
-    """The guides, and the same without guidance, over the seeds that all have; empty where one was not run."""
+    """The guides, and the same without guidance, over the seeds that all have; empty of fewer than two."""
     rows = {method: result.rows.get((method, PLAIN)) for method in (UNGUIDED, *GUIDES)}
     if None in rows.values():
         return {}
     seeds = set.intersection(*(set(row.runs) for row in rows.values()))
-    return {m: Row(m, PLAIN, {seed: row.runs[seed] for seed in seeds}) for m, row in rows.items()} if seeds else {}
+    if len(seeds) < 2:
+        return {}
+    return {m: Row(m, PLAIN, {seed: row.runs[seed] for seed in seeds}) for m, row in rows.items()}
 
 
 def mean_trust(row: Row) -> float:
