@@ -115,6 +115,10 @@ def _guided(method: str, task, problem, seed, budget, folder, config) -> Outcome
     return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, **METHODS[method].changes})
 
 
+def _other_guide(guide: str, task, problem, seed, budget, folder, config) -> Outcome:
+    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, "guide": guide})
+
+
 def _scores(task, problem, seed, budget, folder, config) -> Outcome:
     return train(task, problem, seed, budget, folder, {"observe": "scores", "tune_output_bias": True, **config})
 
@@ -201,9 +205,9 @@ RIVALS: dict[str, Rival] = {
         for control in ("shuffled", "random")
     },
     "scores": Rival("MetricOpt, observing scores", _scores),
-    "bridge": Rival("bridge to the metric", partial(_guided, "bridge"), settings_of="metricopt", seeds=3),
+    "bridge": Rival("bridge to the metric", partial(_other_guide, "bridge"), settings_of="metricopt", seeds=3),
     "loss_alignment": Rival(
-        "adaptive loss alignment", partial(_guided, "loss_alignment"), settings_of="metricopt", seeds=3
+        "adaptive loss alignment", partial(_other_guide, "loss_alignment"), settings_of="metricopt", seeds=3
     ),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
