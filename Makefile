@@ -12,7 +12,7 @@ DEV := $(abspath $(VENV))/.installed-dev
 BENCH := $(abspath $(VENV))/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-ceiling bench-diagnose cards clean
+.PHONY: help demo test check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-bridge bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -44,6 +44,9 @@ bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
 
 bench-warm-start: $(USE) ## measure what a shared value function saves
 	$(IN_ROOT) $(PY) -m benchmarks.warm_start $(ARGS)
+
+bench-bridge: $(BENCH) ## measure Bridge on sorting ten numbers, and inside of a classifier
+	$(IN_ROOT) $(PY) -m benchmarks.bridge_sorting $(ARGS)
 
 bench-ceiling: $(BENCH) ## measure what a bias could reach at most
 	$(IN_ROOT) $(PY) -m benchmarks.ceiling $(ARGS)

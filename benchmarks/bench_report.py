@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         output / "docs" / "protocol.md": pages.protocol_page(protocol.load(), records),
         folder / "README.md": pages.all_comparisons(results),
         folder / "harm.md": pages.harm_page(results),
+        folder / "guides.md": pages.guides_page(results),
     }
     plot_forest(folder / "forest.svg", results)
     for result in results:
