@@ -10,8 +10,10 @@ from .errors import (
     RankError,
     ValueFunctionError,
 )
+from .evaluation.constraints import ConstraintCheck
 from .evaluation.ledger import Ledger
 from .evaluation.metric import Metric
+from .evaluation.model_metric import ModelMetric
 from .evaluation.observation import Observation
 from .evaluation.trajectory import Trajectory
 from .guides import Direction, DirectionGuide, Guide, GuideContext, RandomGuide, Round, ValueFunctionGuide
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
+    "ConstraintCheck",
     "Diagnosis",
     "Direction",
     "DirectionGuide",
@@ -43,6 +46,7 @@ __all__ = [
     "MetricOptSeq2SeqConfig",
     "MetricOptSeq2SeqTrainer",
     "MetricOptTrainer",
+    "ModelMetric",
     "Observation",
     "PhiError",
     "PhiSpace",

@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 
 from ..errors import ConfigurationError, MetricError
 from ..phi import PhiSpace
+from .answer import Score
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
@@ -63,12 +64,14 @@ class Scores:
 
     Attributes:
         values: [n] the metric; nan where the call failed.
+        raw: [n, m] the numbers of its `keys` beside it.
         errors: [n] why it failed; None where it did not.
         seconds: [n] that the forward passes and the call took.
         predictions: [n] predictions and labels, where they were asked for; else None.
     """
 
     values: np.ndarray
+    raw: np.ndarray
     errors: Sequence[str | None]
     seconds: np.ndarray
     predictions: Sequence[EvalPrediction] | None = None
@@ -92,7 +95,11 @@ class Evaluator:
         complete: for each part, what the metric is given instead of its predictions; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
+
+    `of_predictions`: whether the metric is a function of them, so that it can be asked about others than the model's.
     """
+
+    of_predictions = True
 
     def __init__(
         self,
@@ -129,7 +136,7 @@ class Evaluator:
         with undisturbed(self.phi.model):
             return self.parts[part].predictions()
 
-    def evaluate(self, purpose: str, part: int = 0, complete: Callable | None = None) -> float:
+    def evaluate(self, purpose: str, part: int = 0, complete: Callable | None = None) -> Score:
         """The metric at the present phi, charged to `purpose`. All ranks predict, and rank 0 calls the metric.
 
         Args:
@@ -145,8 +152,8 @@ class Evaluator:
                     outcome = [self._score(part, complete=complete)]
                 except MetricError as error:
                     outcome = [error]
-        else:  # nobody predicts behind a test of its rank: a model's loss may wait for all of them
-            self.predictions(part)
+        else:
+            self._accompany(part)
             self.ledger.add(purpose, 1, 0.0, passes=1)
         if self.world_size > 1:
             broadcast_object_list(outcome)
@@ -176,15 +183,15 @@ class Evaluator:
         """
         count = len(points)
         parts = [0] * count if parts is None else parts
-        taken: list[tuple[int, float, str | None, float, EvalPrediction | None]] = []
+        taken: list[tuple[int, Score, str | None, float, EvalPrediction | None]] = []
         turns = range(self.rank, count + -count % self.world_size, self.world_size)  # as many on every rank
         with self.phi.restored():
             for i in tqdm(turns, desc="observing the metric", leave=False, delay=3, disable=not self.progress):
                 self.phi.write(points[min(i, count - 1)])
                 if i >= count:
-                    self.predictions(parts[-1])
+                    self._accompany(parts[-1])
                     continue
-                start, score, error, prediction = perf_counter(), float("nan"), None, None
+                start, score, error, prediction = perf_counter(), self._failed, None, None
                 with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
                     if predictions:  # copies, for they may be views of kept batches, or of phi itself
                         prediction = copy.deepcopy(self.parts[parts[i]].predictions())
@@ -199,21 +206,34 @@ class Evaluator:
             taken += others
         taken.sort(key=lambda entry: entry[0])
         _, values, errors, seconds, predicted = zip(*taken, strict=True)
-        return Scores(np.array(values), errors, np.array(seconds), predicted if predictions else None)
+        raw = np.array([value.values for value in values]).reshape(count, len(self.metric.keys))
+        return Scores(np.array(values), raw, errors, np.array(seconds), predicted if predictions else None)
+
+    @property
+    def _failed(self) -> Score:
+        """In place of what a call that failed did not answer."""
+        return Score("nan", [np.nan] * len(self.metric.keys))
+
+    def _accompany(self, part: int) -> None:
+        """What a rank does while another one's score is asked for: a model's loss may wait for all of them."""
+        self.predictions(part)
 
     def _score(
         self, part: int, prediction: EvalPrediction | None = None, complete: Callable | None = None
-    ) -> float:
+    ) -> Score:
         """The metric at the present phi; `prediction`: the part's, where it is there already."""
+        self._check_finite()
+        complete = complete or self.complete[part]
+        if prediction is None and self.metric.batchwise and complete is None:
+            return self.metric.over(self.parts[part].each())
+        return self.metric(self.parts[part].predictions() if prediction is None else prediction, complete)
+
+    def _check_finite(self) -> None:
         if not self.phi.read().isfinite().all():
             raise MetricError(
                 f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
                 "moved it. What was selected before stays."
             )
-        complete = complete or self.complete[part]
-        if prediction is None and self.metric.batchwise and complete is None:
-            return self.metric.over(self.parts[part].each())
-        return self.metric(self.parts[part].predictions() if prediction is None else prediction, complete)
 
 
 class _Part:

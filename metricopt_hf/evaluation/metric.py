@@ -25,11 +25,11 @@ from transformers import EvalPrediction
 
 from .. import metrics as shipped_metrics
 from ..errors import ConfigurationError, MetricError, brief
+from .answer import Score, score_of, weights_of
+from .constraints import Constraint, shortfall
 from .direct import DirectModule
 
 INPUTS = ("auto", "argmax", "scores", "identity")
-# The value function computes in float32, up to 3.4e38: a score beyond this is as little use as an infinite one.
-LARGEST_SCORE = 1e30
 
 # What a metric may change for everybody, and nobody would think of it: how to read it, and how to set it.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
@@ -81,13 +81,17 @@ class Metric:
 
     Args:
         function: `EvalPrediction -> number or dict`; what Trainer's `compute_metrics` is.
-        name: the key to read from a dict (with or without Trainer's "eval_" prefix), and the name in logs and cards.
+        name: the key to read from a dict (with or without Trainer's "eval_" prefix), and the name in logs and cards;
+            or a weighted sum of several, such as "0.7*f1+0.3*recall".
         greater_is_better: which way is better.
         timeout: seconds after which a call is given up, None for never. With it, calls run in a thread of their own,
             which cannot be killed: it is abandoned, and no other call is made until it has come back.
         exact: the dict must have that key; else a single entry will do, whatever it is called.
         batchwise: the function is written for Trainer's `batch_eval_metrics`: called with one batch after the other, as
             tensors, and `compute_result`, which is True with the last.
+
+    Attributes:
+        constraints: on other numbers of the dict, which come before the metric's own (`metric_constraints`).
 
     Example:
         >>> import numpy as np
@@ -107,7 +111,22 @@ class Metric:
     ):
         self.function, self.name, self.greater_is_better, self.timeout = function, name, greater_is_better, timeout
         self.exact, self.batchwise = exact, batchwise
+        self.constraints: tuple[Constraint, ...] = ()
         self._abandoned: threading.Thread | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the numbers that scores bring along: those of the constraints, in their order, then the sum's."""
+        return (*(constraint.key for constraint in self.constraints), *weights_of(self.name))
+
+    def merit(self, score: Score) -> tuple[float, float]:
+        """By which scores are compared, greater is better: where constraints hold comes before better, and among those
+        that miss them the ones that miss by less."""
+        return (-self.shortfall(score), self.sign * score)
+
+    def shortfall(self, score: Score) -> float:
+        """By how much a score's values miss the constraints, see `Constraint`; 0 where all hold."""
+        return shortfall(self.constraints, score.values[: len(self.constraints)])
 
     @property
     def sign(self) -> int:
@@ -116,7 +135,7 @@ class Metric:
 
     def __call__(
         self, prediction: EvalPrediction, complete: Callable[[EvalPrediction], EvalPrediction] | None = None
-    ) -> float:
+    ) -> Score:
         """The metric of `prediction`.
 
         Args:
@@ -128,7 +147,7 @@ class Metric:
         """
         return self._call(_as_tensors(prediction) if self.batchwise else prediction, complete, last=True)
 
-    def over(self, batches: Iterable[EvalPrediction]) -> float:
+    def over(self, batches: Iterable[EvalPrediction]) -> Score:
         """The metric of a set that comes batch by batch, of a function that is `batchwise`. Raises as `__call__`."""
         batch = None
         try:
@@ -142,7 +161,7 @@ class Metric:
                 self._call(batch, last=True)
             raise
 
-    def _call(self, prediction: EvalPrediction, complete: Callable | None = None, last: bool = True) -> float:
+    def _call(self, prediction: EvalPrediction, complete: Callable | None = None, last: bool = True) -> Score:
         if _nothing_finite(prediction.predictions):
             raise MetricError(
                 "The model predicts nothing but numbers that are not finite (nan or inf), so the metric "
@@ -154,10 +173,14 @@ class Metric:
             arguments = {"compute_result": last} if self.batchwise else {}
             return self.function(prediction if complete is None else complete(prediction), **arguments)
 
+        return self._answer(ask, last)
+
+    def _answer(self, ask: Callable[[], Any], last: bool = True) -> Score:
+        """What is made of what `ask` returns or raises; nan where more batches are to follow."""
         try:
             with world_kept():
                 result = ask() if self.timeout is None else self._call_apart(ask)
-                return self._number(result) if last else float("nan")
+                return score_of(result, self.name, self.exact, self.keys) if last else Score("nan")
         except (MetricError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a scoring script that calls sys.exit() must not end the run
@@ -188,40 +211,6 @@ class Metric:
         if "error" in outcome:
             raise outcome["error"]
         return outcome["result"]
-
-    def _number(self, result: Any) -> float:
-        if isinstance(result, dict):
-            bare = self.name.removeprefix("eval_")
-            key = next((k for k in (self.name, bare, f"eval_{bare}") if k in result), None)
-            if key is None and len(result) == 1 and not self.exact:
-                key = next(iter(result))
-            if key is None:
-                raise MetricError(
-                    f"The metric returned the keys {brief(list(result))}, none of which is {self.name!r}: name one of "
-                    "them with metric_for_best_model (or metric_key)."
-                )
-            result = result[key]
-        array = np.empty(0)
-        with suppress(Exception):  # nested lists of unequal lengths; sparse, quantised, meta tensors; and so on
-            one = isinstance(result, torch.Tensor) and result.numel() == 1
-            array = np.asarray(result.item() if one else result)
-        if array.size != 1 or array.dtype.kind not in "fiub" or np.ma.is_masked(result):
-            raise MetricError(
-                f"The metric {self.name!r} must return one number, got {brief(result)}. Of one number per class, "
-                'return the mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
-            )
-        value = float(array.reshape(()))
-        if not np.isfinite(value):
-            raise MetricError(
-                f"The metric {self.name!r} returned {value}, which is not a finite number. Return one also where it is "
-                "not defined, as for a class without examples or without predictions (scikit-learn: zero_division=0)."
-            )
-        if abs(value) > LARGEST_SCORE:
-            raise MetricError(
-                f"The metric {self.name!r} returned {value:g}; numbers beyond {LARGEST_SCORE:g} cannot be learned "
-                "from. Return its logarithm, or cut it off."
-            )
-        return value
 
 
 def _nothing_finite(predictions: Any) -> bool:

@@ -18,6 +18,7 @@ class Observation:
         step: optimizer step at which it was taken; observations of one step are one round.
         cost: seconds that the forward passes and the metric call took.
         fold: which part of the observation set was evaluated on.
+        raw: the numbers of the metric's `keys` beside its score, each in its own unit.
     """
 
     z: np.ndarray
@@ -26,3 +27,4 @@ class Observation:
     step: int
     cost: float
     fold: int = 0
+    raw: tuple[float, ...] = ()

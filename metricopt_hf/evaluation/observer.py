@@ -91,6 +91,7 @@ class Observer:
                 step,
                 float(scores.seconds[i]),
                 int(folds[i]),
+                tuple(scores.raw[i]),
             )
             for i in fine
         ]

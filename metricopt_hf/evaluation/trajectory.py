@@ -20,6 +20,7 @@ LARGEST = 1e15
 COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs", "fold": "folds"}
 # attribute -> what its numbers are, in the order of an Observation's fields
 DTYPES = {"z": np.float32, "scores": float, "variances": float, "steps": np.int64, "costs": float, "folds": np.int64}
+DTYPES["raw"] = float
 # aligned scores that differ by less than this, times the largest of them, are equal
 EQUAL = 2.0**-40
 
@@ -28,12 +29,13 @@ class Trajectory(Sequence[Observation]):
     """A growing list of observations, handed over round by round and read as arrays.
 
     Attributes of n observations in k coordinates: `z` [n, k] float32, `scores` [n], `variances` [n], `steps` [n] int64,
-    `costs` [n] float64, `folds` [n] int64. They are views: not to be written to.
+    `costs` [n] float64, `folds` [n] int64, and `raw` [n, m] float64, the numbers of the metric's `keys`. They are
+    views: not to be written to.
     """
 
     def __init__(self, observations: Sequence[Observation] = ()):
         self._count, self._columns = 0, {name: np.zeros(0, dtype) for name, dtype in DTYPES.items()}
-        self._columns["z"] = np.zeros((0, 0), np.float32)
+        self._columns["z"], self._columns["raw"] = np.zeros((0, 0), np.float32), np.zeros((0, 0))
         self.extend(observations)
 
     def __len__(self) -> int:
@@ -43,8 +45,9 @@ class Trajectory(Sequence[Observation]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
-        z, score, variance, step, cost, fold = (column[index] for column in self._columns.values())
-        return Observation(z.copy(), float(score), float(variance), int(step), float(cost), int(fold))
+        z, score, variance, step, cost, fold, raw = (column[index] for column in self._columns.values())
+        raw = tuple(raw.tolist())
+        return Observation(z.copy(), float(score), float(variance), int(step), float(cost), int(fold), raw)
 
     def __iter__(self) -> Iterator[Observation]:
         return (self[i] for i in range(len(self)))
@@ -53,13 +56,13 @@ class Trajectory(Sequence[Observation]):
         """Append; takes the same time whatever is there already, but for a doubling of the memory now and then."""
         if not len(observations):
             return
-        rows = [(o.z, o.score, o.variance, o.step, o.cost, o.fold) for o in observations]
+        rows = [(o.z, o.score, o.variance, o.step, o.cost, o.fold, o.raw) for o in observations]
         start, self._count = self._count, self._count + len(rows)
         for (name, column), values in zip(self._columns.items(), zip(*rows, strict=True), strict=True):
             values = np.array(values, column.dtype)
             if len(column) < self._count:
                 grown = np.zeros((max(self._count, 2 * len(column)), *values.shape[1:]), column.dtype)
-                grown[:start] = column[:start].reshape(-1, *values.shape[1:])
+                grown[:start] = column[:start].reshape(start, *values.shape[1:])
                 self._columns[name] = column = grown
             column[start : self._count] = values
 
@@ -86,6 +89,18 @@ class Trajectory(Sequence[Observation]):
     @property
     def folds(self) -> np.ndarray:
         return self._columns["folds"][: len(self)]
+
+    @property
+    def raw(self) -> np.ndarray:
+        return self._columns["raw"][: len(self)]
+
+    def of_key(self, index: int) -> Trajectory:
+        """The same observations of another number: that of the metric's `keys[index]`, whose variance is not known."""
+        if not len(self):
+            return self
+        rows = {name: column[: len(self)] for name, column in self._columns.items()}
+        unknown = np.full(len(self), np.nan)
+        return self._of({**rows, "scores": self.raw[:, index].copy(), "variances": unknown})
 
     @property
     def last_round(self) -> Trajectory:
@@ -140,7 +155,10 @@ class Trajectory(Sequence[Observation]):
         return cls._of(columns)
 
     def to_parquet(self) -> bytes:
-        """A parquet file with one row per observation, all columns flat: z0, z1, ... (float32), and `COLUMNS`."""
+        """A parquet file with one row per observation, all columns flat: z0, z1, ... (float32), and `COLUMNS`.
+
+        `raw` stays here: what is shared predicts the score.
+        """
         columns = {f"z{i}": column for i, column in enumerate(self.z.T)}
         columns.update({one: getattr(self, many) for one, many in COLUMNS.items()})
         buffer = io.BytesIO()
@@ -180,7 +198,7 @@ class Trajectory(Sequence[Observation]):
                 parts.append([column.to_numpy(zero_copy_only=False) for column in batch.columns])
             arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
             state = dict(zip(COLUMNS.values(), arrays[num_coordinates:], strict=True))
-            state["z"] = np.stack(arrays[:num_coordinates], axis=1)
+            state["z"], state["raw"] = np.stack(arrays[:num_coordinates], axis=1), np.zeros((rows, 0))
             if not all(np.isfinite(state[name]).all() for name in state if name != "variances"):
                 raise ValueFunctionError("there are observations that are not finite.")
             if max(np.abs(state["z"]).max(), np.abs(state["scores"]).max()) > LARGEST:

@@ -77,7 +77,12 @@ class VirtualObserver:
         return Observed(
             [
                 Observation(
-                    (z + offsets[i]).numpy(), float(scores.values[i]), float("nan"), step, float(scores.seconds[i])
+                    (z + offsets[i]).numpy(),
+                    float(scores.values[i]),
+                    float("nan"),
+                    step,
+                    float(scores.seconds[i]),
+                    raw=tuple(scores.raw[i]),
                 )
                 for i in fine
             ],
@@ -104,13 +109,13 @@ class VirtualObserver:
         (whole,), errors = self._scores(self.interpolator, here[None])
         scores, more = self._scores(part, here + offsets.numpy())
         seconds = (perf_counter() - start) / (len(scores) + 1)
-        complete = scores.reshape(-1, 2)
-        complete = complete[np.isfinite(complete).all(1)]
-        if len(complete) and np.isfinite(whole):
-            scores = scores + (whole - complete.mean())
+        complete = scores.reshape(pairs, -1)
+        complete = complete[np.isfinite(complete).all(1)].reshape(-1, scores.shape[1])
+        if len(complete) and np.isfinite(whole).all():
+            scores = scores + (whole - complete.mean(0))
         observations = [
-            Observation((z + offset).numpy(), float(score), float("nan"), step, seconds)
-            for offset, score in zip(offsets, scores, strict=True)
+            Observation((z + offset).numpy(), float(score), float("nan"), step, seconds, raw=tuple(raw))
+            for offset, (score, *raw) in zip(offsets, scores, strict=True)
             if np.isfinite(score)
         ]
         return Observed(observations, errors + more, None)
@@ -146,16 +151,20 @@ class VirtualObserver:
         self.directions = directions
 
     def _scores(self, interpolator: Interpolator, z: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """The metric at z: [n, k] relative to the centre, [n] nan where it failed, and why; the same on every rank."""
+        """The metric at z, [n, k] relative to the centre, and why it failed; the same on every rank.
+
+        [n, 1 + m]: its score, and the numbers of its `keys`; nan where it failed.
+        """
         evaluator = self.evaluator
         mine = np.arange(evaluator.rank, len(z), evaluator.world_size)
-        taken: list[tuple[int, float, str | None]] = []
+        taken: list[tuple[int, list[float], str | None]] = []
         start = perf_counter()
         for i, prediction in zip(mine, interpolator.at(z[mine]), strict=True):
             try:
-                taken.append((int(i), evaluator.metric(prediction, evaluator.complete[0]), None))
+                score = evaluator.metric(prediction, evaluator.complete[0])
+                taken.append((int(i), [score, *score.values], None))
             except MetricError as error:
-                taken.append((int(i), float("nan"), str(error)))
+                taken.append((int(i), [np.nan] * (1 + len(evaluator.metric.keys)), str(error)))
         if evaluator.world_size > 1:
             taken = sorted(gather_object(taken))
         evaluator.ledger.add("observe", len(z), perf_counter() - start)

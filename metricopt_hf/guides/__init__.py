@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ..errors import ConfigurationError
 from ..value import ValueNetwork
 from .base import Direction, DirectionGuide, Guide, GuideContext, Round
+from .constrained import ConstrainedGuide
 from .controls import RandomGuide, ShuffledGuide
 from .value_function import ValueFunctionGuide
 
@@ -17,6 +18,7 @@ GUIDES: dict[str, Callable[[ValueNetwork | None], Guide]] = {
 
 __all__ = [
     "GUIDES",
+    "ConstrainedGuide",
     "Direction",
     "DirectionGuide",
     "Guide",

@@ -15,8 +15,9 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigurationError, brief
-from ..evaluation import direction
+from ..evaluation import constraints, direction
 from ..evaluation.metric import INPUTS
+from ..evaluation.model_metric import words_of
 from ..guides import GUIDES
 from ..phi.coordinates import KINDS as COORDINATES
 
@@ -76,6 +77,8 @@ def _one_of(names: Collection[str]) -> Callable[[Any], bool]:
 # field -> whether a value will do, and what it must be
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (_whole(0, 2**32), "a whole number from 0 to 4294967295"),
+    "metric_command": (_unset(lambda value: isinstance(value, str)), 'a command line, "python score.py {model}"'),
+    "metric_constraints": (_unset(lambda value: isinstance(value, str)), 'text, such as "precision>=0.6, ece<=0.05"'),
     "metric_kwargs": (_unset(lambda value: isinstance(value, dict)), 'JSON, such as \'{"average": "macro"}\''),
     "phi": (
         lambda value: isinstance(value, str) and bool(value),
@@ -141,6 +144,21 @@ class MetricOptConfig(TrainingArguments):
     )
     metric_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a metric call is given up. Default: never."}
+    )
+    metric_command: str | None = field(
+        default=None,
+        metadata={
+            "help": 'A command that is the metric, such as "python score.py {model}": the model is saved into a '
+            "folder, the command run on it without a shell, and the last line that it prints is the number. {split}, if "
+            "it stands there, is observation, selection, or the prefix of evaluate()'s metrics."
+        },
+    )
+    metric_constraints: str | None = field(
+        default=None,
+        metadata={
+            "help": 'What must hold before the metric counts, of other numbers of the same dict: "precision>=0.6, '
+            'ece<=0.05".'
+        },
     )
     metric_start_ratio: float = field(
         default=0.75,
@@ -301,6 +319,9 @@ class MetricOptConfig(TrainingArguments):
         for name, (fine, expected) in CHECKS.items():
             if not fine(value := getattr(self, name)):
                 raise ConfigurationError(f"{name}={brief(value)} must be {expected}.")
+        constraints.parse(self.metric_constraints)
+        if self.metric_command is not None:
+            words_of(self.metric_command)
 
     def __str__(self) -> str:
         """As of `TrainingArguments`, which hides tokens; secrets in `metric_kwargs` are hidden too."""

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from ..evaluation.answer import Score
+from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.interpolator import NotInterpolable
+from ..evaluation.noise import checked_constraints
 from ..evaluation.observer import Observed, Observer
 from ..evaluation.trajectory import Trajectory
 from ..evaluation.virtual_observer import VirtualObserver
@@ -86,6 +89,8 @@ class MetricPhase:
         self.unguided_step: int | None = None  # from here on the loss alone is followed
         self.last_phi: Tensor | None = None  # where guided training ended, whichever phi was selected
         self.direction: Direction | None = None  # of the last update
+        self.constraints: tuple[ConstraintCheck, ...] = ()  # at the best phi on the selection split
+        self.on_all_rows = on_all_rows
         self.curve: list[dict[str, Any]] = []  # one entry per round, for plots and logs
 
     @property
@@ -172,7 +177,7 @@ class MetricPhase:
         if self.guides:
             self.last_phi = self.moving.read()
         self._record(step, self.selection.consider(step, self._branch))
-        if self.plan.tune_bias and self.moving is self.phi:
+        if self.plan.tune_bias and self.moving is self.phi and self.evaluator.of_predictions:
             polish(self.evaluator, self.selection, self.start_phi, step)
         self.selection.confirm()
         best = self.selection.best
@@ -186,6 +191,10 @@ class MetricPhase:
                 f"Best {self.metric.name} on the selection split: {best.score:.4f} at step {best.step}{of}; this phi "
                 "is kept."
             )
+        if self.metric.constraints and best.phi is not None:
+            self.constraints = checked_constraints(self.selection.evaluator, self.on_all_rows, best.raw)
+            for check in self.constraints:
+                logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
 
     def result(self) -> RunResult:
         """What can be told of the phase by now; it must have begun."""
@@ -201,6 +210,8 @@ class MetricPhase:
             last_phi=self.last_phi,
             unguided_step=self.unguided_step,
             curve=self.curve,
+            constraints=self.constraints,
+            keys=self.metric.keys,
             trajectory=self.trajectory,
             ledger=self.ledger,
             failed_calls=self.faults.total,
@@ -391,7 +402,7 @@ class MetricPhase:
             self.trajectory = kept
             self.guide.start(self.guide.context)
 
-    def _call_metric(self, prediction: EvalPrediction) -> float:
+    def _call_metric(self, prediction: EvalPrediction) -> Score:
         with self.ledger.charge("observe"):
             return self.metric(prediction)
 
@@ -401,7 +412,7 @@ class MetricPhase:
         self.guide.switch_off(reason)
         return True
 
-    def _record(self, step: int, selection: float | None) -> None:
+    def _record(self, step: int, selection: Score | None) -> None:
         """One more entry of the curve; `selection`: the score on that split, where it was evaluated."""
         trust, reason = self.guide.standing if self.guides else (0.0, UNGUIDED_BRANCH)
         network = self.guide.network if self.guides else None
@@ -411,7 +422,8 @@ class MetricPhase:
         self.curve.append(
             {
                 "step": step,
-                "selection": selection,
+                "selection": None if selection is None else float(selection),
+                "constraints": None if selection is None else list(selection.values),
                 "trust": trust,
                 "reason": reason,
                 "gradient_agreement": self.guide.gradient_agreement(self.phi.read()) if trust > 0 else None,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MetricError
+from ..evaluation.answer import Score
 from ..evaluation.evaluator import Evaluator
 from ..phi import PhiSpace
 from .faults import Faults
@@ -22,12 +23,15 @@ class Candidate:
         score: the metric on the selection split.
         step: optimizer steps taken before it.
         branch: of which it is: "guided" (the start among them), "unguided", or "bias", tuned behind the last step.
+        raw: the numbers of the metric's `keys` beside its score; where they miss constraints, any that miss them by
+            less come first.
     """
 
     phi: Tensor | None = None
     score: float = float("nan")
     step: int = -1
     branch: str = "guided"
+    raw: tuple[float, ...] = ()
 
 
 # so many of the best candidates are kept, in case that the first turns out to be a fault of the metric
@@ -52,7 +56,7 @@ class Selection:
         """The best so far; one without phi before there is any."""
         return self.candidates[0] if self.candidates else Candidate()
 
-    def consider(self, step: int, branch: str = "guided") -> float | None:
+    def consider(self, step: int, branch: str = "guided") -> Score | None:
         """Evaluate the present phi, and keep it if it is among the best so far; None where there is no score."""
         score = self._score()
         if score is None:
@@ -61,9 +65,10 @@ class Selection:
             self.faults.add([self.faults.outlier_message(score)], succeeded=0)
             return None
         self.faults.accept([score])
-        place = sum(not self._better(score, candidate.score) for candidate in self.candidates)
+        merit = self.evaluator.metric.merit
+        place = sum(merit(score) <= merit(Score(other.score, other.raw)) for other in self.candidates)
         if place < KEPT:
-            self.candidates.insert(place, Candidate(self.space.read(), score, step, branch))
+            self.candidates.insert(place, Candidate(self.space.read(), float(score), step, branch, score.values))
             del self.candidates[KEPT:]
         return score
 
@@ -79,7 +84,7 @@ class Selection:
             if again is not None:
                 self.faults.add([self.faults.outlier_message(dropped.score)], succeeded=1)
 
-    def _score(self) -> float | None:
+    def _score(self) -> Score | None:
         """The metric at the present phi; None where there is none, or it fails."""
         if self.evaluator is None:
             return None
@@ -88,9 +93,6 @@ class Selection:
         except MetricError as error:
             self.faults.add([str(error)], succeeded=0)
             return None
-
-    def _better(self, score: float, other: float) -> bool:
-        return self.evaluator.metric.sign * (score - other) > 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"candidates": [vars(candidate) for candidate in self.candidates]}

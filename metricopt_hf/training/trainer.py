@@ -14,11 +14,11 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .. import guides
 from .. import phi as spaces
 from ..errors import ConfigurationError
 from ..evaluation import data
 from ..evaluation.ledger import Ledger
+from ..evaluation.model_metric import ModelMetric
 from ..evaluation.observation import Observation
 from ..evaluation.observer import Observer
 from ..guides import Guide
@@ -323,23 +323,27 @@ class MetricOptTrainer(ObservingTrainer):
 
     def _build_phase(self, max_steps: int) -> MetricPhase:
         args, metric_steps = self.args, max_steps - self._metric_start
-        guide = self._given_guide or guides.from_spec(args.guide, self._given_value_function)
+        guide = self._make_guide()
         before = self._metric_start if guide.in_first_phase else 0
         given = self._given_value_function
         dim = self.phi.dim if args.phi_coordinates == "identity" else min(args.phi_dim, self.phi.dim)
         dim = dim if given is None else given.num_coordinates
-        kinds = ("predictions", "scores") if args.observe == "predictions" else ("scores",)
+        of_model = isinstance(self.metric, ModelMetric)
+        if of_model and args.observe == "predictions":
+            logger.warning(f"Scores are observed, not predictions: {self.metric.name} is a metric of the model.")
+        kinds = ("predictions", "scores") if args.observe == "predictions" and not of_model else ("scores",)
         plans = [PhasePlan.from_args(args, kind, metric_steps, before, dim) for kind in kinds]
         ledger = Ledger(plans[0].calls, plans[0].passes)
         folds = data.folds(self.observation_dataset, args.observation_folds, args.seed, self._label_name)
         if len(folds) < args.observation_folds:
             logger.warning("The observation set cannot be divided: every call sees all of it (observation_folds=1).")
         evaluator, selection = self._evaluator(folds, ledger, progress=True), self.selection_dataset
+        selects = selection is not None or of_model
         return MetricPhase(
             phi=self.phi,
             moving=self.phi if guide.scope == "phi" else spaces.trainable(self.model),
             observer=Observer(evaluator, plans[0].perturbation_std, args.seed),
-            selector=None if selection is None else self._evaluator([selection], ledger),
+            selector=self._evaluator([selection], ledger, split="selection") if selects else None,
             guide=guide,
             make_coordinates=self._make_coordinates,
             plans=plans,
