@@ -170,7 +170,7 @@ class ModelEvaluator(Evaluator):
         super().__init__(*args, **kwargs)
         self.sets, self.split = sets, split
 
-    def freeze(self, phi_names, moved) -> None:
+    def freeze(self, moved) -> None:
         """Nothing to be replayed: the metric runs the model itself."""
 
     def _score(self, part: int, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> Score:

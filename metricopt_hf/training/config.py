@@ -149,8 +149,8 @@ class MetricOptConfig(TrainingArguments):
         default=None,
         metadata={
             "help": 'A command that is the metric, such as "python score.py {model}": the model is saved into a '
-            "folder, the command run on it without a shell, and the last line that it prints is the number. {split}, if "
-            "it stands there, is observation, selection, or the prefix of evaluate()'s metrics."
+            "folder, the command run on it without a shell, and the last line that it prints is the number. {split}, "
+            "if it stands there, is observation, selection, or the prefix of evaluate()'s metrics."
         },
     )
     metric_constraints: str | None = field(

@@ -1,9 +1,9 @@
 """Runs judged by the model itself: by a function of it, by a command, and after it is rounded or exported."""
 
+import copy
 import logging
 import sys
 
-import numpy as np
 import pytest
 import torch
 from helpers import Texts, tiny_bert
@@ -94,10 +94,10 @@ def test_a_metric_that_fails_on_the_model_ends_the_run_before_training_and_not_l
 def test_a_command_judges_the_run(tmp_path):
     script = tmp_path / "score.py"
     script.write_text(
-        "import sys\nfrom safetensors.torch import load_file\n"
+        "import sys\nfrom safetensors.numpy import load_file\n"
         "weights = load_file(sys.argv[1] + '/model.safetensors')\n"
         "print('loaded', len(weights))\n"
-        "print(-float((weights['classifier.bias'] - 1).square().sum()) - (sys.argv[2] == 'selection'))\n"
+        "print(-float(((weights['classifier.bias'] - 1) ** 2).sum()) - (sys.argv[2] == 'selection'))\n"
     )
     trainer = bert_trainer(
         tmp_path,
@@ -133,21 +133,11 @@ def test_accuracy_after_rounding_to_four_bits(tmp_path):
     metric = ModelMetric(lambda model: accuracy(rounded(model)), "accuracy_4bit")
     model = tiny_bert()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert metric(tiny_bert().eval().requires_grad_(False)) == accuracy(rounded(tiny_bert().eval().requires_grad_(False)))
     trainer = bert_trainer(tmp_path, model=model, metric=metric, **{**MODEL_RUN, "max_steps": 2})
     trainer.train()
+    selected = trainer.result.best_score
+    assert selected == metric(copy.deepcopy(trainer.model).eval().requires_grad_(False))
     # what was rounded were copies: what phi does not touch is bit for bit what it was
     for name, tensor in trainer.model.state_dict().items():
         if "encoder" in name and "LayerNorm" not in name:
             assert torch.equal(tensor, before[name])
-
-
-def test_accuracy_after_export_to_int8_in_onnx_runtime(tmp_path):
-    pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
-    pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-    from examples.int8_export import int8_predictions
-
-    made = int8_predictions(tiny_bert().eval(), {"input_ids": ROWS.ids.numpy()}, tmp_path)
-    expected = tiny_bert().eval()(input_ids=ROWS.ids).logits.detach().numpy()
-    assert made.shape == expected.shape and not np.array_equal(made, expected)
-    np.testing.assert_allclose(made, expected, atol=0.05)
