@@ -16,9 +16,18 @@ from typing import Any
 from transformers import EvalPrediction
 from transformers.trainer_callback import ProgressCallback
 
-from .. import Ledger, MetricOptTrainer
+from .. import Ledger, MetricOptTrainer, ModelMetric
 from ..posthoc import add_bias, tune_bias
-from .report import MethodRun, compare, comparison_table, details_of, plot_run, save_results, table_note
+from .report import (
+    MethodRun,
+    compare,
+    comparison_table,
+    constraints_note,
+    details_of,
+    plot_run,
+    save_results,
+    table_note,
+)
 from .splits import MEASURED
 
 logger = logging.getLogger(__name__)
@@ -62,9 +71,18 @@ def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[st
     return {name: EvalPrediction(output.predictions, output.label_ids) for name, output in outputs.items()}
 
 
+def measured(trainer: MetricOptTrainer, outputs: Mapping[str, EvalPrediction], splits: Mapping[str, Any]) -> dict:
+    """The metric on each data set: of what the model said of it, or of the model itself."""
+    metric = trainer.metric
+    if isinstance(metric, ModelMetric):
+        found = {split: trainer.evaluate(rows, metric_key_prefix=split) for split, rows in splits.items()}
+        return {split: numbers[f"{split}_{metric.name.removeprefix('eval_')}"] for split, numbers in found.items()}
+    return {name: metric(output) for name, output in outputs.items()}
+
+
 def run_start(trainer: MetricOptTrainer, splits: Mapping[str, Any], seconds: float = 0.0) -> MethodRun:
     """The row of the model as it is before tuning; `seconds` it took to train."""
-    scores = {name: trainer.metric(prediction) for name, prediction in predictions(trainer, splits).items()}
+    scores = measured(trainer, predictions(trainer, splits), splits)
     return MethodRun(PRETRAINED, trainer.args.seed, scores, seconds=seconds)
 
 
@@ -94,18 +112,28 @@ def run_method(
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     seconds = perf_counter() - start
     outputs = predictions(trainer, splits)
-    scores = {name: metric(output) for name, output in outputs.items()}
+    scores = measured(trainer, outputs, splits)
     logger.info(
         f"Seed {seed}: {method.title} took {seconds:.1f} s; {', '.join(f'{n} {s:.3f}' for n, s in scores.items())}."
     )
-    rows = [MethodRun(method.title, seed, scores, dict(trainer.ledger.calls), seconds, details_of(trainer))]
-    if class_bias and method.class_bias:
+    details = details_of(trainer)
+    if metric.constraints:
+        details["constraints"] = {
+            name: [asdict(check) for check in trainer.check_constraints(rows, name)] for name, rows in splits.items()
+        }
+    rows = [MethodRun(method.title, seed, scores, dict(trainer.ledger.calls), seconds, details)]
+    if class_bias and method.class_bias and not isinstance(metric, ModelMetric):
         ledger, start = Ledger(), perf_counter()
         bias = tune_bias(metric, outputs["observation"], ledger)
         seconds += perf_counter() - start
         scores = {name: metric(add_bias(output, bias)) for name, output in outputs.items()}
         calls = {**trainer.ledger.calls, "post-hoc": ledger.calls["post-hoc"]}
-        rows.append(MethodRun(method.title + WITH_BIAS, seed, scores, calls, seconds, {"bias": bias}))
+        details = {"bias": bias}
+        if metric.constraints:
+            details["constraints"] = {
+                name: [asdict(check) for check in metric.checks(score.values)] for name, score in scores.items()
+            }
+        rows.append(MethodRun(method.title + WITH_BIAS, seed, scores, calls, seconds, details))
     return trainer, rows
 
 
@@ -122,6 +150,7 @@ def summary(runs: Sequence[MethodRun], trainer: MetricOptTrainer) -> str:
         f"\n{metric.name} ({'greater' if metric.greater_is_better else 'smaller'} is better)\n\n"
         f"{comparison_table(in_order(runs), REFERENCE, MEASURED, metric.greater_is_better)}\n\n"
         f"{table_note(len({run.seed for run in runs}))}"
+        f"{constraints_note(in_order(runs), MEASURED[1:])}"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..errors import ConfigurationError, brief
 
 AT_LEAST, AT_MOST = ">=", "<="
-_PART = re.compile(r"(.+?)\s*([<>=!]=?|=<|=>)\s*(.+)")
+_PART = re.compile(r"([^<>=!]+?)\s*([<>=!]=?|=<|=>)\s*(.+)")
 
 
 @dataclass(frozen=True)

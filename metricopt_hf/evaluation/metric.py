@@ -26,7 +26,7 @@ from transformers import EvalPrediction
 from .. import metrics as shipped_metrics
 from ..errors import ConfigurationError, MetricError, brief
 from .answer import Score, score_of, weights_of
-from .constraints import Constraint, shortfall
+from .constraints import Constraint, ConstraintCheck, shortfall
 from .direct import DirectModule
 
 INPUTS = ("auto", "argmax", "scores", "identity")
@@ -127,6 +127,19 @@ class Metric:
     def shortfall(self, score: Score) -> float:
         """By how much a score's values miss the constraints, see `Constraint`; 0 where all hold."""
         return shortfall(self.constraints, score.values[: len(self.constraints)])
+
+    def checks(self, values: Sequence[float], errors: Sequence[float] | None = None) -> tuple[ConstraintCheck, ...]:
+        """Which constraints hold.
+
+        Args:
+            values: [m] of `keys`, as a score brings them along.
+            errors: [m] their standard errors, where they are known.
+        """
+        errors = [float("nan")] * len(values) if errors is None else errors
+        return tuple(
+            ConstraintCheck(str(constraint), float(value), constraint.shortfall(value) == 0, float(error))
+            for constraint, value, error in zip(self.constraints, values, errors, strict=False)
+        )
 
     @property
     def sign(self) -> int:

@@ -39,10 +39,7 @@ def checked_constraints(
             errors = standard_errors(metric, prediction, evaluator.ledger, "select", evaluator.concat)
         if evaluator.world_size > 1:
             errors, *_ = broadcast_object_list([errors])
-    return tuple(
-        ConstraintCheck(str(constraint), float(value), constraint.shortfall(value) == 0, float(error))
-        for constraint, value, error in zip(metric.constraints, values, errors, strict=False)
-    )
+    return metric.checks(values, errors)
 
 
 def standard_errors(

@@ -99,4 +99,6 @@ class Selection:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.space.read().device
-        self.candidates = [Candidate(**{**c, "phi": c["phi"].to(device)}) for c in state["candidates"]]
+        self.candidates = [
+            Candidate(**{**c, "phi": c["phi"].to(device), "raw": tuple(c["raw"])}) for c in state["candidates"]
+        ]
