@@ -49,7 +49,6 @@ LOSS_ONLY = "loss only"
 METHODS: dict[str, tuple[bool, Mapping]] = {
     LOSS_ONLY: (True, {**NO_GUIDE, "tune_output_bias": False}),
     "penalty in one number": (False, {"tune_output_bias": False}),
-    "penalty in one number, tuned bias": (False, {}),
     "control: shuffled": (True, {"guide": "shuffled", "tune_output_bias": False}),
     "constraints": (True, {"tune_output_bias": False}),
     "constraints, tuned bias": (True, {}),
@@ -203,8 +202,8 @@ def text(rows: Sequence[Row], args: ConstraintsArguments) -> str:
         f"# Recall with precision of at least {args.bound:g}",
         "Written by `python -m benchmarks.constraints`; do not edit.",
         f"Bank marketing, MLP, {len(args.seeds)} seeds, ± standard error over them; {args.max_steps} steps. "
-        '"Holds": in how many seeds precision reaches the bound. A recall counts only where it does. The threshold is a '
-        "bias tuned on the observation split, the constraint first; the penalty is "
+        '"Holds": in how many seeds precision reaches the bound. A recall counts only where it does. The threshold is '
+        "a bias tuned on the observation split, the constraint first; the penalty is "
         f"{PENALTY:g} times what precision lacks. On the report split a precision has a standard error of about "
         f"{noise:.3f} by the choice of its rows alone. Seconds are processor time.",
         table(rows, args.bound),
