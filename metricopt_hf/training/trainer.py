@@ -62,7 +62,8 @@ class MetricOptTrainer(ObservingTrainer):
 
     Args:
         metric: what to optimise: an `evaluate` module, its name or path, a callable `EvalPrediction -> number or dict`,
-            or a `Metric`. Default: `args.metric_name_or_path`, else `compute_metrics` and `metric_for_best_model`;
+            a `Metric`, or a `ModelMetric` for a black box that wants the model. Default: `args.metric_command`,
+            `args.metric_name_or_path`, else `compute_metrics` and `metric_for_best_model`;
             where neither names a metric (or only the loss), nothing is done.
         observation_dataset: where the metric is observed; default: cut from `eval_dataset` with `args.seed`.
         selection_dataset: where the best phi is chosen; default: likewise, disjoint.

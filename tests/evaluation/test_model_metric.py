@@ -12,6 +12,8 @@ from torch import nn
 from transformers import BertForSequenceClassification, EvalPrediction
 
 from metricopt_hf import ConfigurationError, FiLM, Ledger, MetricError, ModelMetric
+from metricopt_hf.evaluation import evaluator as evaluator_module
+from metricopt_hf.evaluation.answer import Score
 from metricopt_hf.evaluation.model_metric import CommandMetric, ModelEvaluator
 
 IDS = torch.arange(2, 6)[None]
@@ -149,3 +151,23 @@ def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(tmp_pat
 def test_a_command_that_cannot_work_is_refused(line, message):
     with pytest.raises(ConfigurationError, match=message):
         CommandMetric(line, "quality")
+
+
+@pytest.mark.parametrize(("of_command", "expected"), [(False, [3, 3]), (True, [3, 1])])
+def test_ranks_call_a_function_equally_often_and_a_command_where_it_is_needed(monkeypatch, of_command, expected):
+    """A function may wait for the other ranks, so none lies behind a test of the rank; a command waits for nobody."""
+    called = []
+    monkeypatch.setattr(evaluator_module, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, Score(0.5)))
+    for rank in range(2):
+        others = [(i, Score(0.0), None, 0.0, None) for i in range(3) if i % 2 != rank]
+        monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
+        calls = []
+        metric = command("print(0.5)") if of_command else ModelMetric(lambda model: 0.5, "quality")
+        metric._ask = lambda model, dataset, split, calls=calls: calls.append(0) or 0.5
+        taken = evaluator(metric, tiny_bert())
+        taken.rank, taken.world_size = rank, 2
+        taken.evaluate_many(taken.phi.read().expand(3, -1), "observe")
+        assert taken.evaluate("check") == 0.5
+        assert taken.ledger.calls["observe"] == 3 and taken.ledger.calls["check"] == 1
+        called.append(len(calls))
+    assert called == expected
