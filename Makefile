@@ -12,7 +12,7 @@ DEV := $(abspath $(VENV))/.installed-dev
 BENCH := $(abspath $(VENV))/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-cifar bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-ceiling bench-diagnose bench-rounding bench-constraints cards clean
+.PHONY: help demo test check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-ceiling bench-diagnose bench-rounding bench-constraints cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -20,12 +20,12 @@ help: ## list the targets (ARGS="..." goes to the command a target runs)
 demo: $(USE) ## diagnose and fine-tune an image classifier for its metric
 	$(IN_ROOT) $(PY) examples/image_classification.py $(ARGS)
 
-test: $(DEV) ## ruff, then the tests
+test: $(DEV) ## ruff, then the tests, in a process per core
 	$(IN_ROOT) $(PY) -m ruff check .
-	$(IN_ROOT) $(PY) -m pytest $(ARGS)
+	$(IN_ROOT) $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
-check-cifar: $(USE) ## run the CIFAR check
-	$(IN_ROOT) $(PY) -m benchmarks.check_cifar $(ARGS)
+check-groups: $(BENCH) ## check the claims on the worst of several groups, in some minutes
+	$(IN_ROOT) $(PY) -m benchmarks.check_groups $(ARGS)
 
 bench: $(BENCH) ## run the benchmark's table, or what is left of it
 	$(IN_ROOT) $(PY) -m benchmarks.run --jobs 2 $(ARGS)

@@ -39,7 +39,7 @@ EXTRAS = {
     "bench": ["cma", "fairlearn", "matplotlib", "tabulate"],
 }
 # What `make test` needs: the tools, and all of the above.
-EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "ruff", "markdown-it-py", *sum(EXTRAS.values(), [])]
+EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "markdown-it-py", *sum(EXTRAS.values(), [])]
 
 setup(
     name="metricopt_hf",

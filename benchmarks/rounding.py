@@ -44,7 +44,7 @@ PAGE = ROOT / "docs" / "results" / "rounding.md"
 SIZES, SMOKE = Sizes(10_000, 3_000, None, 1_000), Sizes(120, 80, 200, 60)
 POOL_TRAINED = 6_000  # images of the train pool whose activations are computed in rounded form too
 BATCH = 250
-NOTHING = {"metric_call_budget": 0, "value_weight": 0.0, "phi_coordinates": "random"}
+NOTHING = {"metric_call_budget": 0, "value_weight": 0.0, "coordinates": "random"}
 START, LOSS_ONLY = "as it is", "loss only"
 # title -> (whether the loss sees rounded weights, changes)
 METHODS: dict[str, tuple[bool, Mapping]] = {
@@ -154,7 +154,9 @@ def measured(
 
 
 def run(title: str, seed: int, net: nn.Module, splits, args: RoundingArguments, folder: str) -> list[MethodRun]:
-    through, changes = METHODS[title]
+    through, numbers = METHODS[title]
+    options = {name: numbers[name] for name in ("coordinates",) if name in numbers}
+    numbers = {name: number for name, number in numbers.items() if name not in options}
     model = copy.deepcopy(net)
 
     def metric(model: nn.Module, rows: Rows) -> float:
@@ -167,14 +169,13 @@ def run(title: str, seed: int, net: nn.Module, splits, args: RoundingArguments, 
         per_device_train_batch_size=64,
         metric_start_ratio=0,
         observe="scores",
-        select_steps=max(1, args.max_steps // 10),
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
         seed=seed,
-        **{"metric_call_budget": args.metric_calls, **changes},
+        **{"metric_call_budget": args.metric_calls, "value_weight": 64.0, **numbers},
     )
     trainer = MetricOptTrainer(
         rounded(model, args.bits) if through else model,
@@ -183,6 +184,7 @@ def run(title: str, seed: int, net: nn.Module, splits, args: RoundingArguments, 
         observation_dataset=splits[True]["observation"],
         selection_dataset=splits[True]["selection"],
         metric=ModelMetric(metric, "accuracy"),
+        **options,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     begun = process_time()

@@ -81,9 +81,9 @@ def look_up(result: Any, name: str, exact: bool) -> Any:
         key = next(iter(result))
     if key is None:
         raise MetricError(
-            f"The metric returned the keys {brief(list(result))}, none of which is {name!r}: name one of them with "
-            "metric_for_best_model (or metric_key), several as in 0.7*f1+0.3*recall, each with its weight, and in "
-            "metric_constraints."
+            f"The metric returned the keys {brief(list(result))}, none of which is {name!r}: name one of "
+            "them: metric_for_best_model does of compute_metrics, Metric(function, name) of any other. Several are "
+            "weighed as in 0.7*f1+0.3*recall; metric_constraints names keys too."
         )
     return result[key]
 

@@ -160,29 +160,29 @@ class ModelEvaluator(Evaluator):
     is run where its answer is needed.
 
     Args:
-        sets: for each part, the data set itself.
-        split: what these are called.
+        dataset: given to a function that takes one.
+        split: what that set is called.
     """
 
     of_predictions = False
 
-    def __init__(self, *args, sets: Sequence[Any], split: str, **kwargs):
+    def __init__(self, *args, dataset: Any, split: str, **kwargs):
         super().__init__(*args, **kwargs)
-        self.sets, self.split = sets, split
+        self.dataset, self.split = dataset, split
 
     def freeze(self, moved) -> None:
         """Nothing to be replayed: the metric runs the model itself."""
 
-    def _score(self, part: int, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> Score:
+    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> Score:
         self._check_finite()
         with self.phi.merged():
             model = copy.deepcopy(self.phi.model)
-        return self.metric(model.eval().requires_grad_(False), self.sets[part], self.split)
+        return self.metric(model.eval().requires_grad_(False), self.dataset, self.split)
 
-    def _accompany(self, part: int) -> None:
+    def _accompany(self) -> None:
         if not isinstance(self.metric, CommandMetric):
             with suppress(MetricError):
-                self._score(part)
+                self._score()
 
 
 def words_of(command: str) -> list[str]:

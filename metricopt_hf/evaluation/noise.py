@@ -33,7 +33,7 @@ def checked_constraints(
     metric, errors = evaluator.metric, np.full(len(evaluator.metric.keys), np.nan)
     if values is None:
         values = evaluator.evaluate("offline").values
-    if evaluator.of_predictions and not on_all_rows and evaluator.complete[0] is None:
+    if evaluator.of_predictions and not on_all_rows and evaluator.complete is None:
         prediction = evaluator.predictions()
         if evaluator.rank == 0:
             errors = standard_errors(metric, prediction, evaluator.ledger, "select", evaluator.concat)

@@ -17,7 +17,6 @@ class Observation:
         variance: estimated variance of `score` that z does not explain (score unit squared), nan if unknown.
         step: optimizer step at which it was taken; observations of one step are one round.
         cost: seconds that the forward passes and the metric call took.
-        fold: which part of the observation set was evaluated on.
         raw: the numbers of the metric's `keys` beside its score, each in its own unit.
     """
 
@@ -26,5 +25,4 @@ class Observation:
     variance: float
     step: int
     cost: float
-    fold: int = 0
     raw: tuple[float, ...] = ()

@@ -22,7 +22,7 @@ class Candidate:
         phi: [d], or None before there is one.
         score: the metric on the selection split.
         step: optimizer steps taken before it.
-        branch: of which it is: "guided" (the start among them), "unguided", or "bias", tuned behind the last step.
+        bias_tuned: whether its output bias was tuned, behind the last step.
         raw: the numbers of the metric's `keys` beside its score; where they miss constraints, any that miss them by
             less come first.
     """
@@ -30,7 +30,7 @@ class Candidate:
     phi: Tensor | None = None
     score: float = float("nan")
     step: int = -1
-    branch: str = "guided"
+    bias_tuned: bool = False
     raw: tuple[float, ...] = ()
 
 
@@ -56,7 +56,7 @@ class Selection:
         """The best so far; one without phi before there is any."""
         return self.candidates[0] if self.candidates else Candidate()
 
-    def consider(self, step: int, branch: str = "guided") -> Score | None:
+    def consider(self, step: int, bias_tuned: bool = False) -> Score | None:
         """Evaluate the present phi, and keep it if it is among the best so far; None where there is no score."""
         score = self._score()
         if score is None:
@@ -68,7 +68,7 @@ class Selection:
         merit = self.evaluator.metric.merit
         place = sum(merit(score) <= merit(Score(other.score, other.raw)) for other in self.candidates)
         if place < KEPT:
-            self.candidates.insert(place, Candidate(self.space.read(), float(score), step, branch, score.values))
+            self.candidates.insert(place, Candidate(self.space.read(), float(score), step, bias_tuned, score.values))
             del self.candidates[KEPT:]
         return score
 

@@ -23,8 +23,8 @@ def command(code, **options):
     return CommandMetric(f"{sys.executable} -c '{code}' {{model}} {{split}}", "quality", **options)
 
 
-def evaluator(metric, model, sets=(None,), split="observation"):
-    return ModelEvaluator(FiLM(model), None, [tuple] * len(sets), metric, Ledger(), 0, sets=sets, split=split)
+def evaluator(metric, model, dataset=None, split="observation"):
+    return ModelEvaluator(FiLM(model), None, tuple, metric, Ledger(), 0, dataset=dataset, split=split)
 
 
 def test_it_gets_a_plain_copy_in_eval_mode_of_the_model_at_each_phi():
@@ -56,8 +56,7 @@ def test_it_gets_a_plain_copy_in_eval_mode_of_the_model_at_each_phi():
 
 
 def test_one_with_two_parameters_gets_the_data_set_too():
-    with_set = evaluator(ModelMetric(lambda model, dataset: len(dataset), "rows"), tiny_bert(), sets=([1, 2], [3]))
-    assert [with_set.evaluate("check", part) for part in (0, 1)] == [2, 1]
+    assert evaluator(ModelMetric(lambda model, rows: len(rows), "rows"), tiny_bert(), [1, 2]).evaluate("check") == 2
     assert not ModelMetric(lambda model, scale=1.0: 0.5, "alone").takes_dataset
 
 
@@ -159,7 +158,7 @@ def test_ranks_call_a_function_equally_often_and_a_command_where_it_is_needed(mo
     called = []
     monkeypatch.setattr(evaluator_module, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, Score(0.5)))
     for rank in range(2):
-        others = [(i, Score(0.0), None, 0.0, None) for i in range(3) if i % 2 != rank]
+        others = [(i, Score(0.0), None, 0.0, 0.0, None) for i in range(3) if i % 2 != rank]
         monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
         calls = []
         metric = command("print(0.5)") if of_command else ModelMetric(lambda model: 0.5, "quality")

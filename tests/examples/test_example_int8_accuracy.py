@@ -20,7 +20,7 @@ def test_the_export_computes_about_what_the_model_does():
 
 def test_a_run_observes_selects_and_reports_the_accuracy_of_the_export(tmp_path, capsys):
     int8 = example("int8_accuracy")
-    steps = ["--max_steps", "4", "--metric_call_budget", "8", "--select_steps", "2", "--observations_per_step", "4"]
+    steps = ["--max_steps", "2", "--metric_call_budget", "8"]
     scores = int8.main(["--output_dir", str(tmp_path), "--disable_tqdm", "True", *steps])
     assert "8 calls to observe, 3 to select" in capsys.readouterr().out
     assert all(0.1 < score <= 1 for score in scores.values())

@@ -6,11 +6,11 @@ import torch
 from helpers import OPTIMUM, Texts
 from runs import bert_trainer, quadratic_trainer, text_trainer
 
-from metricopt_hf import ConfigurationError, MetricError, MetricOptTrainer
+from metricopt_hf import ConfigurationError, Metric, MetricError, MetricOptTrainer
 
 AXIS, BOUND = 1, 1.2  # the metric wants w[1] = 2, the loss about 1
 
-CONSTRAINED = {"metric_constraints": f"size<={BOUND}", "metric_key": "distance", "max_steps": 30, "value_weight": 30.0}
+CONSTRAINED = {"metric_constraints": f"size<={BOUND}", "max_steps": 30, "value_weight": 30.0}
 
 
 def numbers(prediction):
@@ -18,9 +18,14 @@ def numbers(prediction):
     return {"distance": float(((w - OPTIMUM) ** 2).sum()), "size": float(w[AXIS])}
 
 
-def train(folder, cls=MetricOptTrainer, **kwargs):
+def constrained_trainer(folder, cls=MetricOptTrainer, **kwargs):
     trainer = quadratic_trainer(folder, cls=cls, **{**CONSTRAINED, **kwargs})
-    trainer._given_metric = numbers
+    trainer._given_metric = Metric(numbers, "distance", greater_is_better=False)
+    return trainer
+
+
+def train(folder, cls=MetricOptTrainer, **kwargs):
+    trainer = constrained_trainer(folder, cls, **kwargs)
     trainer.train()
     return trainer
 
@@ -64,8 +69,7 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_not_been_interrupted(tmp_path
     options = {"max_steps": 8, "metric_call_budget": 48}
     whole = train(tmp_path / "whole", **options)
     train(tmp_path / "part", save_strategy="steps", save_steps=4, **options)
-    resumed = quadratic_trainer(tmp_path / "part", **{**CONSTRAINED, **options})
-    resumed._given_metric = numbers
+    resumed = constrained_trainer(tmp_path / "part", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-4"))
     assert torch.equal(resumed.model.w, whole.model.w)
     assert resumed.result.trajectory.raw.tolist() == whole.result.trajectory.raw.tolist()
@@ -79,8 +83,7 @@ def test_what_cannot_be_read_is_refused_by_the_config(tmp_path, text):
 
 
 def test_an_unknown_key_ends_the_run_before_training(tmp_path):
-    trainer = quadratic_trainer(tmp_path, **{**CONSTRAINED, "metric_constraints": "weight<=1"})
-    trainer._given_metric = numbers
+    trainer = constrained_trainer(tmp_path, metric_constraints="weight<=1")
     with pytest.raises(MetricError, match="none of which is 'weight'"):
         trainer.train()
     assert not trainer.model.w.any()
@@ -108,8 +111,8 @@ def test_on_interpolated_predictions_and_with_a_weighted_sum(tmp_path):
     )
     trainer.train()
     result = trainer.result
-    assert result.keys == ("accuracy", "accuracy", "likelihood") and len(trainer.phase.interpolated) > 30
-    raw, scores = trainer.phase.interpolated.raw, trainer.phase.interpolated.scores
+    assert result.keys == ("accuracy", "accuracy", "likelihood") and len(trainer.phase.rounds.interpolated) > 30
+    raw, scores = trainer.phase.rounds.interpolated.raw, trainer.phase.rounds.interpolated.scores
     np.testing.assert_allclose(scores, (raw[:, 1] + raw[:, 2]) / 2, atol=1e-6)
     (check,) = result.constraints
     assert check.holds and 0 < check.noise < 0.2

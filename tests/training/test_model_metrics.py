@@ -14,9 +14,8 @@ from metricopt_hf import ConfigurationError, MetricError, ModelMetric
 MODEL_RUN = {
     "max_steps": 6,
     "metric_call_budget": 8,
-    "observations_per_step": 4,
+    "round_size": 4,
     "select_steps": 3,
-    "observation_folds": 1,
     "phi_dim": 2,
 }
 ROWS = Texts(40, seed=5)
@@ -86,7 +85,7 @@ def test_a_metric_that_fails_on_the_model_ends_the_run_before_training_and_not_l
         calls.append(0)
         return 1 / 0 if len(calls) > 1 else 0.5
 
-    trainer = bert_trainer(tmp_path, metric=ModelMetric(failing, "broken"), max_metric_failures=3, **MODEL_RUN)
+    trainer = bert_trainer(tmp_path, metric=ModelMetric(failing, "broken"), max_failures=3, **MODEL_RUN)
     trainer.train()
     assert trainer.result.failed_calls >= 3 and "in a row" in trainer.phase.guide.off
 
