@@ -6,9 +6,9 @@
 
 Bank marketing, the MLP of `benchmarks.tabular`, recall with precision at least at a bound. Rivals: a threshold, which
 is a bias tuned with the constraint first, on the observation split or, as it needs no selection, on both splits; and a
-penalty, recall less so many times what precision lacks, as one number for the same guide. MetricOpt with constraints is
-shown with and without the tuned bias that it may take at its end. All that is trained is selected on the same split, the
-penalty by its own number.
+penalty, recall less so many times what precision lacks, as one number for the same guide. MetricOpt with constraints
+is shown with and without the tuned bias that it may take at its end. All that is trained is selected on the same split,
+the penalty by its own number.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def test_a_metric_of_the_model_is_asked_about_it_on_every_split(tmp_path):
     assert len(runs) == 1  # a bias cannot be tuned on predictions that the metric does not read
     for scores in (start.scores, runs[0].scores):
         assert scores.keys() == SPLITS.keys()
-    assert runs[0].scores["report"] == pytest.approx(40 + float(trainer.model.classifier.bias[0]))
+    assert runs[0].scores["report"] == pytest.approx(40 + trainer.model.classifier.bias[0].item())
 
 
 def test_rows_under_constraints_say_which_hold_where(tmp_path):

@@ -15,6 +15,7 @@ MODEL_RUN = {
     "max_steps": 6,
     "metric_call_budget": 8,
     "round_size": 4,
+    "observe_steps": 2,
     "select_steps": 3,
     "phi_dim": 2,
 }
@@ -105,7 +106,7 @@ def test_a_command_judges_the_run(tmp_path):
         metric_for_best_model="closeness",
         observation_dataset=None,
         selection_dataset=None,
-        **{**MODEL_RUN, "max_steps": 2, "metric_call_budget": 4, "select_steps": 2},
+        **{**MODEL_RUN, "max_steps": 2, "metric_call_budget": 4, "select_steps": 2, "observe_steps": 1},
     )
     trainer.train()
     result = trainer.result
