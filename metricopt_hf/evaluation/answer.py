@@ -20,7 +20,7 @@ _WEIGHT = re.compile(r"([+-]?)\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*"
 
 
 class Score(float):
-    """A metric's number.
+    """A metric's number with others beside it; where none are wanted, scores are plain floats.
 
     Attributes:
         values: the numbers that were wanted beside it, in the order of the metric's `keys`.
@@ -32,6 +32,11 @@ class Score(float):
         made = super().__new__(cls, score)
         made.values = tuple(values)
         return made
+
+
+def values_of(score: float) -> tuple[float, ...]:
+    """The numbers beside a score."""
+    return getattr(score, "values", ())
 
 
 def weights_of(name: str) -> dict[str, float]:
@@ -50,7 +55,7 @@ def weights_of(name: str) -> dict[str, float]:
     }
 
 
-def score_of(result: Any, name: str, exact: bool, keys: Sequence[str] = ()) -> Score:
+def score_of(result: Any, name: str, exact: bool, keys: Sequence[str] = ()) -> float:
     """The number that `name` says, of what a metric called so answered, with those of `keys` beside it.
 
     Args:
@@ -68,8 +73,10 @@ def score_of(result: Any, name: str, exact: bool, keys: Sequence[str] = ()) -> S
     weights = weights_of(name)
     if weights and isinstance(result, dict) and _key_in(result, name) is None:
         parts = [weight * number(look_up(result, key, True), key) for key, weight in weights.items()]
-        return Score(number(sum(parts), name), values)
-    return Score(number(look_up(result, name, exact), name), values)
+        score = number(sum(parts), name)
+    else:
+        score = number(look_up(result, name, exact), name)
+    return Score(score, values) if keys else score
 
 
 def look_up(result: Any, name: str, exact: bool) -> Any:

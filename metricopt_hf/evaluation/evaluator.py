@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 
 from ..errors import ConfigurationError, MetricError
 from ..phi import PhiSpace
-from .answer import Score
+from .answer import Score, values_of
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
@@ -135,7 +135,7 @@ class Evaluator:
         with undisturbed(self.phi.model):
             return self._data.predictions()
 
-    def evaluate(self, purpose: str, complete: Callable | None = None) -> Score:
+    def evaluate(self, purpose: str, complete: Callable | None = None) -> float:
         """The metric at the present phi, charged to `purpose`. All ranks predict, and rank 0 calls the metric.
 
         Args:
@@ -178,7 +178,7 @@ class Evaluator:
             predictions: whether to return them too.
         """
         count = len(points)
-        taken: list[tuple[int, Score, str | None, float, float, EvalPrediction | None]] = []
+        taken: list[tuple[int, float, str | None, float, float, EvalPrediction | None]] = []
         turns = range(self.rank, count + -count % self.world_size, self.world_size)  # as many on every rank
         with self.phi.restored():
             for i in tqdm(turns, desc="observing the metric", leave=False, delay=3, disable=not self.progress):
@@ -205,7 +205,7 @@ class Evaluator:
         taken.sort(key=lambda entry: entry[0])
         _, values, errors, seconds, of_calls, predicted = zip(*taken, strict=True)
         predicted = predicted if predictions else None
-        raw = np.array([value.values for value in values]).reshape(count, len(self.metric.keys))
+        raw = np.array([values_of(value) for value in values]).reshape(count, len(self.metric.keys))
         return Scores(np.array(values), raw, errors, np.array(seconds), np.array(of_calls), predicted)
 
     @property
@@ -217,7 +217,7 @@ class Evaluator:
         """What a rank does while another one's score is asked for: a model's loss may wait for all of them."""
         self.predictions()
 
-    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> Score:
+    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
         """The metric at the present phi; `prediction`: the model's, where it is there already."""
         self._check_finite()
         complete = complete or self.complete

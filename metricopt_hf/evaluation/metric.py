@@ -25,7 +25,7 @@ from transformers import EvalPrediction
 
 from .. import metrics as shipped_metrics
 from ..errors import ConfigurationError, MetricError, brief
-from .answer import Score, score_of, weights_of
+from .answer import score_of, values_of, weights_of
 from .constraints import Constraint, ConstraintCheck, shortfall
 from .direct import DirectModule
 
@@ -119,14 +119,14 @@ class Metric:
         """Of the numbers that scores bring along: those of the constraints, in their order, then the sum's."""
         return (*(constraint.key for constraint in self.constraints), *weights_of(self.name))
 
-    def merit(self, score: Score) -> tuple[float, float]:
+    def merit(self, score: float) -> tuple[float, float]:
         """By which scores are compared, greater is better: where constraints hold comes before better, and among those
         that miss them the ones that miss by less."""
         return (-self.shortfall(score), self.sign * score)
 
-    def shortfall(self, score: Score) -> float:
+    def shortfall(self, score: float) -> float:
         """By how much a score's values miss the constraints, see `Constraint`; 0 where all hold."""
-        return shortfall(self.constraints, score.values[: len(self.constraints)])
+        return shortfall(self.constraints, values_of(score)[: len(self.constraints)])
 
     def checks(self, values: Sequence[float], errors: Sequence[float] | None = None) -> tuple[ConstraintCheck, ...]:
         """Which constraints hold.
@@ -148,7 +148,7 @@ class Metric:
 
     def __call__(
         self, prediction: EvalPrediction, complete: Callable[[EvalPrediction], EvalPrediction] | None = None
-    ) -> Score:
+    ) -> float:
         """The metric of `prediction`.
 
         Args:
@@ -160,7 +160,7 @@ class Metric:
         """
         return self._call(_as_tensors(prediction) if self.batchwise else prediction, complete, last=True)
 
-    def over(self, batches: Iterable[EvalPrediction]) -> Score:
+    def over(self, batches: Iterable[EvalPrediction]) -> float:
         """The metric of a set that comes batch by batch, of a function that is `batchwise`. Raises as `__call__`."""
         batch = None
         try:
@@ -174,7 +174,7 @@ class Metric:
                 self._call(batch, last=True)
             raise
 
-    def _call(self, prediction: EvalPrediction, complete: Callable | None = None, last: bool = True) -> Score:
+    def _call(self, prediction: EvalPrediction, complete: Callable | None = None, last: bool = True) -> float:
         if _nothing_finite(prediction.predictions):
             raise MetricError(
                 "The model predicts nothing but numbers that are not finite (nan or inf), so the metric "
@@ -188,12 +188,12 @@ class Metric:
 
         return self._answer(ask, last)
 
-    def _answer(self, ask: Callable[[], Any], last: bool = True) -> Score:
+    def _answer(self, ask: Callable[[], Any], last: bool = True) -> float:
         """What is made of what `ask` returns or raises; nan where more batches are to follow."""
         try:
             with world_kept():
                 result = ask() if self.timeout is None else self._call_apart(ask)
-                return score_of(result, self.name, self.exact, self.keys) if last else Score("nan")
+                return score_of(result, self.name, self.exact, self.keys) if last else float("nan")
         except (MetricError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a scoring script that calls sys.exit() must not end the run

@@ -26,7 +26,7 @@ from transformers import EvalPrediction
 
 from ..errors import ConfigurationError, MetricError, brief
 from .evaluator import Evaluator
-from .metric import Metric, Score
+from .metric import Metric
 
 MODEL, SPLIT = "{model}", "{split}"  # in a command
 TAIL_BYTES = 2**16  # of a command's output, its last, that are looked at
@@ -59,7 +59,7 @@ class ModelMetric(Metric):
         super().__init__(function, name, greater_is_better, timeout, exact)
         self.takes_dataset = _takes_two(function)
 
-    def __call__(self, model: nn.Module, dataset: Any = None, split: str = "") -> Score:
+    def __call__(self, model: nn.Module, dataset: Any = None, split: str = "") -> float:
         """The metric of `model`, which the function may change.
 
         Args:
@@ -173,7 +173,7 @@ class ModelEvaluator(Evaluator):
     def freeze(self, moved) -> None:
         """Nothing to be replayed: the metric runs the model itself."""
 
-    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> Score:
+    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
         self._check_finite()
         with self.phi.merged():
             model = copy.deepcopy(self.phi.model)

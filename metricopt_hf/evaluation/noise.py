@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import EvalPrediction
 
 from ..errors import MetricError
+from .answer import values_of
 from .constraints import ConstraintCheck
 from .evaluator import Evaluator
 from .ledger import Ledger
@@ -32,7 +33,7 @@ def checked_constraints(
     """
     metric, errors = evaluator.metric, np.full(len(evaluator.metric.keys), np.nan)
     if values is None:
-        values = evaluator.evaluate("offline").values
+        values = values_of(evaluator.evaluate("offline"))
     if evaluator.of_predictions and not on_all_rows and evaluator.complete is None:
         prediction = evaluator.predictions()
         if evaluator.rank == 0:
@@ -63,5 +64,5 @@ def standard_errors(
                 score = metric(take_rows(prediction, rows, concat))
         except MetricError:  # a class may be missing
             continue
-        drawn = np.vstack([drawn, score.values])
+        drawn = np.vstack([drawn, values_of(score)])
     return drawn.std(0, ddof=1) if len(drawn) > RESAMPLES // 2 else np.full(len(metric.keys), np.nan)

@@ -19,6 +19,7 @@ from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..phi import Coordinates
+from .answer import values_of
 from .evaluator import Evaluator
 from .interpolator import Interpolator
 from .observation import Observation
@@ -166,7 +167,7 @@ class VirtualObserver:
         for i, prediction in zip(mine, interpolator.at(z[mine]), strict=True):
             try:
                 score = evaluator.metric(prediction, evaluator.complete)
-                taken.append((int(i), [score, *score.values], None))
+                taken.append((int(i), [score, *values_of(score)], None))
             except MetricError as error:
                 taken.append((int(i), [np.nan] * (1 + len(evaluator.metric.keys)), str(error)))
         if evaluator.world_size > 1:

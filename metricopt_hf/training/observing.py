@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import find_batch_size
 
 from ..errors import ConfigurationError, MetricError
 from ..evaluation import data
-from ..evaluation.answer import Score, weights_of
+from ..evaluation.answer import values_of, weights_of
 from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from ..evaluation.ledger import Ledger
@@ -119,11 +119,11 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         Raises:
             MetricError: the metric fails there.
         """
-        values = self._score_of_model(dataset, split).values if isinstance(self.metric, ModelMetric) else None
+        values = values_of(self._score_of_model(dataset, split)) if isinstance(self.metric, ModelMetric) else None
         on_all_rows = self.args.observe == "predictions_on_all_rows"
         return checked_constraints(self._evaluator(dataset, Ledger()), on_all_rows, values)
 
-    def _score_of_model(self, dataset: Any, split: str) -> Score:
+    def _score_of_model(self, dataset: Any, split: str) -> float:
         """Of a metric of the model, at the model as it is now; the same on every rank."""
         with nullcontext() if self._phi is None else self._phi.merged():
             model = copy.deepcopy(self.model)

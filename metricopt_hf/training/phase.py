@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..evaluation.answer import Score
+from ..evaluation.answer import values_of
 from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.noise import checked_constraints
@@ -260,11 +260,11 @@ class MetricPhase:
             )
         )
 
-    def _call_metric(self, prediction: EvalPrediction) -> Score:
+    def _call_metric(self, prediction: EvalPrediction) -> float:
         with self.ledger.charge("observe"):
             return self.metric(prediction)
 
-    def _record(self, step: int, selection: Score | None) -> None:
+    def _record(self, step: int, selection: float | None) -> None:
         """One more entry of the curve; `selection`: the score on that split, where it was evaluated."""
         (trust, reason), network = self.guide.standing, self.guide.network
         latest, virtual = self.rounds.trajectory.last_round, self.rounds.virtual
@@ -275,7 +275,7 @@ class MetricPhase:
             {
                 "step": step,
                 "selection": None if selection is None else float(selection),
-                "constraints": None if selection is None else list(selection.values),
+                "constraints": None if selection is None else list(values_of(selection)),
                 "trust": trust,
                 "reason": reason,
                 "gradient_agreement": self.guide.gradient_agreement(self.phi.read()) if trust > 0 else None,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MetricError
-from ..evaluation.answer import Score
+from ..evaluation.answer import Score, values_of
 from ..evaluation.evaluator import Evaluator
 from ..phi import PhiSpace
 from .faults import Faults
@@ -56,7 +56,7 @@ class Selection:
         """The best so far; one without phi before there is any."""
         return self.candidates[0] if self.candidates else Candidate()
 
-    def consider(self, step: int, bias_tuned: bool = False) -> Score | None:
+    def consider(self, step: int, bias_tuned: bool = False) -> float | None:
         """Evaluate the present phi, and keep it if it is among the best so far; None where there is no score."""
         score = self._score()
         if score is None:
@@ -68,7 +68,7 @@ class Selection:
         merit = self.evaluator.metric.merit
         place = sum(merit(score) <= merit(Score(other.score, other.raw)) for other in self.candidates)
         if place < KEPT:
-            self.candidates.insert(place, Candidate(self.space.read(), float(score), step, bias_tuned, score.values))
+            self.candidates.insert(place, Candidate(self.space.read(), float(score), step, bias_tuned, values_of(score)))
             del self.candidates[KEPT:]
         return score
 
@@ -84,7 +84,7 @@ class Selection:
             if again is not None:
                 self.faults.add([self.faults.outlier_message(dropped.score)], succeeded=1)
 
-    def _score(self) -> Score | None:
+    def _score(self) -> float | None:
         """The metric at the present phi; None where there is none, or it fails."""
         if self.evaluator is None:
             return None
