@@ -1,6 +1,6 @@
 """Tables and plots of what runs gave: methods against each other over seeds, and one run along its steps.
 
-Uses public names only, so that it is also an example of what a trainer tells after a run.
+Uses public names only, so that it is also an example of what can be read from a trainer after a run.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def constraints_note(runs: Sequence[MethodRun], splits: Sequence[str]) -> str:
 
 
 def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
-    """What a trainer tells of its last run, as JSON values."""
+    """The last run of a trainer as JSON values."""
     result = trainer.result
     return {
         "selected": {"step": result.best_step, "score": result.best_score},
