@@ -29,13 +29,12 @@ from transformers import EvalPrediction, HfArgumentParser
 
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.comparison.report import mean_and_error
-from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import tabular
 from .bench_report import ROOT
 from .pages import page
-from .problem import Problem, joined
+from .problem import Problem, joined, no_data
 from .run import quiet
 from .tables import markdown
 from .tasks import TABULAR, TABULAR_SMOKE
@@ -219,8 +218,7 @@ def text(rows: Sequence[Row], args: ConstraintsArguments) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(ConstraintsArguments).parse_args_into_dataclasses(argv)
-    if not data_root().exists():
-        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds bank_marketing).")
+    if no_data():
         return 2
     quiet()
     if args.smoke:

@@ -31,25 +31,24 @@ from transformers import EvalPrediction, HfArgumentParser
 
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer, ModelMetric
 from metricopt_hf.comparison.report import MethodRun, comparison_table, table_note
-from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import cifar
 from .bench_report import ROOT
 from .pages import page
-from .problem import Rows, Sizes, cached
+from .problem import Rows, Sizes, cached, no_data
 from .run import quiet
+from .training import NO_GUIDE
 
 PAGE = ROOT / "docs" / "results" / "rounding.md"
 SIZES, SMOKE = Sizes(10_000, 3_000, None, 1_000), Sizes(120, 80, 200, 60)
 POOL_TRAINED = 6_000  # images of the train pool whose activations are computed in rounded form too
 BATCH = 250
-NOTHING = {"metric_call_budget": 0, "value_weight": 0.0, "coordinates": "random"}
 START, LOSS_ONLY = "as it is", "loss only"
 # title -> (whether the loss sees rounded weights, changes)
 METHODS: dict[str, tuple[bool, Mapping]] = {
-    LOSS_ONLY: (False, NOTHING),
-    "loss through rounding": (True, NOTHING),
+    LOSS_ONLY: (False, NO_GUIDE),
+    "loss through rounding": (True, NO_GUIDE),
     "control: shuffled": (False, {"guide": "shuffled"}),
     "MetricOpt": (False, {}),
     "MetricOpt, loss through rounding": (True, {}),
@@ -213,8 +212,7 @@ def text(runs: list[MethodRun], args: RoundingArguments, sizes: Sizes) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(RoundingArguments).parse_args_into_dataclasses(argv)
-    if not data_root().exists():
-        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     quiet()
     sizes = SMOKE if args.smoke else SIZES

@@ -68,7 +68,8 @@ class Selection:
         merit = self.evaluator.metric.merit
         place = sum(merit(score) <= merit(Score(other.score, other.raw)) for other in self.candidates)
         if place < KEPT:
-            self.candidates.insert(place, Candidate(self.space.read(), float(score), step, bias_tuned, values_of(score)))
+            candidate = Candidate(self.space.read(), float(score), step, bias_tuned, values_of(score))
+            self.candidates.insert(place, candidate)
             del self.candidates[KEPT:]
         return score
 
