@@ -12,7 +12,7 @@ DEV := $(abspath $(VENV))/.installed-dev
 BENCH := $(abspath $(VENV))/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-bridge bench-ceiling bench-diagnose cards clean
+.PHONY: help demo test check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-bridge bench-rounding bench-constraints bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -53,6 +53,12 @@ bench-ceiling: $(BENCH) ## measure what a bias could reach at most
 
 bench-diagnose: $(BENCH) ## measure what trainer.diagnose() foretells against what then happened
 	$(IN_ROOT) $(PY) -m benchmarks.diagnose $(ARGS)
+
+bench-rounding: $(BENCH) ## measure what guidance wins back of rounded weights
+	$(IN_ROOT) $(PY) -m benchmarks.rounding $(ARGS)
+
+bench-constraints: $(BENCH) ## measure a metric under a constraint, beside a threshold and a penalty
+	$(IN_ROOT) $(PY) -m benchmarks.constraints $(ARGS)
 
 cards: $(USE) ## fill the cards in model_cards/ with measured figures
 	$(IN_ROOT) $(PY) -m benchmarks.cards $(ARGS)

@@ -34,6 +34,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "optuna": ["optuna"],
     "retrieval": ["pytorch-metric-learning"],
+    "onnx": ["onnx", "onnxruntime"],
     "detection": ["torchmetrics", "faster-coco-eval"],
     "bench": ["cma", "fairlearn", "matplotlib", "tabulate"],
 }

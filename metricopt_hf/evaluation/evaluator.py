@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 
 from ..errors import ConfigurationError, MetricError
 from ..phi import PhiSpace
+from .answer import Score, values_of
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
@@ -66,6 +67,7 @@ class Scores:
 
     Attributes:
         values: [n] the metric; nan where the call failed.
+        raw: [n, m] the numbers of its `keys` beside it.
         errors: [n] why it failed; None where it did not.
         seconds: [n] that the forward pass and the call took.
         call_seconds: [n] of these, the call's; with predictions only, else all.
@@ -73,6 +75,7 @@ class Scores:
     """
 
     values: np.ndarray
+    raw: np.ndarray
     errors: Sequence[str | None]
     seconds: np.ndarray
     call_seconds: np.ndarray
@@ -96,7 +99,11 @@ class Evaluator:
         complete: what the metric is given instead of the predictions; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
+
+    `of_predictions`: whether the metric is a function of them, so that it can be asked about others than the model's.
     """
+
+    of_predictions = True
 
     def __init__(
         self,
@@ -147,8 +154,8 @@ class Evaluator:
                     outcome = [self._score(complete=complete)]
                 except MetricError as error:
                     outcome = [error]
-        else:  # nobody predicts behind a test of its rank: a model's loss may wait for all of them
-            self.predictions()
+        else:
+            self._accompany()
             self.ledger.add(purpose, 1, 0.0, passes=1)
         if self.world_size > 1:
             broadcast_object_list(outcome)
@@ -180,9 +187,9 @@ class Evaluator:
             for i in tqdm(turns, desc="observing the metric", leave=False, delay=3, disable=not self.progress):
                 self.phi.write(points[min(i, count - 1)])
                 if i >= count:
-                    self.predictions()
+                    self._accompany()
                     continue
-                score, error, prediction = float("nan"), None, None
+                score, error, prediction = self._failed, None, None
                 start = called = perf_counter()
                 with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
                     if predictions:  # copies, for they may be views of kept batches, or of phi itself
@@ -201,20 +208,33 @@ class Evaluator:
         taken.sort(key=lambda entry: entry[0])
         _, values, errors, seconds, of_calls, predicted = zip(*taken, strict=True)
         predicted = predicted if predictions else None
-        return Scores(np.array(values), errors, np.array(seconds), np.array(of_calls), predicted)
+        raw = np.array([values_of(value) for value in values]).reshape(count, len(self.metric.keys))
+        return Scores(np.array(values), raw, errors, np.array(seconds), np.array(of_calls), predicted)
+
+    @property
+    def _failed(self) -> Score:
+        """In place of what a call that failed did not answer."""
+        return Score("nan", [np.nan] * len(self.metric.keys))
+
+    def _accompany(self) -> None:
+        """What a rank does while another one's score is asked for: a model's loss may wait for all of them."""
+        self.predictions()
 
     def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
         """The metric at the present phi; `prediction`: the model's, where it is there already."""
+        self._check_finite()
+        complete = complete or self.complete
+        if prediction is None and self.metric.batchwise and complete is None:
+            return self.metric.over(self._data.each())
+        return self.metric(self._data.predictions() if prediction is None else prediction, complete)
+
+    def _check_finite(self) -> None:
         if not self.phi.read().isfinite().all():
             raise MetricError(
                 f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
                 "moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
                 "learning_rate and phi_learning_rate."
             )
-        complete = complete or self.complete
-        if prediction is None and self.metric.batchwise and complete is None:
-            return self.metric.over(self._data.each())
-        return self.metric(self._data.predictions() if prediction is None else prediction, complete)
 
 
 class _Data:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.ledger import Ledger
 from ..evaluation.trajectory import Trajectory
 from ..hub import ValueFunction
@@ -28,6 +29,8 @@ class RunResult:
         last_phi: [d] where training ended, whichever phi was selected; None before its end.
         curve: one entry per round or selection: step, selection (or None), trust, reason, gradient_agreement,
             rank_correlation, observation_mean, predicted (mean and standard deviation, or None), coverage, calls.
+        constraints: which of the metric's constraints hold at the best phi on the selection split; empty without any.
+        keys: of the numbers in `trajectory.raw`.
         trajectory: all observations.
         ledger: metric calls and seconds by purpose.
         failed_calls: metric calls that failed or gave an impossible answer.
@@ -47,6 +50,8 @@ class RunResult:
     bias_tuned: bool
     last_phi: Tensor | None
     curve: list[dict[str, Any]]
+    constraints: tuple[ConstraintCheck, ...]
+    keys: tuple[str, ...]
     trajectory: Trajectory
     ledger: Ledger
     failed_calls: int

@@ -38,6 +38,7 @@ class ResumingTrainer(SharingTrainer):
             "guide": type(self.phase.guide).__name__,
             "metric": self.phase.metric.name,
             "greater_is_better": self.phase.metric.greater_is_better,
+            "metric_constraints": args.metric_constraints,
             "coordinates": self._kind_of_coordinates,
             "phi_dim": args.phi_dim,
             "observe": args.observe,

@@ -132,6 +132,7 @@ class SharingTrainer(Trainer):
             before=selections[0] if selections else None,
             candidates=len(selections),
             bias_tuned=result.bias_tuned,
+            constraints=[str(check) for check in result.constraints],
             evaluation={k: v for k, v in (summary.eval_results or {}).items() if isinstance(v, float)},
             comparison=comparison,
             calls={purpose: count for purpose, count in result.ledger.calls.items() if count},

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from .. import guides
 from .. import phi as spaces
 from ..errors import ConfigurationError
 from ..evaluation.ledger import Ledger
+from ..evaluation.model_metric import ModelMetric
 from ..evaluation.observation import Observation
 from ..guides import Guide
 from . import checkpoint, optimization, preflight, ranks
@@ -47,7 +47,8 @@ class MetricOptTrainer(ObservingTrainer):
 
     Args:
         metric: what to optimise: an `evaluate` module, its name or path, a callable `EvalPrediction -> number or dict`,
-            or a `Metric`. Default: `args.metric_name_or_path`, else `compute_metrics` and `metric_for_best_model`;
+            a `Metric`, or a `ModelMetric` for a black box that wants the model. Default: `args.metric_command`,
+            `args.metric_name_or_path`, else `compute_metrics` and `metric_for_best_model`;
             where neither names a metric (or only the loss), nothing is done.
         observation_dataset: where the metric is observed; default: cut from `eval_dataset` with `args.seed`.
         selection_dataset: where the best phi is chosen; default: likewise, disjoint.
@@ -320,18 +321,21 @@ class MetricOptTrainer(ObservingTrainer):
 
     def _build_phase(self, max_steps: int) -> MetricPhase:
         args, metric_steps = self.args, max_steps - self._metric_start
-        guide = self._given_guide or guides.from_spec(args.guide, self._given_value_function)
+        guide = self._make_guide()
         before = self._metric_start if guide.in_first_phase else 0
         given = self._given_value_function
         dim = self.phi.dim if self._kind_of_coordinates == "identity" else min(args.phi_dim, self.phi.dim)
         dim = dim if given is None else given.num_coordinates
         ledger, selection = Ledger(), self.selection_dataset
-
+        of_model = isinstance(self.metric, ModelMetric)
+        if of_model and args.observe != "scores":
+            logger.warning(f"Scores are observed, not predictions: {self.metric.name} is a metric of the model.")
+        selects = selection is not None or of_model
         return MetricPhase(
             phi=self.phi,
             moving=self.phi if guide.scope == "phi" else spaces.trainable(self.model),
             evaluator=self._evaluator(self.observation_dataset, ledger, progress=True),
-            selector=None if selection is None else self._evaluator(selection, ledger),
+            selector=self._evaluator(selection, ledger, split="selection") if selects else None,
             guide=guide,
             make_coordinates=self._make_coordinates,
             make_plan=partial(self._make_plan, metric_steps, before, dim),
@@ -340,7 +344,8 @@ class MetricOptTrainer(ObservingTrainer):
     def _make_plan(
         self, steps: int, before: int, dim: int, observe: str | None = None, calls: int | None = None
     ) -> PhasePlan:
-        return PhasePlan.from_args(self.args, observe or self.args.observe, steps, before, dim, calls)
+        observe = "scores" if isinstance(self.metric, ModelMetric) else observe or self.args.observe
+        return PhasePlan.from_args(self.args, observe, steps, before, dim, calls)
 
     def _rehearse(self) -> None:
         """Before the first step, when callbacks have set up what a step needs."""
