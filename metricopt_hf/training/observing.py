@@ -20,6 +20,7 @@ from ..errors import ConfigurationError, MetricError
 from ..evaluation import data
 from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from ..evaluation.ledger import Ledger
+from ..evaluation.sharded import ShardedEvaluator
 from ..extras import require
 from ..phi import Coordinates, make_coordinates
 from . import diagnosis
@@ -86,7 +87,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
 
     def _evaluator(self, dataset: Any, ledger: Ledger, progress: bool = False) -> Evaluator:
         args = self.args
-        return Evaluator(
+        return (ShardedEvaluator if self._sharded else Evaluator)(
             self.phi,
             self._predict,
             self._batches_of(dataset),

@@ -28,7 +28,8 @@ class RunResult:
         last_phi: [d] where training ended, whichever phi was selected; None before its end.
         curve: one entry per round or selection: step, selection (or None), trust, reason, gradient_agreement,
             rank_correlation, observation_mean, predicted (mean and standard deviation, or None), coverage, calls.
-        trajectory: all observations.
+            Of a run with more than some thousand of them, every second of the earlier ones.
+        trajectory: the real observations, the latest 4,096.
         ledger: metric calls and seconds by purpose.
         failed_calls: metric calls that failed or gave an impossible answer.
         phi: `PhiSpace.description` of what was tuned.

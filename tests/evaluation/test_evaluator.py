@@ -342,7 +342,7 @@ def test_ranks_predict_equally_often(monkeypatch, count):
     """Where there are fewer points than ranks need, one predicts for nothing: no rank waits for another in vain."""
     predicted = []
     for rank in range(2):
-        others = [(i, 0.0, None, 0.0, None) for i in range(count) if i % 2 != rank]
+        others = [(i, 0.0, None, 0.0, 0.0, None) for i in range(count) if i % 2 != rank]
         monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
         taken = evaluator(rank=rank, world_size=2)
         predictions, calls = taken._data.predictions, []
