@@ -90,4 +90,4 @@ class _SharedData(_Data):
             yield output
 
     def _predicted(self, batch) -> BatchOutput:
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), self.predict(batch))
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), self._on_copy(batch))
