@@ -12,7 +12,7 @@ DEV := $(abspath $(VENV))/.installed-dev
 BENCH := $(abspath $(VENV))/.installed-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-bridge bench-rounding bench-constraints bench-ceiling bench-diagnose cards clean
+.PHONY: help demo test check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-passes bench-growth bench-gpu bench-warm-start bench-bridge bench-rounding bench-constraints bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -41,6 +41,15 @@ bench-report: $(BENCH) ## write BENCHMARKS.md and docs/results/ from the records
 
 bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
 	$(IN_ROOT) MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000 $(PY) -m benchmarks.overhead $(ARGS)
+
+bench-passes: $(USE) ## measure what a pass over the observation set costs
+	$(IN_ROOT) $(PY) -m benchmarks.passes $(ARGS)
+
+bench-growth: $(USE) ## measure how a run grows with its data, and write docs/results/growth.md
+	$(IN_ROOT) OMP_NUM_THREADS=1 $(PY) -m benchmarks.growth $(ARGS)
+
+bench-gpu: $(DEV) ## all that a GPU alone can tell, in one table and some minutes
+	$(IN_ROOT) $(PY) -m benchmarks.gpu $(ARGS)
 
 bench-warm-start: $(USE) ## measure what a shared value function saves
 	$(IN_ROOT) $(PY) -m benchmarks.warm_start $(ARGS)

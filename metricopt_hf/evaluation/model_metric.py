@@ -174,7 +174,6 @@ class ModelEvaluator(Evaluator):
         """Nothing to be replayed: the metric runs the model itself."""
 
     def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
-        self._check_finite()
         with self.phi.merged():
             model = copy.deepcopy(self.phi.model)
         return self.metric(model.eval().requires_grad_(False), self.dataset, self.split)

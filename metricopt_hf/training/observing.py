@@ -25,6 +25,7 @@ from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from ..evaluation.ledger import Ledger
 from ..evaluation.model_metric import CommandMetric, ModelEvaluator, ModelMetric
 from ..evaluation.noise import checked_constraints
+from ..evaluation.sharded import ShardedEvaluator
 from ..extras import require
 from ..phi import Coordinates, make_coordinates
 from . import diagnosis
@@ -143,8 +144,10 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         self, dataset: Any, ledger: Ledger, progress: bool = False, split: str = "observation"
     ) -> Evaluator:
         args = self.args
-        of_model = isinstance(self.metric, ModelMetric)
-        make = partial(ModelEvaluator, dataset=dataset, split=split) if of_model else Evaluator
+        if isinstance(self.metric, ModelMetric):
+            make = partial(ModelEvaluator, dataset=dataset, split=split)
+        else:
+            make = ShardedEvaluator if self._sharded else Evaluator
         return make(
             self.phi,
             self._predict,

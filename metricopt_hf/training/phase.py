@@ -25,6 +25,7 @@ from ..evaluation.noise import checked_constraints
 from ..guides import Direction, Guide, GuideContext, blend
 from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace
+from ..phi.space import model_class
 from ..value import Signature
 from .plan import PhasePlan
 from .polish import polish
@@ -33,6 +34,9 @@ from .rounds import MakePlan, Rounds
 from .selection import Selection
 
 logger = logging.getLogger(__name__)
+
+# entries of the curve, of which every second goes when there are more
+MOST_ENTRIES = 4096
 
 
 class MetricPhase:
@@ -120,10 +124,13 @@ class MetricPhase:
         if self.plan.value_weight == 0:
             return
         self.direction = self.guide.direction(self.phi.read())
-        if self.direction is not None and self.direction.trust > 0:
+        if self.direction is None:
+            return
+        trust = self.direction.trust
+        if isinstance(trust, Tensor) or trust > 0:  # a tensor is not asked: that would wait for the device
             task_grad = self.phi.read_grad()
             self.phi.add_grad(
-                blend.correction(task_grad, self.direction.vector, self.direction.trust, self.plan.value_weight)
+                blend.correction(task_grad, self.direction.vector, trust, self.plan.value_weight)
             )
 
     def loss(self, inputs: dict[str, Any], outputs: Any, task_loss: Tensor) -> Tensor:
@@ -190,7 +197,7 @@ class MetricPhase:
             return None
         coordinates = self.coordinates
         signature = Signature(
-            type(self.phi.model).__name__,
+            model_class(self.phi.model),
             self.phi_description,
             coordinates.kind,
             self.metric.name,
@@ -289,3 +296,5 @@ class MetricPhase:
                 "interpolation_error": None if virtual is None else virtual.error,
             }
         )
+        if len(self.curve) > MOST_ENTRIES:
+            del self.curve[1::2]

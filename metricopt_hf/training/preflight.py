@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {
     DistributedType.DEEPSPEED: "its engine steps inside the backward pass, before gradients can be blended",
-    DistributedType.FSDP: "ranks observe different phi at once, which a sharded model cannot compute",
+    DistributedType.FSDP: "a model that torch's fully_shard has sharded can be, but saving it through accelerate "
+    "was not seen to work",
 }
 
 
@@ -148,7 +149,7 @@ def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
 
 
 def check_supported(args: MetricOptConfig, distributed_type: DistributedType) -> None:
-    """Refuse by name what cannot work or was never tested.
+    """Refuse by name what cannot work or was never seen to.
 
     Raises:
         ConfigurationError: with the reason and what to do instead.

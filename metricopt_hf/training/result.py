@@ -29,9 +29,10 @@ class RunResult:
         last_phi: [d] where training ended, whichever phi was selected; None before its end.
         curve: one entry per round or selection: step, selection (or None), trust, reason, gradient_agreement,
             rank_correlation, observation_mean, predicted (mean and standard deviation, or None), coverage, calls.
+            Of a run with more than some thousand of them, every second of the earlier ones.
         constraints: which of the metric's constraints hold at the best phi on the selection split; empty without any.
         keys: of the numbers in `trajectory.raw`.
-        trajectory: all observations.
+        trajectory: the real observations, the latest 4,096.
         ledger: metric calls and seconds by purpose.
         failed_calls: metric calls that failed or gave an impossible answer.
         phi: `PhiSpace.description` of what was tuned.

@@ -17,6 +17,7 @@ from ..guides import Guide
 from ..hub import ValueFunction
 from ..phi import PhiSpace
 from ..phi.coordinates import KINDS
+from ..phi.space import is_sharded
 from . import preflight
 from .resuming import ResumingTrainer
 
@@ -90,6 +91,11 @@ class SettlingTrainer(ResumingTrainer):
         if self.guided and (self._phi is None or self._phi.model is not self.model):
             self._phi = self._build_phi(self.model)
         return self._phi
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether FSDP2 has sharded the model: then every rank takes part in whatever touches it."""
+        return is_sharded(self.model)
 
     def settle(self) -> None:
         """Find out what a run needs, and refuse what cannot work, before anything is trained; `train` does it itself.

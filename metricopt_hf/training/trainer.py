@@ -21,7 +21,7 @@ from ..evaluation.model_metric import ModelMetric
 from ..evaluation.observation import Observation
 from ..guides import Guide
 from . import checkpoint, optimization, preflight, ranks
-from .modes import pinned
+from .modes import Pins, Rest
 from .observing import ObservingTrainer
 from .phase import MetricPhase
 from .plan import PhasePlan
@@ -86,7 +86,7 @@ class MetricOptTrainer(ObservingTrainer):
 
     @property
     def observations(self) -> list[Observation]:
-        """All observations of the last run."""
+        """The real observations of the last run, the latest 4,096."""
         return [] if self.phase is None else list(self.phase.rounds.trajectory)
 
     @property
@@ -164,9 +164,10 @@ class MetricOptTrainer(ObservingTrainer):
             )
         self._schedule = optimization.PhiSchedule(self.args, self._metric_start, max_steps)
         self.phase = self._build_phase(max_steps)
+        self._rest, self._pins = Rest(self.model, self.phase.moving.names), None
         self._updated_at = -1
         if self._metric_start == 0 and is_trainers(self._inner["training_step"]):
-            self._freeze()
+            self._rest.freeze()
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._rehearsal_due = True
         return model, train_dataloader
@@ -203,9 +204,10 @@ class MetricOptTrainer(ObservingTrainer):
     def _still(self) -> Iterator[None]:
         """Inside, what is not tuned stands still, whoever calls `model.train()`."""
         if self._stillness.frozen:
-            self._freeze()
-        tunes_phi = self.phase.guide.scope == "phi"
-        with pinned(self.model, self._stillness.eval_mode) if tunes_phi else nullcontext():
+            self._rest.freeze()
+        if self._pins is None:
+            self._pins = Pins(self.model, self._stillness.eval_mode)
+        with self._pins.inside() if self.phase.guide.scope == "phi" else nullcontext():
             yield
 
     def _guided_compute_loss(self, model, inputs, *args, **kwargs):
@@ -234,10 +236,7 @@ class MetricOptTrainer(ObservingTrainer):
 
     def _guide_update(self, step: int) -> None:
         """Between backward and optimizer step: the whole of the method, on the reduced gradient."""
-        moving = set(self.phase.moving.names)
-        for name, parameter in self.model.named_parameters():  # by name: wrappers replace the objects
-            if name not in moving:
-                parameter.grad = None  # where it could not be frozen, it is not moved
+        self._rest.drop_gradients()  # where it could not be frozen, it is not moved
         with attributes_kept(self):  # what a subclass keeps of losses and batches is of training
             if not self.phase.started or self.phase.before:
                 self.phase.start(step)
@@ -372,11 +371,13 @@ class MetricOptTrainer(ObservingTrainer):
             self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
 
             def attempt(stillness: Stillness) -> int:
-                self._stillness = stillness
+                self._stillness, self._pins = stillness, None
                 for name, parameter in self.model.named_parameters():
                     parameter.requires_grad_(name in self.phi.names or self._requires_grad[name])
                     parameter.grad = None
-                with self._still(), self.accelerator.no_sync(model):
+                # FSDP2 has no gradient where it does not share it
+                alone = nullcontext() if self._sharded else self.accelerator.no_sync(model)
+                with self._still(), alone:
                     self._staged(METRIC, model, copy.copy(inputs[0]), num_items)
                 return sum(p.grad is not None for p in self.phase.moving.parameters)
 
@@ -392,9 +393,3 @@ class MetricOptTrainer(ObservingTrainer):
                 with told("saving the guide's state", GUIDE_STATE), TemporaryDirectory() as folder:
                     checkpoint.save(self._guidance_state(self.phase.rehearse(coordinates)), folder)
         return chosen
-
-    def _freeze(self) -> None:
-        moving = set(self.phase.moving.names)
-        for name, parameter in self.model.named_parameters():
-            if name not in moving:
-                parameter.requires_grad_(False)
