@@ -5,43 +5,19 @@ Trainer itself.
 """
 
 import collections
-import copy
 
 import numpy as np
 import pytest
 import torch
+from forms import FIRST_PHASE, STEPS, assert_delivered, by_trainer, guided
 from helpers import Texts, assert_equal_weights, tiny_bert, weights
-from runs import probability, text_trainer
+from runs import probability
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from metricopt_hf import ConfigurationError, Metric, MetricError, MetricOptTrainer
-
-STEPS, FIRST_PHASE = 8, 6  # a schedule that is constant makes the first phase a shorter run of Trainer
-BUDGETS = {"metric_call_budget": 60, "forward_pass_budget": 12, "phi_dim": 2}
-
-
-def guided(folder, cls=MetricOptTrainer, trainer_kwargs=None, **kwargs):
-    data = {"train_dataset": Texts(96, seed=1), "eval_dataset": Texts(48, seed=2), **(trainer_kwargs or {})}
-    return text_trainer(folder, cls, trainer_kwargs=data, **{"max_steps": STEPS, **BUDGETS, **kwargs})
-
-
-def by_trainer(folder, cls=Trainer, trainer_kwargs=None, **kwargs):
-    data = {"train_dataset": Texts(96, seed=1), "eval_dataset": Texts(48, seed=2), **(trainer_kwargs or {})}
-    kwargs = {"max_steps": FIRST_PHASE, **kwargs}
-    return text_trainer(folder, cls, config=TrainingArguments, trainer_kwargs=data, **kwargs)
-
-
-def assert_delivered(trainer):
-    """It was guided, and the score that was selected is that of the model that comes out, as `predict` has it."""
-    best = trainer.phase.selection.best
-    assert trainer.ledger.calls["observe"] > 0 and trainer.phase.faults.total == 0
-    assert not any("film" in name for name in weights(trainer.model))
-    out = trainer.predict(trainer.selection_dataset).metrics[f"test_{trainer.metric.name}"]
-    assert best.phi is not None and out == pytest.approx(best.score, abs=1e-6)
-
 
 # What is set up when training begins: class weights computed in a callback, a temperature per epoch
 
@@ -219,96 +195,6 @@ def test_a_prediction_step_may_take_columns_out_and_write_to_them(tmp_path, obse
     trainer = guided(tmp_path, Predicts, observe=observe)
     trainer.train()
     assert_delivered(trainer)
-
-
-# Averages of the weights
-
-
-class ByName(TrainerCallback):
-    """Finds the parameters by their names."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                self.shadow[name].lerp_(p.detach(), 0.5)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        parameters = dict(model.named_parameters())
-        for name, average in self.shadow.items():
-            parameters[name].data.copy_(average)
-
-
-class ByOrder(TrainerCallback):
-    """Finds them by their order, as `EMAModel(model.parameters())` of diffusers does."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.shadow = [p.detach().clone() for p in model.parameters()]
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        for average, p in zip(self.shadow, model.parameters(), strict=True):
-            average.lerp_(p.detach(), 0.5)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        for average, p in zip(self.shadow, model.parameters(), strict=True):
-            p.data.copy_(average)
-
-
-class ByState(TrainerCallback):
-    """Writes to the state dict of a copy, as `ModelEmaV2` of timm does."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.copy = tiny_bert()
-        self.copy.load_state_dict(model.state_dict())
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        with torch.no_grad():
-            for average, value in zip(self.copy.state_dict().values(), model.state_dict().values(), strict=True):
-                average.lerp_(value, 0.5)
-        if state.global_step == FIRST_PHASE:
-            self.weights = weights(self.copy)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        model.load_state_dict(self.copy.state_dict())
-
-
-@pytest.mark.parametrize("average", [ByName, ByOrder, ByState])
-def test_an_average_of_the_weights_is_put_in_place_and_said_not_to_be_what_was_selected(tmp_path, average, caplog):
-    trainer = guided(tmp_path, trainer_kwargs={"callbacks": [average()]})
-    trainer.train()
-    assert trainer.ledger.calls["observe"] > 0
-    assert not any("film" in name for name in weights(trainer.model))
-    assert "A callback changed the weights in on_train_end" in caplog.text
-
-
-def test_a_copy_that_follows_the_state_dict_follows_every_weight(tmp_path):
-    class ByTimm(ByState):
-        def on_train_begin(self, args, state, control, model=None, **kwargs):
-            self.copy = copy.deepcopy(model)
-
-    kept = []
-    for make in (guided, by_trainer):
-        average = ByTimm()
-        make(tmp_path / make.__name__, trainer_kwargs={"callbacks": [average]}, lr_scheduler_type="constant").train()
-        kept.append(average.weights)
-    assert_equal_weights(*kept)
-
-
-def test_a_callback_that_changes_nothing_is_not_spoken_of(tmp_path, caplog):
-    class Looks(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            pass
-
-        def on_train_end(self, args, state, control, model=None, **kwargs):
-            self.weights = weights(model)
-
-    looks = Looks()
-    trainer = guided(tmp_path, trainer_kwargs={"callbacks": [looks]})
-    trainer.train()
-    assert "changed the weights" not in caplog.text
-    assert_equal_weights(looks.weights, weights(trainer.model))
 
 
 # Metrics that evaluate() makes itself (trl 5811)
