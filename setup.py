@@ -35,10 +35,12 @@ EXTRAS = {
     "optuna": ["optuna"],
     "retrieval": ["pytorch-metric-learning"],
     "detection": ["torchmetrics", "faster-coco-eval"],
+    "docs": ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8.6", "matplotlib"],  # the newest for Python 3.10
     "bench": ["cma", "fairlearn", "matplotlib", "tabulate"],
 }
 # What `make test` needs: the tools, and all of the above.
-EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "markdown-it-py", *sum(EXTRAS.values(), [])]
+TOOLS = ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "markdown-it-py", "nbclient", "ipykernel"]
+EXTRAS["dev"] = [*TOOLS, *sum(EXTRAS.values(), [])]
 
 setup(
     name="metricopt_hf",

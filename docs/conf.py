@@ -1,6 +1,7 @@
 """How Sphinx makes the documentation: `make docs`, which ends at the first warning."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ project = "metricopt_hf"
 author = "the authors of metricopt_hf"
 version = release = metricopt_hf.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"metricopt_hf {version}"
@@ -47,9 +48,19 @@ def fill_in(app, docname: str, source: list[str]) -> None:
     if docname == "arguments":
         source[0] = source[0].replace("<!-- the table of arguments -->", arguments_table())
     up = "../" * docname.count("/")
-    for outside, page in (("BENCHMARKS.md", "benchmarks.md"), ("CHANGELOG.md", "changelog.md")):
+    for outside, page in (("BENCHMARKS.md", "benchmarks.md"), ("CHANGELOG.md", "changelog.md"), ("CONTRIBUTING.md", "contributing.md")):
         source[0] = source[0].replace(f"]({up}../{outside})", f"]({up}{page})")
+
+
+def for_sphinx(app, what, name, obj, options, lines: list[str]) -> None:
+    """Docstrings are written to be read in the source: what reStructuredText would take for markup is text."""
+    text = "\n".join(lines)
+    text = re.sub(r"^Example:\n(?!\s*>>>)", "Example::\n\n", text, flags=re.M)  # code that is not run
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [re.sub(r"(?<=\w)_(?!\w)|[*|]", r"\\\g<0>", part) for part in parts[::2]]
+    lines[:] = "".join(parts).split("\n")
 
 
 def setup(app) -> None:
     app.connect("source-read", fill_in)
+    app.connect("autodoc-process-docstring", for_sphinx, priority=0)  # before napoleon
