@@ -48,8 +48,8 @@ def fill_in(app, docname: str, source: list[str]) -> None:
     if docname == "arguments":
         source[0] = source[0].replace("<!-- the table of arguments -->", arguments_table())
     up = "../" * docname.count("/")
-    for outside, page in (("BENCHMARKS.md", "benchmarks.md"), ("CHANGELOG.md", "changelog.md"), ("CONTRIBUTING.md", "contributing.md")):
-        source[0] = source[0].replace(f"]({up}../{outside})", f"]({up}{page})")
+    for outside in ("BENCHMARKS", "CHANGELOG", "CONTRIBUTING"):
+        source[0] = source[0].replace(f"]({up}../{outside}.md)", f"]({up}{outside.lower()}.md)")
 
 
 def for_sphinx(app, what, name, obj, options, lines: list[str]) -> None:
