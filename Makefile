@@ -13,7 +13,7 @@ BENCH := $(abspath $(VENV))/.installed-bench
 DOCS := $(abspath $(VENV))/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-picture test docs check-cifar bench bench-smoke bench-tune bench-report bench-overhead bench-warm-start bench-ceiling bench-diagnose cards clean
+.PHONY: help demo demo-picture test docs check-cifar bench bench-smoke bench-tune bench-report bench-overhead bench-import bench-warm-start bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -49,6 +49,9 @@ bench-report: $(BENCH) ## write BENCHMARKS.md and docs/results/ from the records
 
 bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
 	$(IN_ROOT) MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000 $(PY) -m benchmarks.overhead $(ARGS)
+
+bench-import: $(USE) ## measure what `import metricopt_hf` takes beside transformers' Trainer
+	$(IN_ROOT) $(PY) -m benchmarks.import_time $(ARGS)
 
 bench-warm-start: $(USE) ## measure what a shared value function saves
 	$(IN_ROOT) $(PY) -m benchmarks.warm_start $(ARGS)

@@ -35,7 +35,7 @@ EXTRAS = {
     "optuna": ["optuna"],
     "retrieval": ["pytorch-metric-learning"],
     "detection": ["torchmetrics", "faster-coco-eval"],
-    "docs": ["sphinx>=8.1", "myst-parser>=4", "furo>=2024.8.6", "matplotlib"],  # the newest for Python 3.10
+    "docs": ["sphinx>=8.1,<11", "myst-parser>=4", "furo>=2024.8.6", "matplotlib"],  # the newest for Python 3.10
     "bench": ["cma", "fairlearn", "matplotlib", "tabulate"],
 }
 # What `make test` needs: the tools, and all of the above.
