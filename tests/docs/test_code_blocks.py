@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import given
 import pytest
 from helpers import ROOT, example
 
-from metricopt_hf.training import plan
+from metricopt_hf import MetricOptConfig
 
 markdown_it = pytest.importorskip("markdown_it")
 for needed in ("tabulate", "matplotlib"):
@@ -63,14 +63,25 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture
-def small_budgets(monkeypatch):
-    """Of what a page leaves at its default, so that it runs in seconds."""
-    for kind, calls in (("predictions", 140), ("scores", 24)):
-        monkeypatch.setitem(plan.DEFAULTS, kind, replace(plan.DEFAULTS[kind], passes=24, calls=calls))
+def small_runs(monkeypatch):
+    """Where a page leaves steps and budgets at their defaults, so that it runs in seconds."""
+    settle = MetricOptConfig.__post_init__
+
+    def settle_smaller(self):
+        settle(self)
+        for name, unset, smaller in (
+            ("forward_pass_budget", None, 24),
+            ("metric_call_budget", None, 140),
+            ("max_steps", -1, 12),
+        ):
+            if getattr(self, name) == unset:
+                setattr(self, name, smaller)
+
+    monkeypatch.setattr(MetricOptConfig, "__post_init__", settle_smaller)
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in of(CODE)}))
-def test_the_python_of_a_page_runs_from_top_to_bottom(page, hub, small_budgets, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, hub, small_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given.write_reviews(tmp_path / "reviews.csv")
     names = {} if page == "README.md" else given.names()  # README's runs as it stands
