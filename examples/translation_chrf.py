@@ -7,8 +7,8 @@
         --prefix "translate English to French: "
 
 Any pair of text columns will do (`--source document --target summary`), and any `evaluate` module that compares texts
-(`--metric sacrebleu --metric_key score`). Generated tokens cannot be interpolated between forward passes, so every
-metric call generates all of the observation split: `--observation_size` and `--forward_pass_budget` bound the cost.
+(`--metric sacrebleu --metric_for_best_model score`). Generated tokens cannot be interpolated between forward passes, so
+every metric call generates all of the observation split: `--observation_size` and `--forward_pass_budget` bound that.
 
 Four disjoint splits: the loss sees train, the metric is observed on `observation`, each method's best step is chosen on
 `selection`, and methods are compared on `report`. Left in `output_dir`: the model tuned by MetricOpt with the first
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         return tokenizer.batch_decode(np.where(ids < 0, tokenizer.pad_token_id, ids), skip_special_tokens=True)
 
     module = None if args.metric_name_or_path is None else evaluate.load(args.metric_name_or_path)
-    name = "chrf" if module is None else args.metric_key or module.name
+    name = "chrf" if module is None else args.metric_for_best_model or module.name
     args = replace(args, metric_name_or_path=None, metric_for_best_model=name)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
