@@ -23,6 +23,7 @@ demo: $(USE) ## diagnose and fine-tune an image classifier for its metric
 
 demo-picture: ## take the picture that `make demo` left into the documentation
 	cp $(ROOT)/out/image_classification/groups.png $(ROOT)/docs/images/demo.png
+	sed -i 's|^<!-- picture of the demo -->$$|![The demo, group by group: before, with a bias tuned, and by MetricOpt](docs/images/demo.png)|' $(ROOT)/README.md
 
 test: $(DEV) ## ruff, then the tests, in a process per core
 	$(IN_ROOT) $(PY) -m ruff check .
