@@ -2,7 +2,7 @@
 
     python -m benchmarks.cards            (make cards)
 
-The task of `check_cifar` at half its length, from activations in front of the last block that are computed once. All
+The task of `worst_class` in 100 steps, from activations in front of the last block that are computed once. All
 methods of the comparison, several seeds; the model and the value function that are described are the first seed's.
 """
 
@@ -24,7 +24,7 @@ from metricopt_hf.comparison.methods import METHODS, REFERENCE, in_order, run_me
 from metricopt_hf.comparison.report import MethodRun, comparison_table, table_note
 
 from . import cifar
-from .check_cifar import interval, make_trainer
+from .worst_class import interval, make_trainer
 
 NAME = "resnet20-cifar10-worst-class-recall"
 FOLDER = Path(__file__).resolve().parents[1] / "model_cards"

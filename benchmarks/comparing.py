@@ -16,7 +16,7 @@ from .tasks import tasks
 
 UNGUIDED, CONTROLS, NEGATED = "unguided", ("shuffled", "random"), "negated"
 LOSS_ONLY = ("loss_only", "loss_small", UNGUIDED)  # at the setting chosen for it, in small steps, and in both
-BLACK_BOX = ("cma", "cma_flat", "spsa", "evolution")
+BLACK_BOX = ("cma", "cma_virtual", "cma_flat", "spsa", "evolution")
 SIGNIFICANT = 0.05
 WIN, ABOVE, TIE, BELOW, LOSS = "win", "above", "tie", "below", "loss"
 Key = tuple[str, str]  # method, variant

@@ -1,7 +1,7 @@
 """The rivals, each with its grid: what is chosen, on development seeds and the selection split, by `benchmarks.tune`.
 
-All start from the same model, with the same phi, data, steps, selection rounds and metric calls to observe. Grids are
-of one size. Controls take MetricOpt's own setting.
+All start from the same model, with the same phi, data, steps and selection rounds. Grids are of one size. Controls take
+MetricOpt's own setting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import informed
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search
 from .surrogates import SURROGATES, surrogate_loss
-from .training import NO_GUIDE, PREDICTIONS, SCORES, Budget, Outcome, coordinates, train
+from .training import NO_GUIDE, PREDICTIONS, Budget, Outcome, coordinates, train
 
 Config = Mapping[str, Any]
 
@@ -65,8 +65,8 @@ class EvolutionGuide(DirectionGuide):
 class NegatedGuide(ValueFunctionGuide):
     """Says the opposite of all that MetricOpt's guide says: what trust is there to find out."""
 
-    def predict_held_out(self, trajectory: Trajectory) -> np.ndarray | None:
-        predicted = super().predict_held_out(trajectory)
+    def predict(self, z: np.ndarray) -> np.ndarray | None:
+        predicted = super().predict(z)
         return None if predicted is None else -predicted
 
     def ascent(self, phi: Tensor) -> Tensor:
@@ -115,8 +115,7 @@ def _guided(guide: str, task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _scores(task, problem, seed, budget, folder, config) -> Outcome:
-    """The library as it was before it observed predictions."""
-    return train(task, problem, seed, budget, folder, {**SCORES, "unguided_ratio": 0.5, **config})
+    return train(task, problem, seed, budget, folder, {"observe": "scores", "tune_output_bias": True, **config})
 
 
 def _stay(task, problem, seed, budget, folder, config) -> Outcome:
@@ -148,12 +147,8 @@ def _formula(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _evolution(task, problem, seed, budget, folder, config) -> Outcome:
-    # it keeps no folds apart, so each of its calls sees the whole set; with larger steps, and fewer, it was worse
-    numbers = {
-        "observation_folds": 1,
-        "phi_learning_rate": 3e-3,
-        **{name: value for name, value in config.items() if name != "memory"},
-    }
+    # with larger steps, and fewer, it was worse
+    numbers = {"phi_learning_rate": 3e-3, **{name: value for name, value in config.items() if name != "memory"}}
     return train(task, problem, seed, budget, folder, numbers, guide=EvolutionGuide(config["memory"]))
 
 
@@ -166,6 +161,12 @@ def _cma(flat: bool, task, problem, seed, budget, folder, config) -> Outcome:
     population = config["population"] * budget.calls
     make = partial(CMAES, perturbation_std=config["perturbation_std"], population=population, diagonal=flat, seed=seed)
     return search(task, problem, seed, budget, space, make)
+
+
+def _cma_virtual(task, problem, seed, budget, folder, config) -> Outcome:
+    make = partial(CMAES, **config, diagonal=False, seed=seed)
+    space = coordinates(task, problem, seed, folder)
+    return search(task, problem, seed, budget, space, make, config["population"])
 
 
 def _spsa(task, problem, seed, budget, folder, config) -> Outcome:
@@ -196,11 +197,7 @@ RIVALS: dict[str, Rival] = {
     "unguided": Rival("MetricOpt without guidance", _unguided, settings_of="metricopt", seeds=10),
     "shuffled": Rival("control: shuffled", partial(_guided, "shuffled"), settings_of="metricopt", seeds=10),
     "random": Rival("control: random", partial(_guided, "random"), settings_of="metricopt", seeds=10),
-    "scores": Rival(
-        "MetricOpt, observing scores",
-        _scores,
-        setting={"phi_learning_rate": 5e-3, "value_weight": 64.0, "perturbation_std": 0.4},
-    ),
+    "scores": Rival("MetricOpt, observing scores", _scores),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "evolution": Rival(
@@ -210,6 +207,11 @@ RIVALS: dict[str, Rival] = {
     ),
     "cma": Rival(
         "CMA-ES, same coordinates", partial(_cma, False), _grid(perturbation_std=(0.06, 0.2, 0.6), population=(1, 2))
+    ),
+    "cma_virtual": Rival(
+        "CMA-ES on interpolated predictions",
+        _cma_virtual,
+        _grid(perturbation_std=(0.06, 0.2, 0.6), population=(8, 16)),
     ),
     "cma_flat": Rival(
         "separable CMA-ES, flat phi", partial(_cma, True), _grid(perturbation_std=(0.03, 0.1, 0.3), population=(1, 2))

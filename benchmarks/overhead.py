@@ -117,11 +117,14 @@ class FrozenTrainer(Trainer):
 
 
 class Clock(TrainerCallback):
-    def __init__(self):
-        self.ends = []
+    """When each step ended; the run ends behind so many."""
+
+    def __init__(self, steps: int):
+        self.steps, self.ends = steps, []
 
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(perf_counter())
+        control.should_training_stop = len(self.ends) == self.steps
 
     @property
     def step(self) -> float:
@@ -129,9 +132,9 @@ class Clock(TrainerCallback):
 
 
 def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: cifar.Images, folder: str) -> float:
-    clock = Clock()
+    clock = Clock(args.steps + WARM_UP + 1)
     common = {
-        "max_steps": args.steps + WARM_UP + 1,
+        "max_steps": 20 * clock.steps,  # of which only the first are taken: so none is beside a look
         "per_device_train_batch_size": args.batch_size,
         "learning_rate": 1e-4,
         "save_strategy": "no",
@@ -143,9 +146,6 @@ def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: 
         config = MetricOptConfig(
             folder,
             metric_start_ratio=0,
-            unguided_ratio=0,  # every step is guided, and none is beside a look
-            select_steps=10**9,
-            observe_steps=10**9,
             metric_call_budget=0,
             greater_is_better=True,
             **common,

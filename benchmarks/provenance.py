@@ -6,11 +6,12 @@ from collections import defaultdict
 
 from . import protocol
 from .measure import POST_HOC_CALLS
-from .methods import FIRST, OURS, RIVALS
+from .methods import FIRST, RIVALS
 from .records import TUNING, read, setting
 from .training import PREDICTIONS
 
 LOG = "[log of trials](experiments.md)"
+KIND = "tasks and seeds"  # of a choice, in `Protocol.chosen`
 
 PUBLISHED = """\
 | figure | value | where, and why it does not compare |
@@ -38,17 +39,23 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         for name, configs in sorted(tried.items())
         if len(configs) > len(RIVALS[name].grid)
     )
-    chosen, chosen_ours = (
-        ", ".join(f"{task} with seed {seed}" for task, seed in fixed.chosen[key])
-        for key in ("tasks and seeds", f"tasks and seeds of {OURS}")
+    chosen = {
+        key: ", ".join(f"{task} with seed {seed}" for task, seed in pairs)
+        for key, pairs in fixed.chosen.items()
+        if key == KIND or key.startswith(f"{KIND} of ")
+    }
+    apart = "".join(
+        f"; of {RIVALS[method].title}: {chosen[key]}"
+        for key in chosen
+        if (method := key.removeprefix(f"{KIND} of ")) in RIVALS
     )
     return (
         f"Four disjoint splits: train, observation, selection, report. Every method starts from the same model and "
         f"moves the same phi (FiLM on the last norms, and the output bias), in {budget.steps} steps with batches of "
-        f"{budget.batch_size}. MetricOpt and its controls make at most "
+        f"{budget.batch_size}. MetricOpt, its controls and CMA-ES on interpolated predictions make at most "
         f"{PREDICTIONS['forward_pass_budget']} forward passes over the observation split, and at most "
         f"{PREDICTIONS['metric_call_budget']} metric calls, most of them on what is interpolated between these passes; "
-        "a tuned bias per logit is one more candidate in the end. Any other method that observes makes "
+        "of MetricOpt, a tuned bias per logit is one more candidate in the end. Any other method that observes makes "
         f"{budget.rounds} rounds of {budget.calls} passes with a metric call each. Every method is evaluated "
         f"{budget.rounds + 1} times on the selection split, and the best phi is kept. Searchers without a loss "
         "have no steps.\n\n"
@@ -63,7 +70,7 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         "(`benchmarks/surrogates.py`), not LibAUC's.\n\n"
         "## Settings\n\n"
         f"Each method has one setting for all tasks, chosen from a grid of six by the selection split on development "
-        f"seeds ({chosen}; MetricOpt's: {chosen_ours}; `python -m benchmarks.tune`; `benchmarks/protocol.json` holds "
+        f"seeds ({chosen[KIND]}{apart}; `python -m benchmarks.tune`; `benchmarks/protocol.json` holds "
         "the worth of every setting). "
         "A grid whose best setting lay at its edge was moved after a first run on these seeds, so some methods had "
         f"more settings tried in all: {more}. MetricOpt's last grid was laid around what trials on development seeds "

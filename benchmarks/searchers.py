@@ -16,10 +16,12 @@ from transformers.trainer_utils import set_seed
 
 from metricopt_hf import Ledger, Metric
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
+from metricopt_hf.evaluation.virtual_observer import VirtualObserver
 from metricopt_hf.phi import Coordinates, PhiSpace
+from metricopt_hf.training.plan import OF_PREDICTIONS
 
 from .problem import Problem, Task, inputs_of, label_ids_of
-from .training import Budget, Outcome
+from .training import PREDICTIONS, Budget, Outcome
 
 CACHE_BYTES = 2e9
 
@@ -113,12 +115,60 @@ class SPSA(Searcher):
         return self.z
 
 
-def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coordinates | None, make) -> Outcome:
+class Passes:
+    """Scores what a searcher asks for: a forward pass over the observation split and a metric call for each point."""
+
+    def __init__(self, evaluator: Evaluator, place: Callable[[np.ndarray], Tensor], budget: Budget):
+        self.evaluator, self.place, self.budget = evaluator, place, budget
+
+    def round(self, turn: int, searcher: Searcher) -> None:
+        """One of the budget's rounds, with phi at the searcher's centre."""
+        points = searcher.ask(self.budget.calls)
+        phis = torch.stack([self.place(point) for point in points])
+        searcher.tell(points, self.evaluator.metric.sign * self.evaluator.evaluate_many(phis, "observe").values)
+
+
+class Interpolation:
+    """The same on interpolated predictions, with MetricOpt's budgets: few passes, and as many calls as it makes.
+
+    Args:
+        space: what is searched.
+        population: points of a generation; as many whole generations to a round as the calls allow.
+        seed: of the directions of the expansions.
+    """
+
+    def __init__(self, evaluator: Evaluator, space: Coordinates, budget: Budget, population: int, seed: int):
+        self.evaluator, self.space, self.population = evaluator, space, population
+        self.virtual = VirtualObserver(evaluator, OF_PREDICTIONS.perturbation_std, on_all_rows=False, seed=seed)
+        passes = self.virtual.passes(space.dim)
+        expansions = PREDICTIONS["forward_pass_budget"] // passes
+        self.every = -(-budget.rounds // expansions)  # rounds
+        calls = PREDICTIONS["metric_call_budget"] - expansions * passes
+        self.generations = calls // budget.rounds // population
+
+    def round(self, turn: int, searcher: Searcher) -> None:
+        """One of the budget's rounds, with phi at the searcher's centre."""
+        if turn % self.every == 0:
+            self.virtual.expand(self.space, turn)
+            self.centre = searcher.centre.copy()
+        metric, ledger = self.evaluator.metric, self.evaluator.ledger
+        for _ in range(self.generations):
+            points, scores = searcher.ask(self.population), []
+            for prediction in self.virtual.interpolator.at(points - self.centre):
+                with ledger.charge("observe"):
+                    scores.append(metric(prediction))
+            searcher.tell(points, metric.sign * np.array(scores))
+
+
+def search(
+    task: Task, problem: Problem, seed: int, budget: Budget, space: Coordinates | None, make, population: int = 0
+) -> Outcome:
     """Let a searcher run for the budget's rounds.
 
     Args:
         space: what is searched; None: flat phi.
         make: dim -> the searcher.
+        population: of a generation that is scored on interpolated predictions; 0: by passes.
     """
     start = process_time()
     set_seed(seed)
@@ -137,6 +187,9 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
     def place(z: np.ndarray) -> Tensor:
         return space.origin + space.lift(torch.as_tensor(z, dtype=torch.float32))
 
+    scorer = Passes(observation, place, budget)
+    if population:
+        scorer = Interpolation(observation, space, budget, population, seed)
     every, curve, best = budget.steps // budget.rounds, [], None
     for turn in range(budget.rounds + 1):
         phi.write(place(searcher.centre))
@@ -147,9 +200,7 @@ def search(task: Task, problem: Problem, seed: int, budget: Budget, space: Coord
         if best is None or metric.sign * (score - best[1]) > 0:
             best = (phi.read(), score, step)
         if turn < budget.rounds:
-            points = searcher.ask(budget.calls)
-            phis = torch.stack([place(point) for point in points])
-            searcher.tell(points, metric.sign * observation.evaluate_many(phis, "observe").values)
+            scorer.round(turn, searcher)
     return Outcome(best[0], best[2], best[1], curve, ledger, process_time() - start)
 
 
@@ -165,6 +216,6 @@ def _evaluator(phi: PhiSpace, space: Coordinates, batches: Callable, metric: Met
             phi.write(phi.read() + space.lift(0.1 * torch.ones(space.dim)))
             yield
 
-    evaluator = Evaluator(phi, predict, [batches], metric, ledger, CACHE_BYTES)
+    evaluator = Evaluator(phi, predict, batches, metric, ledger, CACHE_BYTES)
     evaluator.freeze(moved)
     return evaluator

@@ -19,20 +19,19 @@ from transformers import EvalPrediction
 
 from metricopt_hf import Guide, Ledger, Metric, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.phi import Coordinates
+from metricopt_hf.training.plan import CHECKS, SELECTIONS
 
 from .problem import Problem, Task
 
 # The cheapest coordinates, as they are never looked at.
-NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random"}
-# What the library does by default; and what all that trains and is not MetricOpt does instead.
+NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "coordinates": "random"}
+# What the library does by default, whatever the metric's time; all that trains and is not MetricOpt observes scores.
 PREDICTIONS = {
     "observe": "predictions",
     "forward_pass_budget": 60,
     "metric_call_budget": 1200,
     "tune_output_bias": True,
-    "observation_folds": 1,
 }
-SCORES = {"observe": "scores", "tune_output_bias": False, "observation_folds": 2}
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,14 @@ class Budget:
 
     Attributes:
         steps: optimizer steps.
-        rounds: evenly over the steps; in each, one look at the selection split, and `calls` metric calls to observe.
+        rounds: evenly over the steps; in each, one look at the selection split, and `calls` metric calls to observe:
+            as many as the library makes.
         batch_size: training examples per step.
     """
 
     steps: int = 200
-    rounds: int = 20
-    calls: int = 8
+    rounds: int = SELECTIONS
+    calls: int = CHECKS
     batch_size: int = 64
 
 
@@ -63,7 +63,7 @@ class Outcome:
             trained, "trust" and "coverage" (mean of the calls to observe until the next).
         ledger: metric calls and seconds by purpose.
         seconds: of processor time, of the whole run: on one thread, what else the machine does counts little.
-        soup: [d] the mean of phi over the last half of the rounds before the loss alone, where phi was trained.
+        soup: [d] the mean of phi over the last half of the rounds, where phi was trained.
         outputs: of the splits that are measured, where not the model at phi is what the method says.
     """
 
@@ -100,16 +100,16 @@ def make_trainer(
     numbers: Mapping[str, Any],
     **options: Any,
 ) -> MetricOptTrainer:
-    """A trainer on a copy of the model; `numbers` are of `MetricOptConfig`, `options` of the trainer."""
+    """A trainer on a copy of the model; `numbers` are of the config (`coordinates` apart), `options` of the trainer."""
     numbers = {
         "max_steps": budget.steps,
-        "select_steps": budget.steps // budget.rounds,
-        "observations_per_step": budget.calls,
         "metric_call_budget": budget.rounds * budget.calls,
         "lr_scheduler_type": "constant",
-        **SCORES,
+        "observe": "scores",
+        "tune_output_bias": False,
         **numbers,
     }
+    options = {"coordinates": numbers.pop("coordinates", "gradient_pca"), "train_dataset": problem.train, **options}
     args = MetricOptConfig(
         folder,
         metric_start_ratio=0,
@@ -132,7 +132,7 @@ def make_trainer(
         observation_dataset=problem.observation,
         selection_dataset=problem.selection,
         phi=problem.phi,
-        **{"train_dataset": problem.train, **options},
+        **options,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -174,7 +174,7 @@ def train(
     trainer.train()
     result = trainer.result
     seconds = process_time() - start
-    visited = [*recorder.phis[: result.unguided_step and result.unguided_step // recorder.every], result.last_phi]
+    visited = [*recorder.phis, result.last_phi]
     return Outcome(
         result.best_phi,
         result.best_step,
@@ -206,7 +206,6 @@ def per_look(curve: list[dict[str, Any]], ended: list[float]) -> list[dict[str, 
 
 def coordinates(task: Task, problem: Problem, seed: int, folder: str) -> Coordinates:
     """The coordinates that MetricOpt would take at the start of the same run."""
-    budget = Budget(steps=1, rounds=1, calls=2)
-    trainer = make_trainer(task, problem, seed, budget, folder, {"value_weight": 0.0, "metric_call_budget": 0})
+    trainer = make_trainer(task, problem, seed, Budget(steps=1), folder, {"value_weight": 0.0, "metric_call_budget": 0})
     trainer.train()
     return trainer.result.coordinates

@@ -2,7 +2,7 @@
 
     python -m benchmarks.warm_start            (make bench-warm-start)
 
-The task of `check_cifar` (CIFAR-10 as JPEG, a pretrained ResNet-20, worst-class recall). Per seed, a first run leaves a
+The task of `worst_class` (CIFAR-10 as JPEG, a pretrained ResNet-20, worst-class recall). Per seed, a first run leaves a
 value function in a folder; a second run, with another seed, other training images and another observation split, is
 done twice: cold, and started from that folder (`value_function_name_or_path`). Nothing that the first run saw is in the
 second run's splits. As everything in front of the last block stands still in all runs, its activations are computed
@@ -26,11 +26,11 @@ from metricopt_hf.comparison.methods import predictions
 from metricopt_hf.comparison.report import MethodRun, details_of, paired_difference, save_results
 
 from . import cifar
-from .check_cifar import METRIC, make_trainer
+from .worst_class import METRIC, make_trainer
 
 COLD, WARM = "cold", "warm"
-# to the end, with a round of observations at each look at the selection split
-GUIDED = {"unguided_ratio": 0.0, "observe": "scores", "observe_steps": 10}
+# a round of observations at each look at the selection split
+GUIDED = {"observe": "scores"}
 # rows of the table that is printed: one per so many rounds
 ROUNDS_PER_ROW = 2
 # the first run has seeds of its own
@@ -43,7 +43,7 @@ class WarmStartArguments:
     """What to run."""
 
     seeds: list[int] = field(default_factory=lambda: list(range(10)), metadata={"help": "Seeds to run, two or more."})
-    max_steps: int = field(default=100, metadata={"help": "Optimizer steps of every run; 8 metric calls per 10 steps."})
+    max_steps: int = field(default=100, metadata={"help": "Optimizer steps of every run; 160 metric calls."})
     results: str | None = field(default=None, metadata={"help": "File to write all figures to, as JSON."})
 
 

@@ -20,7 +20,7 @@ from metricopt_hf.phi import Coordinates
 NUM_LABELS = 3
 ROOT = Path(__file__).resolve().parents[1]
 # Options of an example script that make a run of seconds.
-TINY = "--max_steps 4 --metric_call_budget 8 --observations_per_step 4 --phi_dim 2 --use_cpu --disable_tqdm True"
+TINY = "--max_steps 4 --metric_call_budget 16 --phi_dim 2 --use_cpu --disable_tqdm True"
 
 
 def example(name: str) -> ModuleType:

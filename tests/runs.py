@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from helpers import OPTIMUM, Quadratic, Targets, Texts, distance_to_optimum, tiny_bert, true_class_probability
 
 from metricopt_hf import DirectionGuide, MetricOptConfig, MetricOptTrainer
 
-# A run that observes scores, each on one of two folds, and nothing behind the last step: what many tests are about.
-SCORES = {
-    "observe": "scores",
-    "observation_folds": 2,
-    "phi_dim": 6,
-    "unguided_ratio": 0.5,
-    "tune_output_bias": False,
-}
+# A run that observes scores, and does nothing behind the last step: what many tests are about.
+SCORES = {"observe": "scores", "phi_dim": 6, "tune_output_bias": False}
 
 # A run of 16 steps on texts, judged by `probability`.
 TEXT_RUN = {
@@ -30,6 +26,26 @@ TEXT_RUN = {
 }
 
 
+# numbers of `PhasePlan` that no user sets, and a test may
+PLANNED = {"select_steps", "observe_steps", "round_size", "perturbation_std", "max_failures"}
+
+
+def planned(cls, settings):
+    """`cls` with what of `settings` is no argument of the config (coordinates, the plan): that is taken out of them."""
+    numbers = {name: settings.pop(name) for name in PLANNED & settings.keys()}
+    numbers = {name: number for name, number in numbers.items() if number is not None}
+    options = {name: settings.pop(name) for name in {"coordinates"} & settings.keys()}
+
+    class Planned(cls):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **options, **kwargs)
+
+        def _make_plan(self, *args, **kwargs):
+            return replace(super()._make_plan(*args, **kwargs), **numbers)
+
+    return Planned if numbers or options else cls
+
+
 def probability(prediction):
     return {"probability": true_class_probability(prediction)}
 
@@ -43,7 +59,9 @@ def text_trainer(folder, cls=MetricOptTrainer, model=None, config=MetricOptConfi
     }
     if "model_init" not in data:
         data["model"] = model or tiny_bert()
-    return cls(args=config(str(folder), **{**TEXT_RUN, **kwargs}), **data)
+    settings = {**TEXT_RUN, **kwargs}
+    cls = planned(cls, settings)
+    return cls(args=config(str(folder), **settings), **data)
 
 
 class Truth(DirectionGuide):
@@ -76,10 +94,9 @@ def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, model=None, **kw
         "optim": "sgd",
         "max_grad_norm": 0.0,
         "phi": "^w$",
-        "phi_coordinates": "identity",
+        "coordinates": "identity",
         "phi_learning_rate": None,
         "metric_start_ratio": 0,
-        "unguided_ratio": 0,
         "select_steps": 1,
         "observe_steps": 1,
         "greater_is_better": False,
@@ -89,9 +106,10 @@ def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, model=None, **kw
         "use_cpu": True,
         "label_names": ["labels"],
     }
-    return cls(
+    settings = {**SCORES, **defaults, **kwargs}
+    return planned(cls, settings)(
         model or Quadratic(),
-        MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs}),
+        MetricOptConfig(str(folder), **settings),
         train_dataset=Targets(seed=1),
         observation_dataset=Targets(8, seed=2),
         selection_dataset=Targets(8, seed=3),
@@ -142,8 +160,9 @@ def bert_trainer(folder, model=None, **kwargs):
         trainer_kwargs["metric"] = true_class_probability
     if "model_init" not in trainer_kwargs:
         trainer_kwargs["model"] = model or tiny_bert()
-    args = MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs})
-    return cls(args=args, **{**data, **trainer_kwargs})
+    settings = {**SCORES, **defaults, **kwargs}
+    cls = planned(cls, settings)
+    return cls(args=MetricOptConfig(str(folder), **settings), **{**data, **trainer_kwargs})
 
 
 def faulty_trainer(folder, metric, cls=MetricOptTrainer, guide=None, **kwargs):
@@ -152,11 +171,10 @@ def faulty_trainer(folder, metric, cls=MetricOptTrainer, guide=None, **kwargs):
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "metric_start_ratio": 0,
-        "unguided_ratio": 0,
         "metric_call_budget": 24,
         "select_steps": 2,
         "observe_steps": 2,
-        "observations_per_step": 4,
+        "round_size": 4,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
@@ -164,9 +182,10 @@ def faulty_trainer(folder, metric, cls=MetricOptTrainer, guide=None, **kwargs):
         "greater_is_better": True,
         "phi_dim": 4,
     }
-    return cls(
+    settings = {**SCORES, **defaults, **kwargs}
+    return planned(cls, settings)(
         tiny_bert(),
-        MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs}),
+        MetricOptConfig(str(folder), **settings),
         train_dataset=Texts(160, seed=1),
         observation_dataset=Texts(40, seed=3),
         selection_dataset=Texts(40, seed=4),

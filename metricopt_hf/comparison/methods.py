@@ -42,7 +42,7 @@ class Method:
 # It never uses its coordinates, so they may be the cheapest; what a tuned bias adds is a row of its own.
 LOSS_ONLY = Method(
     "loss only",
-    {"value_weight": 0.0, "metric_call_budget": 0, "phi_coordinates": "random", "tune_output_bias": False},
+    {"value_weight": 0.0, "metric_call_budget": 0, "coordinates": "random", "tune_output_bias": False},
 )
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),

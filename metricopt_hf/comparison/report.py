@@ -172,13 +172,12 @@ def table_note(num_seeds: int) -> str:
 
 
 def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
-    """What a trainer tells of its last run, as JSON values; observations are aligned (see `Trajectory`)."""
+    """What a trainer tells of its last run, as JSON values."""
     result = trainer.result
     return {
         "selected": {"step": result.best_step, "score": result.best_score},
-        "unguided_step": result.unguided_step,
         "curve": result.curve,
-        "observations": [{"step": o.step, "score": o.score} for o in result.trajectory.aligned()],
+        "observations": [{"step": o.step, "score": o.score} for o in result.trajectory],
         "calls": dict(result.ledger.calls),
         "seconds": dict(result.ledger.seconds),
     }
@@ -231,9 +230,6 @@ def plot_run(
         above.plot(
             selected["step"], selected["score"], "*", color="tab:orange", markersize=14, label="selected, and kept"
         )
-    if details["unguided_step"] is not None:
-        for axes, label in ((above, "from here on the unguided branch"), (below, None)):
-            axes.axvline(details["unguided_step"], color="tab:gray", linestyle=":", linewidth=1, label=label)
     above.set_ylabel(metric_name)
     above.legend(fontsize="small", framealpha=0.6)
     above.set_title(title or "")

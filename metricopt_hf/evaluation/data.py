@@ -48,32 +48,6 @@ def cut(dataset: Any, size: int | None, seed: int, label_name: str = "labels") -
     return take(dataset, parts[0]), take(dataset, parts[1])
 
 
-def folds(dataset: Any, count: int, seed: int, label_name: str = "labels") -> list[Any]:
-    """Disjoint random parts of a data set, of equal size but for one example, each in its order.
-
-    Where chance would leave a class out of one, the classes are shared out evenly, as in `cut`. One without a length
-    cannot be divided: it is the only part.
-
-    Raises:
-        ConfigurationError: there are fewer examples than parts.
-    """
-    if count == 1 or not hasattr(dataset, "__len__"):
-        return [dataset]
-    if len(dataset) < count:
-        raise ConfigurationError(
-            f"The observation set has {len(dataset)} examples, too few for observation_folds={count}: give it more, or "
-            "set observation_folds=1."
-        )
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    parts = np.array_split(order, count)
-    labels = class_labels(dataset, label_name)
-    if labels is not None and any(len(np.unique(labels[rows])) < len(np.unique(labels)) for rows in parts):
-        parts = _stratified(order, labels, count)
-        for i, rows in enumerate(parts):
-            _tell_missing(labels, rows, f"fold {i + 1} of the {count} of the observation set")
-    return [take(dataset, np.sort(part)) for part in parts]
-
-
 class _Picked(IterableDataset):
     """Some rows of a data set that can only be iterated, in its order."""
 
@@ -111,7 +85,7 @@ def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
     return labels if is_classes and 1 < len(np.unique(labels)) <= len(labels) // 2 else None
 
 
-def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int | None = None) -> list[np.ndarray]:
+def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int) -> list[np.ndarray]:
     """`count` disjoint parts of the rows in `order`, in this order, each with its share of every class; of `size` each.
 
     First come the rows that every part needs for a class to be in all of them, as far as there are so many.
@@ -121,7 +95,7 @@ def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int | N
         rows = np.flatnonzero(labels[order] == label)
         rank[rows], sizes[rows] = np.arange(len(rows)), len(rows)
     first = np.lexsort((order, (rank + 0.5) / sizes, rank >= count))
-    chosen = order[first][: len(order) if size is None else count * size]
+    chosen = order[first][: count * size]
     dealt = chosen[np.argsort(labels[chosen], kind="stable")]
     place = np.argsort(order)
     return [rows[np.argsort(place[rows])] for rows in (dealt[i::count] for i in range(count))]
@@ -133,7 +107,7 @@ def _tell_missing(labels: np.ndarray, rows: np.ndarray, what: str) -> None:
         named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         logger.warning(
             f"Class {named} is missing in {what}: of classes with so few examples a metric per class may have no "
-            "value. Pass observation_dataset and selection_dataset that hold all classes, or set observation_folds=1."
+            "value. Pass observation_dataset and selection_dataset that hold all classes."
         )
 
 
@@ -211,7 +185,7 @@ def group_batches(
 
 
 def _labels(dataset: Any, label_name: str) -> np.ndarray:
-    hint = 'phi_coordinates="group_gradients" needs a training set of known length with one class label per example'
+    hint = 'coordinates="group_gradients" needs a training set of known length with one class label per example'
     if not hasattr(dataset, "__len__"):
         raise ConfigurationError(f'{hint}; this one has no length. Use "gradient_pca".')
     columns = getattr(dataset, "column_names", None)

@@ -64,13 +64,15 @@ class Scores:
     Attributes:
         values: [n] the metric; nan where the call failed.
         errors: [n] why it failed; None where it did not.
-        seconds: [n] that the forward passes and the call took.
+        seconds: [n] that the forward pass and the call took.
+        call_seconds: [n] of these, the call's; with predictions only, else all.
         predictions: [n] predictions and labels, where they were asked for; else None.
     """
 
     values: np.ndarray
     errors: Sequence[str | None]
     seconds: np.ndarray
+    call_seconds: np.ndarray
     predictions: Sequence[EvalPrediction] | None = None
 
 
@@ -80,8 +82,7 @@ class Evaluator:
     Args:
         phi: what is moved, and put back.
         predict: batch -> `BatchOutput`; runs the model. It must not wait for other ranks.
-        parts: the data set's parts, of which each evaluation sees one: each makes a fresh iteration over its collated
-            batches, always in the same order. One part is the usual case.
+        batches: makes a fresh iteration over the data set's collated batches, always in the same order.
         metric: the black box.
         ledger: charged with the calls and all seconds, forward passes included.
         max_bytes: memory for keeping batches (else they are collated anew each time) and, beyond those, the frozen
@@ -89,7 +90,7 @@ class Evaluator:
         concat: whether batches are joined, as with Trainer's `eval_do_concat_batches`; else the metric sees lists.
         rank, world_size: this process, and how many there are.
         progress: whether to show a bar for evaluations that take more than a few seconds.
-        complete: for each part, what the metric is given instead of its predictions; see `Metric.__call__`.
+        complete: what the metric is given instead of the predictions; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
     """
@@ -98,7 +99,7 @@ class Evaluator:
         self,
         phi: PhiSpace,
         predict: Callable[[Any], BatchOutput],
-        parts: Sequence[Callable[[], Iterable[Any]]],
+        batches: Callable[[], Iterable[Any]],
         metric: Metric,
         ledger: Ledger,
         max_bytes: float,
@@ -106,14 +107,13 @@ class Evaluator:
         rank: int = 0,
         world_size: int = 1,
         progress: bool = False,
-        complete: Sequence[Callable[[EvalPrediction], EvalPrediction]] | None = None,
+        complete: Callable[[EvalPrediction], EvalPrediction] | None = None,
         accumulation_steps: int | None = None,
     ):
         self.phi, self.metric, self.ledger = phi, metric, ledger
         self.rank, self.world_size, self.progress, self.concat = rank, world_size, progress, concat
-        self.complete = complete or [None] * len(parts)
-        share = max_bytes / len(parts)
-        self.parts = [_Part(phi.model, predict, batches, share, concat, accumulation_steps) for batches in parts]
+        self.complete = complete
+        self._data = _Data(phi.model, predict, batches, max_bytes, concat, accumulation_steps)
 
     def freeze(self, moved: Callable[[], AbstractContextManager]) -> None:
         """From now on nothing outside phi changes: replay the rest (see `PrefixCache`).
@@ -121,19 +121,18 @@ class Evaluator:
         Args:
             moved: context inside which phi is another one.
         """
-        for part in self.parts:
-            part.freeze(self.phi.names, moved)
+        self._data.freeze(self.phi.names, moved)
 
-    def predictions(self, part: int = 0) -> EvalPrediction:
-        """Predictions and labels of a part at the present phi, as numpy arrays, in its order."""
+    def predictions(self) -> EvalPrediction:
+        """Predictions and labels at the present phi, as numpy arrays, in the data set's order."""
         with undisturbed(self.phi.model):
-            return self.parts[part].predictions()
+            return self._data.predictions()
 
-    def evaluate(self, purpose: str, part: int = 0, complete: Callable | None = None) -> float:
+    def evaluate(self, purpose: str, complete: Callable | None = None) -> float:
         """The metric at the present phi, charged to `purpose`. All ranks predict, and rank 0 calls the metric.
 
         Args:
-            complete: what the metric is given instead of the predictions, other than what the part's own says.
+            complete: what the metric is given instead of the predictions, other than the usual `complete`.
 
         Raises:
             MetricError: see `Metric`; the same on every rank.
@@ -142,11 +141,11 @@ class Evaluator:
         if self.rank == 0:
             with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
                 try:
-                    outcome = [self._score(part, complete=complete)]
+                    outcome = [self._score(complete=complete)]
                 except MetricError as error:
                     outcome = [error]
         else:  # nobody predicts behind a test of its rank: a model's loss may wait for all of them
-            self.predictions(part)
+            self.predictions()
             self.ledger.add(purpose, 1, 0.0, passes=1)
         if self.world_size > 1:
             broadcast_object_list(outcome)
@@ -163,61 +162,59 @@ class Evaluator:
                 made.append(self.predictions())
         return made
 
-    def evaluate_many(
-        self, points: Tensor, purpose: str, parts: Sequence[int] | None = None, predictions: bool = False
-    ) -> Scores:
+    def evaluate_many(self, points: Tensor, purpose: str, predictions: bool = False) -> Scores:
         """The metric at other phi, with phi left as it was.
 
         Args:
             points: [n, d].
             purpose: what the n calls are charged to.
-            parts: [n] which part of the data set each point is evaluated on; default: the first.
             predictions: whether to return them too.
         """
         count = len(points)
-        parts = [0] * count if parts is None else parts
-        taken: list[tuple[int, float, str | None, float, EvalPrediction | None]] = []
+        taken: list[tuple[int, float, str | None, float, float, EvalPrediction | None]] = []
         turns = range(self.rank, count + -count % self.world_size, self.world_size)  # as many on every rank
         with self.phi.restored():
             for i in tqdm(turns, desc="observing the metric", leave=False, delay=3, disable=not self.progress):
                 self.phi.write(points[min(i, count - 1)])
                 if i >= count:
-                    self.predictions(parts[-1])
+                    self.predictions()
                     continue
-                start, score, error, prediction = perf_counter(), float("nan"), None, None
+                score, error, prediction = float("nan"), None, None
+                start = called = perf_counter()
                 with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
                     if predictions:  # copies, for they may be views of kept batches, or of phi itself
-                        prediction = copy.deepcopy(self.parts[parts[i]].predictions())
+                        prediction = copy.deepcopy(self._data.predictions())
+                        called = perf_counter()
                     try:
-                        score = self._score(parts[i], prediction)
+                        score = self._score(prediction)
                     except MetricError as failure:
                         error = str(failure)
-                taken.append((i, score, error, perf_counter() - start, prediction))
+                end = perf_counter()
+                taken.append((i, score, error, end - start, end - called, prediction))
         if self.world_size > 1:
             others = [entry for entry in gather_object(taken) if entry[0] % self.world_size != self.rank]
             self.ledger.add(purpose, len(others), sum(entry[3] for entry in others), len(others))
             taken += others
         taken.sort(key=lambda entry: entry[0])
-        _, values, errors, seconds, predicted = zip(*taken, strict=True)
-        return Scores(np.array(values), errors, np.array(seconds), predicted if predictions else None)
+        _, values, errors, seconds, of_calls, predicted = zip(*taken, strict=True)
+        predicted = predicted if predictions else None
+        return Scores(np.array(values), errors, np.array(seconds), np.array(of_calls), predicted)
 
-    def _score(
-        self, part: int, prediction: EvalPrediction | None = None, complete: Callable | None = None
-    ) -> float:
-        """The metric at the present phi; `prediction`: the part's, where it is there already."""
+    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
+        """The metric at the present phi; `prediction`: the model's, where it is there already."""
         if not self.phi.read().isfinite().all():
             raise MetricError(
                 f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
                 "moved it. What was selected before stays."
             )
-        complete = complete or self.complete[part]
+        complete = complete or self.complete
         if prediction is None and self.metric.batchwise and complete is None:
-            return self.metric.over(self.parts[part].each())
-        return self.metric(self.parts[part].predictions() if prediction is None else prediction, complete)
+            return self.metric.over(self._data.each())
+        return self.metric(self._data.predictions() if prediction is None else prediction, complete)
 
 
-class _Part:
-    """One part of a data set: its batches, kept where there is room, and its predictions."""
+class _Data:
+    """A data set: its batches, kept where there is room, and its predictions."""
 
     def __init__(
         self,

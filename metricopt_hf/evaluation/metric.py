@@ -198,7 +198,7 @@ class Metric:
             if key is None:
                 raise MetricError(
                     f"The metric returned the keys {brief(list(result))}, none of which is {self.name!r}: name one of "
-                    "them with metric_for_best_model (or metric_key)."
+                    "them: metric_for_best_model does of compute_metrics, Metric(function, name) of any other."
                 )
             result = result[key]
         array = np.empty(0)
@@ -239,7 +239,6 @@ def from_evaluate(
     module: evaluate.EvaluationModule,
     greater_is_better: bool = True,
     inputs: str | Callable[[EvalPrediction], dict[str, Any]] = "auto",
-    key: str | None = None,
     kwargs: dict[str, Any] | None = None,
     timeout: float | None = None,
 ) -> Metric:
@@ -257,7 +256,6 @@ def from_evaluate(
             integer predictions, else "identity".
             Of several label columns (`label_names`) the first is the references; a module that takes `groups`, as
             `worst_group_accuracy` does, gets the second.
-        key: which number of the module's result; default: the module's name, or the only one there is.
         kwargs: passed on to `module.compute`, for instance `{"average": "macro"}`.
 
     Raises:
@@ -294,7 +292,7 @@ def from_evaluate(
                 arguments["groups"] = _groups(module.name, columns)
         return direct.compute(**arguments, **(kwargs or {}))
 
-    return Metric(function, key or module.name, greater_is_better, timeout, exact=key is not None)
+    return Metric(function, module.name, greater_is_better, timeout)
 
 
 def _groups(name: str, columns: Sequence[np.ndarray]) -> np.ndarray:
@@ -338,7 +336,6 @@ def resolve(
     metric: Any,
     greater_is_better: bool,
     inputs: str | Callable[[EvalPrediction], dict[str, Any]] = "auto",
-    key: str | None = None,
     kwargs: dict[str, Any] | None = None,
     timeout: float | None = None,
 ) -> Metric:
@@ -354,10 +351,10 @@ def resolve(
     if isinstance(metric, (str, os.PathLike)):
         metric = load(os.fspath(metric))
     if isinstance(metric, evaluate.EvaluationModule):
-        return from_evaluate(metric, greater_is_better, inputs, key, kwargs, timeout)
+        return from_evaluate(metric, greater_is_better, inputs, kwargs, timeout)
     if callable(metric):
-        name = key or getattr(metric, "__name__", type(metric).__name__)
-        return Metric(metric, name, greater_is_better, timeout, exact=key is not None)
+        name = getattr(metric, "__name__", type(metric).__name__)
+        return Metric(metric, name, greater_is_better, timeout)
     raise ConfigurationError(
         f"metric={metric!r} must be an evaluate module, its name or path, or a callable EvalPrediction -> number."
     )

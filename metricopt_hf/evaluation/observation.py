@@ -17,7 +17,6 @@ class Observation:
         variance: estimated variance of `score` that z does not explain (score unit squared), nan if unknown.
         step: optimizer step at which it was taken; observations of one step are one round.
         cost: seconds that the forward passes and the metric call took.
-        fold: which part of the observation set was evaluated on.
     """
 
     z: np.ndarray
@@ -25,4 +24,3 @@ class Observation:
     variance: float
     step: int
     cost: float
-    fold: int = 0

@@ -45,8 +45,7 @@ class Observer:
     """Takes rounds of observations.
 
     Args:
-        evaluator: gives the metric on the observation set. A point is evaluated on one of its parts (folds), both of a
-            pair on the same.
+        evaluator: gives the metric on the observation set.
         perturbation_std: standard deviation of the perturbation on each coordinate.
         seed: of the private generator of the perturbations, the same on every rank.
     """
@@ -61,13 +60,6 @@ class Observer:
         pairs = torch.stack([draws, -draws], dim=1).reshape(-1, dim)
         return torch.cat([torch.zeros(count % 2, dim), pairs])
 
-    def folds(self, count: int) -> np.ndarray:
-        """[count] the fold on which each of the points of `offsets` is evaluated: in turn, the first by lot."""
-        number = len(self.evaluator.parts)
-        first = int(torch.randint(number, (), generator=self.generator)) if number > 1 else 0
-        pairs = np.arange(first, first + count // 2).repeat(2)
-        return np.concatenate([np.full(count % 2, first + count // 2), pairs]) % number
-
     def observe(self, coordinates: Coordinates, step: int, count: int, predictions: bool = False) -> Observed:
         """One round of `count` metric calls over all ranks.
 
@@ -76,22 +68,13 @@ class Observer:
         """
         centre = self.evaluator.phi.read()
         z = coordinates.encode(centre).cpu()
-        offsets, folds = self.offsets(count, coordinates.dim), self.folds(count)
+        offsets = self.offsets(count, coordinates.dim)
         points = torch.stack([centre + coordinates.lift(offset.to(centre.device)) for offset in offsets])
-        scores = self.evaluator.evaluate_many(points, "observe", folds, predictions)
-        pairs, fold_of_pair = scores.values[count % 2 :].reshape(-1, 2), folds[count % 2 :: 2]
-        known = [v for fold in np.unique(folds) if np.isfinite(v := pair_variance(pairs[fold_of_pair == fold]))]
-        variance = float(np.mean(known)) if known else float("nan")
+        scores = self.evaluator.evaluate_many(points, "observe", predictions)
+        variance = pair_variance(scores.values[count % 2 :].reshape(-1, 2))
         fine = [i for i, error in enumerate(scores.errors) if error is None]
         observations = [
-            Observation(
-                (z + offsets[i]).numpy(),
-                float(scores.values[i]),
-                variance,
-                step,
-                float(scores.seconds[i]),
-                int(folds[i]),
-            )
+            Observation((z + offsets[i]).numpy(), float(scores.values[i]), variance, step, float(scores.seconds[i]))
             for i in fine
         ]
         return Observed(

@@ -17,18 +17,18 @@ BATCH_BYTES = 2**22
 # the largest coordinate or score that is taken from one: its squares still fit into float32
 LARGEST = 1e15
 # column of a parquet file -> attribute, beside z
-COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs", "fold": "folds"}
+COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs"}
 # attribute -> what its numbers are, in the order of an Observation's fields
-DTYPES = {"z": np.float32, "scores": float, "variances": float, "steps": np.int64, "costs": float, "folds": np.int64}
-# aligned scores that differ by less than this, times the largest of them, are equal
-EQUAL = 2.0**-40
+DTYPES = {"z": np.float32, "scores": float, "variances": float, "steps": np.int64, "costs": float}
+# a last column of older files, which is left out: of which part of the observation set a score was
+FOLD = ("fold", pyarrow.int64())
 
 
 class Trajectory(Sequence[Observation]):
     """A growing list of observations, handed over round by round and read as arrays.
 
     Attributes of n observations in k coordinates: `z` [n, k] float32, `scores` [n], `variances` [n], `steps` [n] int64,
-    `costs` [n] float64, `folds` [n] int64. They are views: not to be written to.
+    `costs` [n] float64. They are views: not to be written to.
     """
 
     def __init__(self, observations: Sequence[Observation] = ()):
@@ -43,8 +43,8 @@ class Trajectory(Sequence[Observation]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
-        z, score, variance, step, cost, fold = (column[index] for column in self._columns.values())
-        return Observation(z.copy(), float(score), float(variance), int(step), float(cost), int(fold))
+        z, score, variance, step, cost = (column[index] for column in self._columns.values())
+        return Observation(z.copy(), float(score), float(variance), int(step), float(cost))
 
     def __iter__(self) -> Iterator[Observation]:
         return (self[i] for i in range(len(self)))
@@ -53,7 +53,7 @@ class Trajectory(Sequence[Observation]):
         """Append; takes the same time whatever is there already, but for a doubling of the memory now and then."""
         if not len(observations):
             return
-        rows = [(o.z, o.score, o.variance, o.step, o.cost, o.fold) for o in observations]
+        rows = [(o.z, o.score, o.variance, o.step, o.cost) for o in observations]
         start, self._count = self._count, self._count + len(rows)
         for (name, column), values in zip(self._columns.items(), zip(*rows, strict=True), strict=True):
             values = np.array(values, column.dtype)
@@ -84,10 +84,6 @@ class Trajectory(Sequence[Observation]):
         return self._columns["costs"][: len(self)]
 
     @property
-    def folds(self) -> np.ndarray:
-        return self._columns["folds"][: len(self)]
-
-    @property
     def last_round(self) -> Trajectory:
         """The observations of the latest step."""
         return self.where(self.steps == self.steps[-1]) if len(self) else Trajectory()
@@ -106,21 +102,6 @@ class Trajectory(Sequence[Observation]):
     def where(self, wanted: np.ndarray) -> Trajectory:
         """Those of [n] bool that are wanted, as a trajectory of their own."""
         return self._of({name: column[: len(self)][wanted] for name, column in self._columns.items()})
-
-    def aligned(self) -> Trajectory:
-        """The same with every fold's mean score moved to that of all: one holds harder examples than another.
-
-        What is equal then is equal to the last bit: rounding must not rank what the metric does not.
-        """
-        scores, folds = self.scores, self.folds
-        present, fold = np.unique(folds, return_inverse=True)
-        if len(present) < 2:
-            return self
-        means = np.bincount(fold, scores) / np.bincount(fold)
-        moved = scores + (scores.mean() - means)[fold]
-        grain = EQUAL * 2.0 ** np.ceil(np.log2(max(np.abs(scores).max(), 1e-250)))
-        rows = {name: column[: len(self)] for name, column in self._columns.items()}
-        return self._of({**rows, "scores": np.round(moved / grain) * grain})
 
     @classmethod
     def _of(cls, columns: dict[str, np.ndarray]) -> Trajectory:
@@ -166,20 +147,20 @@ class Trajectory(Sequence[Observation]):
             found = [(field.name, field.type) for field in file.schema_arrow]
             if not file.metadata.num_rows:
                 return cls()
-            if found != expected:
+            if found not in (expected, [*expected, FOLD]):
                 wrong = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), None)
                 raise ValueFunctionError(
                     f"the observations are in {len(found)} columns instead of {len(expected)}, or one is another than "
                     f"expected: {brief(wrong)}."
                 )
-            row_bytes, parts, rows = 8 * len(expected), [], 0
+            row_bytes, parts, rows = 8 * len(found), [], 0
             for batch in file.iter_batches(max(1, BATCH_BYTES // row_bytes), use_threads=False):
                 rows += len(batch)
                 if rows * row_bytes > max_bytes:
                     raise ValueFunctionError(f"the observations unpack to more than {max_bytes} bytes, the most read.")
                 parts.append([column.to_numpy(zero_copy_only=False) for column in batch.columns])
             arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
-            state = dict(zip(COLUMNS.values(), arrays[num_coordinates:], strict=True))
+            state = dict(zip(COLUMNS.values(), arrays[num_coordinates:], strict=False))
             state["z"] = np.stack(arrays[:num_coordinates], axis=1)
             if not all(np.isfinite(state[name]).all() for name in state if name != "variances"):
                 raise ValueFunctionError("there are observations that are not finite.")

@@ -42,12 +42,14 @@ class VirtualObserver:
     def __init__(self, evaluator: Evaluator, perturbation_std: float, on_all_rows: bool, seed: int):
         self.evaluator, self.perturbation_std = evaluator, perturbation_std
         # what completes predictions knows all rows by their place
-        self.on_all_rows = on_all_rows or evaluator.complete[0] is not None
+        self.on_all_rows = on_all_rows or evaluator.complete is not None
         self.generator = torch.Generator().manual_seed(seed)
         self.interpolator: Interpolator | None = None
         self.centre: Tensor | None = None  # phi round which was expanded: [d]
         self.directions: Tensor | None = None  # along which: [k, k], a step each
         self.error: float | None = None  # of the last interpolator, where the next one was made
+        # of the last expansion, a forward pass and a metric call: medians, in seconds, the same on every rank
+        self.pass_seconds, self.call_seconds = float("nan"), float("nan")
 
     @staticmethod
     def passes(dim: int) -> int:
@@ -68,6 +70,8 @@ class VirtualObserver:
         directions = torch.linalg.qr(draws).Q.float() * self.perturbation_std * coordinates.dim**0.5
         offsets, points = self._points(coordinates, phi, directions)
         scores = self.evaluator.evaluate_many(points, "observe", predictions=True)
+        self.call_seconds = float(np.median(scores.call_seconds))
+        self.pass_seconds = float(np.median(scores.seconds - scores.call_seconds))
         if self.interpolator is not None:
             self.error = self.interpolator.error(self._relative(coordinates), scores.predictions[0])
         self._interpolate(scores.predictions, directions)
@@ -153,7 +157,7 @@ class VirtualObserver:
         start = perf_counter()
         for i, prediction in zip(mine, interpolator.at(z[mine]), strict=True):
             try:
-                taken.append((int(i), evaluator.metric(prediction, evaluator.complete[0]), None))
+                taken.append((int(i), evaluator.metric(prediction, evaluator.complete), None))
             except MetricError as error:
                 taken.append((int(i), float("nan"), str(error)))
         if evaluator.world_size > 1:

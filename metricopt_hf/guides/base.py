@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -109,23 +109,16 @@ class Guide(ABC):
 
     def observe(self, observed: Round) -> None:
         """Be judged on a real round, then learn from it."""
-        observed = replace(observed, trajectory=observed.trajectory.aligned())
         if observed.is_real:
-            predicted = self.predict_held_out(observed.trajectory)
+            latest = observed.trajectory.last_round
+            predicted = self.predict(latest.z)
             if predicted is not None:
-                self.trust.update(predicted, observed.trajectory.last_round.scores)
+                self.trust.update(predicted, latest.scores)
         self.learn(observed)
 
     @abstractmethod
     def predict(self, z: np.ndarray) -> np.ndarray | None:
         """Scores expected at z: [n, k] -> [n], in any unit that rises with the metric; None before there is a fit."""
-
-    def predict_held_out(self, trajectory: Trajectory) -> np.ndarray | None:
-        """The same for the last round, each point by what was not learned from its fold: trust is judged by that.
-
-        A guide that does not keep the folds apart is judged by all that it knows.
-        """
-        return self.predict(trajectory.last_round.z)
 
     @abstractmethod
     def learn(self, observed: Round) -> None:

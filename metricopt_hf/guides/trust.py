@@ -1,10 +1,9 @@
 """Trust: how far a guide may be followed, judged by what it predicted before it was fitted.
 
 Each round's observations are ranked by the guide *before* it learns them (prequential; Dawid, 1984). Within a round the
-points differ only by the perturbation, so that following a common trend earns nothing; and each is ranked by what was
-learned from other examples (`Guide.predict_held_out`), so that fitting the examples at hand earns nothing. Spearman's
-rank correlation of n unrelated pairs has mean 0 and variance 1 / (n - 1), +-0.38 for 8 observations, so one round says
-little: the rounds are pooled, and trust is a lower confidence bound on the pooled correlation.
+points differ only by the perturbation, so that following a common trend earns nothing. Spearman's rank correlation of n
+unrelated pairs has mean 0 and variance 1 / (n - 1), +-0.38 for 8 observations, so one round says little: the rounds are
+pooled, and trust is a lower confidence bound on the pooled correlation.
 """
 
 from __future__ import annotations

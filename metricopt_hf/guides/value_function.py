@@ -11,16 +11,13 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..evaluation.trajectory import Trajectory
-from ..value import ValueNetwork, fit, learners, num_groups
+from ..value import ValueNetwork, fit
 from .base import DirectionGuide, GuideContext, Round
 from .calibration import Calibration
 
 
 class ValueFunctionGuide(DirectionGuide):
     """Follows the gradient of a value function fitted online to the observations.
-
-    Of the observation set's folds each member learns from one. So the members of the others can be judged by it, and
-    what holds for the examples of one fold alone is neither trusted nor agreed upon (cross-fitting).
 
     Args:
         value_function: a fitted one to start from, in the same coordinates; it is copied. None: a new one.
@@ -39,7 +36,7 @@ class ValueFunctionGuide(DirectionGuide):
             raise ConfigurationError(
                 f"The value function given has {given.num_coordinates} coordinates, this phi {dim}."
             )
-        self.fitted, self.groups = given is not None, 1
+        self.fitted = given is not None
         self.calibration = Calibration()
         if given is None:
             self._network = ValueNetwork(dim)
@@ -55,22 +52,13 @@ class ValueFunctionGuide(DirectionGuide):
     def predict(self, z: np.ndarray) -> np.ndarray | None:
         return self._network.predict(torch.as_tensor(z))[0].numpy() if self.fitted else None
 
-    def predict_held_out(self, trajectory: Trajectory) -> np.ndarray | None:
-        z = trajectory.last_round.z
-        held_out = ~learners(trajectory.folds, self._network.num_members)[:, -len(z) :]
-        if not self.fitted or not held_out.any():
-            return self.predict(z)
-        with torch.no_grad():
-            members = self._network(torch.as_tensor(z)).numpy()
-        return np.average(members, axis=0, weights=held_out)
-
     @property
     def coverage(self) -> float | None:
         return self.calibration.coverage
 
     def observe(self, observed: Round) -> None:
         if self.fitted and observed.is_real:
-            self.calibration.update(self._network, observed.trajectory.aligned().last_round)
+            self.calibration.update(self._network, observed.trajectory.last_round)
         super().observe(observed)
 
     def scores(self, trajectory: Trajectory) -> np.ndarray:
@@ -89,10 +77,9 @@ class ValueFunctionGuide(DirectionGuide):
             self.WARM_FIT_STEPS if self.fitted else self.FIRST_FIT_STEPS,
             # measured: one given predicts best in the standardisation that its weights were learned in
             standardise=self._given is None,
-            folds=trajectory.folds,
         )
         self.calibration.apply(self._network)
-        self.fitted, self.groups = True, num_groups(trajectory.folds, self._network.num_members)
+        self.fitted = True
 
     def ascent(self, phi: Tensor) -> Tensor:
         coordinates = self.context.coordinates
@@ -100,24 +87,23 @@ class ValueFunctionGuide(DirectionGuide):
         return coordinates.lift(gradient.to(phi.device))
 
     def gradient_agreement(self, phi: Tensor) -> float:
-        """How far the folds agree on the direction, or, where there is one fold, the members.
+        """How far the networks of the ensemble agree on the direction.
 
         Blending ignores a direction's length, and near an optimum of the metric nothing but noise is left of it.
         """
         z = self.context.coordinates.encode(phi).cpu()
-        return float(self._network.agreement(z, self.groups if self.groups > 1 else None))
+        return float(self._network.agreement(z))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "fitted": self.fitted,
-            "groups": self.groups,
             "calibration": asdict(self.calibration),
             "network": self._network.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.fitted, self.groups = state["fitted"], state["groups"]
+        self.fitted = state["fitted"]
         self.calibration = Calibration(**state["calibration"])
         self._network.load_state_dict(state["network"])

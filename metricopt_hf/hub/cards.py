@@ -110,7 +110,6 @@ def write(
         "num_members": value_function.num_members,
         "hidden_size": value_function.hidden_size,
         "num_observations": len(scores),
-        "num_folds": len(np.unique(observations.folds)),
         "lowest": scores.min() if len(scores) else None,
         "highest": scores.max() if len(scores) else None,
         "seconds": float(observations.costs.sum()),

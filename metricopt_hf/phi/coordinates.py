@@ -122,7 +122,7 @@ def make_coordinates(
     if basis is None:
         if kind != "random":
             logger.warning(
-                f"phi_coordinates={kind!r} found no batch whose loss has a finite gradient at phi other than 0 (a loss "
+                f"coordinates={kind!r} found no batch whose loss has a finite gradient at phi other than 0 (a loss "
                 "that is nan, or has reached 0?): the coordinates are random directions instead."
             )
         kind, basis = "random", random_basis(phi.dim, dim, generator)

@@ -28,7 +28,7 @@ TENSORS_FILE, JSON_FILE = "metricopt_state.safetensors", "metricopt_state.json"
 FILES_FILE = "metricopt_files.json"
 HASHED = {".safetensors", ".bin", ".pt", ".pth"}
 OF_A_RANK = re.compile(r"rng_state_\d+\.pth")
-FORMAT_VERSION = 2  # 2: dicts as pairs, lists of tensors
+FORMAT_VERSION = 3  # 2: dicts as pairs, lists of tensors; 3: rounds apart, without folds and branches
 
 
 def save(state: dict[str, Any], folder: str | os.PathLike) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -94,24 +94,21 @@ class CompletingTrainer(Trainer):
         examples = dataset if self.eval_examples is None else data.examples_of(dataset, self.eval_examples)
         return self._post_process(examples, dataset, prediction)
 
-    def _tell_of_places(self, evaluator: Evaluator, scores: Sequence[float]) -> None:
+    def _tell_of_places(self, evaluator: Evaluator, score: float) -> None:
         """Warn of a metric that looks rows up by their place, where it is given parts of `eval_dataset`: in another
-        order of the rows it answers another number. `scores` are what it answered on each part."""
+        order of the rows it answers another number than `score`."""
         if self._completes or not data.is_part(self.observation_dataset):
             return
         try:
-            for part, score in enumerate(scores[:2]):
-                other = evaluator.evaluate("check", part, partial(_reordered, by_label=part == 0))
-                if np.isclose(other, score):
-                    continue
-                if np.isclose(evaluator.evaluate("check", part), score):  # else it is never twice the same
-                    logger.warning(
-                        f"In another order of the same rows {self.metric.name} is {other:g} instead of {score:g}: does "
-                        "it look rows up by their place in eval_dataset? It is given random parts of that. Set "
-                        'include_for_metrics=["indices"] and look up prediction.indices, or pass an '
-                        "observation_dataset and a selection_dataset that it knows, with observation_folds=1."
-                    )
-                return
+            other = evaluator.evaluate("check", _reordered)
+            # a metric that is never twice the same is another matter
+            if not np.isclose(other, score) and np.isclose(evaluator.evaluate("check"), score):
+                logger.warning(
+                    f"In another order of the same rows {self.metric.name} is {other:g} instead of {score:g}: does it "
+                    "look rows up by their place in eval_dataset? It is given random parts of that. Set "
+                    'include_for_metrics=["indices"] and look up prediction.indices, or pass an observation_dataset '
+                    'and a selection_dataset that it knows, with observe="predictions_on_all_rows".'
+                )
         except MetricError:
             pass
 
@@ -125,10 +122,10 @@ class CompletingTrainer(Trainer):
         return self.post_process_function(examples, features, prediction.predictions)
 
 
-def _reordered(prediction: EvalPrediction, by_label: bool) -> EvalPrediction:
-    """The same rows, sorted by their labels, or the last first."""
+def _reordered(prediction: EvalPrediction) -> EvalPrediction:
+    """The same rows, sorted by their labels, or else the last first."""
     labels = prediction.label_ids
-    sortable = by_label and isinstance(labels, np.ndarray) and labels.ndim == 1
+    sortable = isinstance(labels, np.ndarray) and labels.ndim == 1
     order = np.argsort(labels, kind="stable") if sortable else slice(None, None, -1)
 
     def turn(rows: Any) -> Any:

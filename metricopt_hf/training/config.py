@@ -18,11 +18,28 @@ from ..errors import ConfigurationError, brief
 from ..evaluation import direction
 from ..evaluation.metric import INPUTS
 from ..guides import GUIDES
-from ..phi.coordinates import KINDS as COORDINATES
 
 logger = logging.getLogger(__name__)
 
-OBSERVE = ("predictions", "scores")
+OBSERVE = ("predictions", "predictions_on_all_rows", "scores")
+
+# fields that there were once -> what to do instead
+GONE = {
+    "metric_key": "of several numbers that compute_metrics returns, metric_for_best_model names one; of any other "
+    "function, metric=Metric(function, name) does",
+    "metric_on_all_rows": 'say observe="predictions_on_all_rows"',
+    "phi_coordinates": "it is an argument of the trainer now: MetricOptTrainer(..., coordinates=...)",
+    "unguided_ratio": "every step of the metric phase is guided",
+    "unguided_learning_rate": "every step of the metric phase is guided, at phi_learning_rate",
+    "observation_folds": "every metric call on scores sees the whole observation set",
+    "observe_steps": "rounds of observations are spread evenly over the metric phase, as many as forward_pass_budget "
+    "and metric_call_budget allow",
+    "observations_per_step": "how many observations are made in all, forward_pass_budget and metric_call_budget say",
+    "select_steps": "the selection split is evaluated after each 20th of the metric phase",
+    "perturbation_std": "it is a constant",
+    "max_metric_failures": "guidance ends behind 8 failures of the metric in a row",
+    "observation_cache_gb": "up to 2 GB of each set are kept in memory",
+}
 
 # They take their step inside the backward pass, before there is a gradient that could be blended.
 STEP_IN_BACKWARD = {name for name in OptimizerNames if "layerwise" in name.value or "lomo" in name.value}
@@ -84,24 +101,14 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metric_inputs": (_one_of(INPUTS), f"one of {', '.join(INPUTS)}"),
     "metric_timeout": (_unset(_number(0, above=True)), "a positive, finite number of seconds; None for no limit"),
     "metric_start_ratio": (_number(0, 1), "in [0, 1)"),
-    "unguided_ratio": (_number(0, 1), "in [0, 1)"),
-    "unguided_learning_rate": (_unset(_number(0, above=True)), "positive and finite"),
     "metric_call_budget": (_unset(_whole(0)), "a whole number of at least 0; None for the default"),
     "forward_pass_budget": (_unset(_whole(0)), "a whole number of at least 0; None for the default"),
     "observe": (_one_of(OBSERVE), f"one of {', '.join(OBSERVE)}"),
-    "max_metric_failures": (_whole(1), "a whole number of at least 1"),
-    "phi_coordinates": (_one_of(COORDINATES), f"one of {', '.join(COORDINATES)}"),
     "phi_dim": (_whole(1), "a whole number of at least 1"),
     "phi_learning_rate": (_unset(_number(0, above=True)), "positive and finite"),
     "guide": (_one_of(GUIDES), f"one of {', '.join(GUIDES)}"),
-    "value_weight": (_unset(_number(0)), "at least 0 and finite (the sign of the metric is greater_is_better's)"),
-    "select_steps": (_unset(_whole(1)), "a whole number of at least 1"),
-    "observe_steps": (_unset(_whole(1)), "a whole number of at least 1"),
-    "observations_per_step": (_whole(2), "a whole number of at least 2, one antithetic pair"),
-    "observation_folds": (_whole(1), "a whole number of at least 1"),
-    "perturbation_std": (_unset(_number(0, 1e6, above=True)), "positive, and below 1e6"),
+    "value_weight": (_number(0), "at least 0 and finite (the sign of the metric is greater_is_better's)"),
     "observation_size": (_unset(_whole(1)), "a whole number of at least 1"),
-    "observation_cache_gb": (_number(0), "at least 0 and finite"),
 }
 
 
@@ -112,7 +119,7 @@ class MetricOptConfig(TrainingArguments):
     Without a metric (see `MetricOptTrainer`) the fields below do nothing.
 
     Raises:
-        ConfigurationError: a value is out of its range, or the optimizer cannot be guided.
+        ConfigurationError: a value is out of its range, or there is no such field any more.
     """
 
     metric_name_or_path: str | None = field(
@@ -132,9 +139,6 @@ class MetricOptConfig(TrainingArguments):
             "choices": INPUTS,
         },
     )
-    metric_key: str | None = field(
-        default=None, metadata={"help": "Which number of the `evaluate` module's result to optimise."}
-    )
     metric_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": 'Arguments of the `evaluate` module\'s compute, as JSON: \'{"average": "macro"}\'.'},
@@ -149,26 +153,14 @@ class MetricOptConfig(TrainingArguments):
             "metric phase begins. 0: the metric phase alone, for a model that is trained already."
         },
     )
-    unguided_ratio: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the metric phase, its last, that goes to an unguided branch, restarted from where the "
-            "phase began. The selection split picks the winner of both. 0: guidance to the end."
-        },
-    )
-    unguided_learning_rate: float | None = field(
-        default=0.1,
-        metadata={
-            "help": "Where the learning rate of that branch ends: it rises from phi_learning_rate over a third of its "
-            "steps. None: it stays."
-        },
-    )
     observe: str = field(
         default="predictions",
         metadata={
             "help": "What is observed of the model: predictions, from a few forward passes round phi, between which "
-            "they are interpolated, so that each pass serves many metric calls; or scores, a pass for each, as is done "
-            "anyway where predictions cannot be interpolated (generated text).",
+            "they are interpolated, so that each pass serves many metric calls, most of them on a random half of the "
+            "rows; predictions_on_all_rows, for a metric that makes no sense on a part (a complete gallery, rows by "
+            "position); or scores, a pass for each call, as is done anyway where predictions cannot be interpolated "
+            "(generated text).",
             "choices": OBSERVE,
         },
     )
@@ -182,19 +174,10 @@ class MetricOptConfig(TrainingArguments):
     metric_call_budget: int | None = field(
         default=None,
         metadata={
-            "help": "The most metric calls that the guidance may make to observe. Default: 1200, of scores 160. 0: no "
-            "guidance."
+            "help": "The most metric calls that the guidance may make to observe. Default: 1200, of scores 160; of a "
+            "slow metric on predictions fewer, as many as take no longer than the forward passes do, or than a minute. "
+            "0: no guidance."
         },
-    )
-    metric_on_all_rows: bool = field(
-        default=False,
-        metadata={
-            "help": "Call the metric on all rows of the observation set only, and never on a random half of them: for "
-            "one that makes no sense on a part (a complete gallery, rows by position)."
-        },
-    )
-    max_metric_failures: int = field(
-        default=8, metadata={"help": "Metric calls failed in a row after which guidance is switched off."}
     )
     phi: str = field(
         default="auto",
@@ -204,15 +187,9 @@ class MetricOptConfig(TrainingArguments):
             "expression over parameter names."
         },
     )
-    phi_coordinates: str = field(
-        default="gradient_pca",
-        metadata={
-            "help": "The compact coordinates that the value function sees: principal directions of mini-batch loss "
-            "gradients, gradients of the loss per class, random, or identity.",
-            "choices": COORDINATES,
-        },
+    phi_dim: int = field(
+        default=6, metadata={"help": "Number of compact coordinates of phi that the value function sees."}
     )
-    phi_dim: int = field(default=6, metadata={"help": "Number of compact coordinates (identity: all of phi)."})
     phi_learning_rate: float | None = field(
         default=1e-2,
         metadata={
@@ -228,11 +205,10 @@ class MetricOptConfig(TrainingArguments):
             "choices": GUIDES,
         },
     )
-    value_weight: float | None = field(
-        default=None,
+    value_weight: float = field(
+        default=20.0,
         metadata={
-            "help": "lambda: length of the value gradient against the task gradient's, at full trust and agreement. "
-            "Default: 20, of scores 64."
+            "help": "lambda: length of the value gradient against the task gradient's, at full trust and agreement."
         },
     )
     tune_output_bias: bool = field(
@@ -245,37 +221,6 @@ class MetricOptConfig(TrainingArguments):
     value_function_name_or_path: str | None = field(
         default=None, metadata={"help": "A value function to start from: a folder, or a name on the Hub."}
     )
-    select_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps between evaluations on the selection split. Default: a 20th of the metric phase."
-        },
-    )
-    observe_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer steps between rounds of observations. Default: spread the budget evenly over the "
-            "guided part of the metric phase."
-        },
-    )
-    observations_per_step: int = field(
-        default=8,
-        metadata={"help": "Metric calls in a round: antithetic pairs, and, if odd, one at phi itself."},
-    )
-    observation_folds: int = field(
-        default=1,
-        metadata={
-            "help": "Disjoint parts of the observation set. Each metric call sees one of them; what was learned from "
-            "others says how far to trust it, so that a gain which holds for one part alone is not followed. "
-            "1: each call sees the whole set."
-        },
-    )
-    perturbation_std: float | None = field(
-        default=None,
-        metadata={
-            "help": "Standard deviation of the perturbation on each compact coordinate. Default: 0.2, of scores 0.4."
-        },
-    )
     observation_size: int | None = field(
         default=None,
         metadata={
@@ -283,12 +228,11 @@ class MetricOptConfig(TrainingArguments):
             "not given. Default: half of it each."
         },
     )
-    observation_cache_gb: float = field(
-        default=2.0,
-        metadata={
-            "help": "Memory for keeping the observation set's batches and frozen activations (selection: as much)."
-        },
-    )
+
+    def __new__(cls, *args, **kwargs):
+        for name in GONE.keys() & kwargs.keys():
+            raise ConfigurationError(f"{name} is no argument of {cls.__name__} any more: {GONE[name]}.")
+        return super().__new__(cls)
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "metric_kwargs"]
 
@@ -334,10 +278,6 @@ class MetricOptConfig(TrainingArguments):
             f"as its {'name' if told is None else 'description'} says. Set it to be sure."
         )
         return greater
-
-    def guided_steps(self, metric_steps: int) -> int:
-        """How many optimizer steps of a metric phase of `metric_steps` are guided, and not the unguided branch's."""
-        return max(1, metric_steps - round(self.unguided_ratio * metric_steps))
 
     def check_optimizer(self) -> None:
         """Raises ConfigurationError for an `optim` whose gradients cannot be blended."""

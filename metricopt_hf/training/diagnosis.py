@@ -31,7 +31,7 @@ from ..evaluation.virtual_observer import VirtualObserver
 from ..extras import require
 from ..phi import Coordinates
 from ..posthoc import add_bias, logits_of, tune_bias
-from .phase import LARGE_ERROR
+from .rounds import LARGE_ERROR
 
 Candidate = Literal["start", "bias", "phi"]
 START, BIAS, PHI = "start", "bias", "phi"
@@ -231,7 +231,7 @@ def diagnose(
     """
     since = perf_counter()
     metric, phi = observation.metric, observation.phi
-    completed = observation.complete[0] is not None  # by what knows all rows by their place
+    completed = observation.complete is not None  # by what knows all rows by their place
     observer = Observer(observation, perturbation_std, seed)
     virtual = VirtualObserver(observation, perturbation_std, on_all_rows, seed)
     for evaluator in (observation, selection):
@@ -369,7 +369,7 @@ def _tuned_bias(evaluator: Evaluator, prediction: EvalPrediction) -> np.ndarray:
 
 def _score(evaluator: Evaluator, prediction: EvalPrediction) -> float:
     with evaluator.ledger.charge("select"):
-        return evaluator.metric(prediction, evaluator.complete[0])
+        return evaluator.metric(prediction, evaluator.complete)
 
 
 def _on_halves(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -26,12 +26,15 @@ from . import diagnosis
 from .completing import CompletingTrainer
 from .diagnosis import Diagnosis
 from .modes import pinned
-from .plan import DEFAULTS
+from .plan import OF_PREDICTIONS
 from .rehearsal import Stillness, is_trainers
 from .settling import SettlingTrainer
 
 logger = logging.getLogger(__name__)
 
+# Memory for the batches and the frozen activations of the observation set, and as much for the selection set's: a few
+# thousand images, or tens of thousands of rows, which otherwise are collated and computed anew for each pass.
+CACHE_BYTES = 2e9
 MAX_TRIED = 32  # of phi's parameters, whether they move a prediction, at a forward pass on one batch each
 
 
@@ -63,17 +66,17 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
             raise ConfigurationError(f"worthwhile={worthwhile!r} must be positive: a gain, in the metric's unit.")
         require("tabulate", "report")
         ledger = Ledger()
-        few = "gradient_pca" if self.args.phi_coordinates == "identity" else None
+        few = "gradient_pca" if self._kind_of_coordinates == "identity" else None
         with self._phi_in_place(), undisturbed(self.model):
             observation, selection = (
-                self._evaluator([part], ledger) for part in (self.observation_dataset, self.selection_dataset)
+                self._evaluator(part, ledger) for part in (self.observation_dataset, self.selection_dataset)
             )
             found = diagnosis.diagnose(
                 observation,
                 selection,
                 self._make_coordinates(kind=few).leading(diagnosis.MOST_COORDINATES),
-                self.args.perturbation_std or DEFAULTS["predictions"].perturbation_std,
-                self.args.metric_on_all_rows,
+                OF_PREDICTIONS.perturbation_std,
+                self.args.observe == "predictions_on_all_rows",
                 worthwhile,
                 self.args.seed,
             )
@@ -81,23 +84,20 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
             print(found)
         return found
 
-    def _evaluator(self, parts: Sequence[Any], ledger: Ledger, progress: bool = False) -> Evaluator:
+    def _evaluator(self, dataset: Any, ledger: Ledger, progress: bool = False) -> Evaluator:
         args = self.args
         return Evaluator(
             self.phi,
             self._predict,
-            [
-                data.in_order(*self._columns(part, args.eval_batch_size), num_workers=args.dataloader_num_workers)
-                for part in parts
-            ],
+            data.in_order(*self._columns(dataset, args.eval_batch_size), num_workers=args.dataloader_num_workers),
             self.metric,
             ledger,
-            args.observation_cache_gb * 1e9,
+            CACHE_BYTES,
             args.eval_do_concat_batches,
             args.process_index,
             args.world_size,
             progress and not args.disable_tqdm and self.is_local_process_zero(),
-            [partial(self._complete, part) for part in parts] if self._completes else None,
+            partial(self._complete, dataset) if self._completes else None,
             args.eval_accumulation_steps,
         )
 
@@ -132,10 +132,9 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
             self.args.average_tokens_across_devices = across
 
     def _check_metric(self) -> None:
-        """The metric's first calls, one on each fold, before any training time is spent."""
-        evaluator = self.phase.evaluator
+        """The metric's first call, before any training time is spent."""
         try:
-            scores = [evaluator.evaluate("check", part) for part in range(len(evaluator.parts))]
+            score = self.phase.evaluator.evaluate("check")
         except MetricError as error:
             hint = ""
             if self._unlabelled_columns is not None:
@@ -145,12 +144,11 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
                 )
             raise MetricError(
                 f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "
-                "nothing was trained. The metric is called with an EvalPrediction of a whole fold of that set "
-                "(predictions, label_ids as numpy arrays; of all of it with observation_folds=1) and must return one "
-                f"finite number, or a dict that holds one. {self._hint}".rstrip()
+                "nothing was trained. The metric is called with an EvalPrediction of all of that set (predictions, "
+                "label_ids as numpy arrays), or of a part, and must return one finite number, or a dict that holds "
+                f"one. {self._hint}".rstrip()
             ) from error
-        self._tell_of_places(evaluator, scores)
-        score = sum(scores) / len(scores)
+        self._tell_of_places(self.phase.evaluator, score)
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
 
@@ -191,7 +189,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
                 self.phi.merge()
 
     def _make_coordinates(self, max_batches: int | None = None, kind: str | None = None) -> Coordinates:
-        """Q: the given value function's, else from the present phi, by default of the kind that the config names."""
+        """Q: the given value function's, else from the present phi, by default of the kind that was asked for."""
         args, given = self.args, self._given_value_function
         if given is not None and given.signature is not None:
             return given.coordinates_from(self.phi.read())
@@ -205,7 +203,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         with undisturbed(self.model), torch.enable_grad(), pinned(self.model, self._stillness.eval_mode):
             self.model.train()
             return make_coordinates(
-                kind or args.phi_coordinates,
+                kind or self._kind_of_coordinates,
                 self.phi,
                 args.phi_dim,
                 generator,

@@ -17,29 +17,22 @@ from ..phi import PhiSpace
 class PhiSchedule:
     """phi's learning rate in the metric phase, whoever made optimizer and schedule.
 
-    It runs the schedule of `args` once, over the guided steps. Behind them it rises from its peak to
-    `unguided_learning_rate`, exponentially over a third of the steps, as in a range test (Smith, 2017, "Cyclical
-    learning rates"), so that small steps are tried too, and stays there. It is set before each update of phi, over
-    whatever the trainer's schedule has set, which is the first phase's.
+    It runs the schedule of `args` once, over the steps of the phase. It is set before each update of phi, over whatever
+    the trainer's schedule has set, which is the first phase's.
 
     Args:
         start: first step of the metric phase.
-        unguided: first step behind the guided ones.
         end: the number of steps.
     """
 
-    def __init__(self, args: TrainingArguments, start: int, unguided: int, end: int):
-        self.args, self.start, self.unguided = args, start, unguided
-        self.rising = max(1, (end - unguided) // 3)
+    def __init__(self, args: TrainingArguments, start: int, end: int):
+        self.args, self.start = args, start
         # without warm-up behind a first phase: the model is trained already
-        self.guided = _schedule(args, unguided - start, 0 if start else args.get_warmup_steps(unguided))
+        self._schedule = _schedule(args, end - start, 0 if start else args.get_warmup_steps(end))
 
     def rate(self, step: int, peak: float) -> float:
-        """At an optimizer step of the metric phase; `peak` is the guided steps'."""
-        if step < self.unguided:
-            return peak * self.guided(step - self.start)
-        last = self.args.unguided_learning_rate or self.args.phi_learning_rate or self.args.learning_rate
-        return peak * (last / peak) ** min(1, (step - self.unguided) / self.rising)
+        """At an optimizer step of the metric phase."""
+        return peak * self._schedule(step - self.start)
 
     def apply(
         self, optimizer: Optimizer, scheduler: LRScheduler | None, phi: PhiSpace, moving: PhiSpace, step: int
@@ -55,7 +48,7 @@ class PhiSchedule:
             shared = group.get("initial_lr", group["lr"])
             if any(id(p) in of_all - of_phi for p in group["params"]):
                 if not reacts:
-                    group["lr"] = shared * self.guided(step - self.start)
+                    group["lr"] = self.rate(step, shared)
                 continue
             peak = self.args.phi_learning_rate or shared
             if not reacts:

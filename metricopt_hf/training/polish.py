@@ -21,7 +21,6 @@ from ..posthoc import logits_of, tune_bias
 from .selection import Selection
 
 TOLERANCE = 1e-2  # of the logits, relative to the bias: what a half-precision model rounds off
-BRANCH = "bias"
 
 
 def polish(evaluator: Evaluator, selection: Selection, start: Tensor, step: int) -> None:
@@ -40,7 +39,7 @@ def polish(evaluator: Evaluator, selection: Selection, start: Tensor, step: int)
         if tuned is None:
             return
         evaluator.phi.write(tuned)
-        selection.consider(step, BRANCH)
+        selection.consider(step, bias_tuned=True)
 
 
 def _tuned(evaluator: Evaluator, point: Tensor) -> Tensor | None:

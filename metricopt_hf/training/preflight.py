@@ -59,9 +59,7 @@ def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callabl
         name = metric_name(args, eval_dataset)
         metric = Metric(compute_metrics, name, True, args.metric_timeout, exact=True, batchwise=batchwise)
     else:
-        metric = metrics.resolve(
-            given, True, args.metric_inputs, args.metric_key, args.metric_kwargs, args.metric_timeout
-        )
+        metric = metrics.resolve(given, True, args.metric_inputs, args.metric_kwargs, args.metric_timeout)
     if not isinstance(given, Metric):  # a user's knows its direction
         metric.greater_is_better = args.direction_of(metric.name, description)
     return metric
@@ -146,21 +144,23 @@ def load_value_function(given: ValueFunction | None, args: MetricOptConfig) -> V
 
 
 def check_value_function(
-    given: ValueFunction | None, phi: PhiSpace, metric: Metric | None, args: MetricOptConfig
+    given: ValueFunction | None, phi: PhiSpace, metric: Metric | None, num_coordinates: int | None
 ) -> None:
     """A value function to start from must be at home in this phi and this metric.
 
+    Args:
+        num_coordinates: that the run asks for, or all of phi where that has fewer; None: as many as come out.
+
     Raises:
         ValueFunctionError: it is at home elsewhere.
-        ConfigurationError: it was never part of a run, and its size does not fit the coordinates that `args` asks for.
+        ConfigurationError: it was never part of a run, and its size does not fit the coordinates that are asked for.
     """
     if given is None:
         return
     if given.signature is not None:
         given.signature.check(phi.description, metric.name, metric.greater_is_better)
         return
-    expected = {"identity": phi.dim, "group_gradients": given.num_coordinates}  # as many as there are groups
-    expected = expected.get(args.phi_coordinates, min(args.phi_dim, phi.dim))
+    expected = given.num_coordinates if num_coordinates is None else min(num_coordinates, phi.dim)
     if given.num_coordinates != expected:
         raise ConfigurationError(
             f"The value function given has {given.num_coordinates} coordinates, this run {expected}: set phi_dim to "

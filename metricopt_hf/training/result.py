@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -11,8 +11,6 @@ from ..evaluation.ledger import Ledger
 from ..evaluation.trajectory import Trajectory
 from ..hub import ValueFunction
 from ..phi import Coordinates
-
-Branch = Literal["guided", "unguided", "bias"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,8 @@ class RunResult:
         best_phi: [d] the phi that the selection split preferred; None where nothing could be selected.
         best_score: its score on the selection split; nan without one.
         best_step: optimizer steps taken before it; -1 without one.
-        kept_branch: whether the best phi is of the guided steps (its start among them), of the unguided branch, or has
-            got its output bias tuned behind the last step.
-        last_phi: [d] where guided training ended, whichever phi was selected; None before its end.
-        unguided_step: optimizer step at which the unguided branch began; None before that, or without one.
+        bias_tuned: whether the best phi has got its output bias tuned behind the last step.
+        last_phi: [d] where training ended, whichever phi was selected; None before its end.
         curve: one entry per round or selection: step, selection (or None), trust, reason, gradient_agreement,
             rank_correlation, observation_mean, predicted (mean and standard deviation, or None), coverage, calls.
         trajectory: all observations.
@@ -48,9 +44,8 @@ class RunResult:
     best_phi: Tensor | None
     best_score: float
     best_step: int
-    kept_branch: Branch
+    bias_tuned: bool
     last_phi: Tensor | None
-    unguided_step: int | None
     curve: list[dict[str, Any]]
     trajectory: Trajectory
     ledger: Ledger

@@ -27,7 +27,7 @@ class ResumingTrainer(SharingTrainer):
     phi: PhiSpace
     ledger: Ledger
     _metric_start: int
-    _unguided_start: int
+    _kind_of_coordinates: str
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -38,12 +38,10 @@ class ResumingTrainer(SharingTrainer):
             "guide": type(self.phase.guide).__name__,
             "metric": self.phase.metric.name,
             "greater_is_better": self.phase.metric.greater_is_better,
-            "phi_coordinates": args.phi_coordinates,
+            "coordinates": self._kind_of_coordinates,
             "phi_dim": args.phi_dim,
             "observe": args.observe,
-            "observation_folds": len(self.phase.evaluator.parts),
             "metric_start_ratio": args.metric_start_ratio,
-            "unguided_ratio": args.unguided_ratio,
         }
 
     def _save_checkpoint(self, model, trial):
@@ -92,19 +90,18 @@ class ResumingTrainer(SharingTrainer):
             return
         self._refuse_others(folder, state["settings"], self._settings)
         phase = state["phase"]
-        start, unguided = phase["start_step"], phase["unguided_step"]
-        same_start = phase["before"] or start >= self._metric_start
-        if same_start and unguided in (None, self._unguided_start):
+        start = phase["start_step"]
+        if phase["before"] or start >= self._metric_start:
             self.ledger.load_state_dict(state["ledger"])
             self.phase.load_state_dict(phase)
         elif self.state.global_step <= self._metric_start:
             self._begin_anew(folder, start)
         else:
             raise CheckpointError(
-                f"{folder} was saved in a metric phase that began at step {start}, its unguided branch at step "
-                f"{unguided}; in this run they begin at {self._metric_start} and {self._unguided_start}, and step "
-                f"{self.state.global_step} lies behind. Resume with the same max_steps or num_train_epochs, or "
-                "with so many more that the first phase goes on; or begin a new run from its weights."
+                f"{folder} was saved in a metric phase that began at step {start}; in this run it begins at "
+                f"{self._metric_start}, and step {self.state.global_step} lies behind. Resume with the same max_steps "
+                "or num_train_epochs, or with so many more that the first phase goes on; or begin a new run from its "
+                "weights."
             )
 
     def _begin_anew(self, folder: str, start: int) -> None:

@@ -21,13 +21,13 @@ class Candidate:
         phi: [d], or None before there is one.
         score: the metric on the selection split.
         step: optimizer steps taken before it.
-        branch: of which it is: "guided" (the start among them), "unguided", or "bias", tuned behind the last step.
+        bias_tuned: whether its output bias was tuned, behind the last step.
     """
 
     phi: Tensor | None = None
     score: float = float("nan")
     step: int = -1
-    branch: str = "guided"
+    bias_tuned: bool = False
 
 
 # so many of the best candidates are kept, in case that the first turns out to be a fault of the metric
@@ -52,7 +52,7 @@ class Selection:
         """The best so far; one without phi before there is any."""
         return self.candidates[0] if self.candidates else Candidate()
 
-    def consider(self, step: int, branch: str = "guided") -> float | None:
+    def consider(self, step: int, bias_tuned: bool = False) -> float | None:
         """Evaluate the present phi, and keep it if it is among the best so far; None where there is no score."""
         score = self._score()
         if score is None:
@@ -63,7 +63,7 @@ class Selection:
         self.faults.accept([score])
         place = sum(not self._better(score, candidate.score) for candidate in self.candidates)
         if place < KEPT:
-            self.candidates.insert(place, Candidate(self.space.read(), score, step, branch))
+            self.candidates.insert(place, Candidate(self.space.read(), score, step, bias_tuned))
             del self.candidates[KEPT:]
         return score
 

@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from .. import phi as spaces
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, brief
 from ..evaluation.metric import Metric
 from ..guides import Guide
 from ..hub import ValueFunction
 from ..phi import PhiSpace
+from ..phi.coordinates import KINDS
 from . import preflight
 from .resuming import ResumingTrainer
 
@@ -35,9 +36,13 @@ class SettlingTrainer(ResumingTrainer):
         phi: PhiSpace | Callable[[nn.Module], PhiSpace] | str | None = None,
         value_function: ValueFunction | None = None,
         guide: Guide | None = None,
+        coordinates: str = "gradient_pca",
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if coordinates not in KINDS:
+            raise ConfigurationError(f"coordinates={brief(coordinates)} must be one of {', '.join(KINDS)}.")
+        self._kind_of_coordinates = coordinates
         self._given_metric, self._given_phi, self._given_guide = metric, phi, guide
         self._given_value_function = value_function
         self._given_sets = observation_dataset, selection_dataset
@@ -93,14 +98,19 @@ class SettlingTrainer(ResumingTrainer):
         self._given_value_function = preflight.load_value_function(self._given_value_function, self.args)
         if self.model_init is None:
             self.phi.attach()
-            preflight.check_value_function(self._given_value_function, self.phi, self.metric, self.args)
+            self._check_value_function(self.phi)
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
         if self.guided:
             self._phi = self._build_phi(model)
-            preflight.check_value_function(self._given_value_function, self._phi, self.metric, self.args)
+            self._check_value_function(self._phi)
         return model
+
+    def _check_value_function(self, phi: PhiSpace) -> None:
+        dim = None if self._kind_of_coordinates == "group_gradients" else self.args.phi_dim
+        dim = phi.dim if self._kind_of_coordinates == "identity" else dim
+        preflight.check_value_function(self._given_value_function, phi, self.metric, dim)
 
     def _split(self) -> tuple[Any, Any]:
         if not self.guided:

@@ -131,7 +131,7 @@ class SharingTrainer(Trainer):
             selected=result.best_score if result.best_phi is not None else None,
             before=selections[0] if selections else None,
             candidates=len(selections),
-            kept_branch=result.kept_branch,
+            bias_tuned=result.bias_tuned,
             evaluation={k: v for k, v in (summary.eval_results or {}).items() if isinstance(v, float)},
             comparison=comparison,
             calls={purpose: count for purpose, count in result.ledger.calls.items() if count},

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,10 +18,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from .. import guides
 from .. import phi as spaces
 from ..errors import ConfigurationError
-from ..evaluation import data
 from ..evaluation.ledger import Ledger
 from ..evaluation.observation import Observation
-from ..evaluation.observer import Observer
 from ..guides import Guide
 from . import checkpoint, optimization, preflight, ranks
 from .modes import pinned
@@ -53,10 +52,9 @@ class MetricOptTrainer(ObservingTrainer):
     A run has two phases (`metric_start_ratio`). The first is Trainer's own. In the second, everything but phi is frozen
     and in eval mode (else batch statistics and dropout would move, and the metric would be no function of phi). The
     model's predictions are interpolated around phi, the metric is called on them, a value function is fitted to what it
-    answers, and its gradient is blended into the task gradient as far as it has proved to predict. A last share of the
-    steps can go to an unguided branch, restarted from the same weights (`unguided_ratio`). At the end the best phi of
-    all by the selection split, with its output bias tuned where that split prefers it, is put in place and merged into
-    plain weights. Without a metric this class is Trainer.
+    answers, and its gradient is blended into the task gradient as far as it has proved to predict. After each 20th of
+    the phase phi is evaluated on the selection split. At the end the best phi by that split, with its output bias tuned
+    where that split prefers it, is put in place and merged into plain weights. Without a metric this class is Trainer.
 
     Takes all arguments of `Trainer`, with `args` a `MetricOptConfig`, and:
 
@@ -70,6 +68,9 @@ class MetricOptTrainer(ObservingTrainer):
             `args.phi` could be; default: `args.phi`.
         value_function: one to start from; default: `args.value_function_name_or_path`. Its coordinates are taken over.
         guide: a `Guide`; default: from `args.guide`.
+        coordinates: the compact coordinates of phi that the value function sees, as many as `args.phi_dim`:
+            "gradient_pca", principal directions of mini-batch loss gradients; "group_gradients", gradients of the loss
+            per class, as many as there are; "random"; or "identity", all of phi.
 
     Nothing is asked of a trainer that only predicts. `train` settles what it needs, and tries once, before its first
     step, whatever only the metric phase does.
@@ -96,7 +97,7 @@ class MetricOptTrainer(ObservingTrainer):
     @property
     def observations(self) -> list[Observation]:
         """All observations of the last run."""
-        return [] if self.phase is None else list(self.phase.trajectory)
+        return [] if self.phase is None else list(self.phase.rounds.trajectory)
 
     @property
     def ledger(self) -> Ledger:
@@ -164,13 +165,12 @@ class MetricOptTrainer(ObservingTrainer):
         for parameter in self.phi.parameters:
             parameter.requires_grad_(True)
         self._metric_start = round(self.args.metric_start_ratio * max_steps)
-        self._unguided_start = self._metric_start + self.args.guided_steps(max_steps - self._metric_start)
         if self._metric_start == max_steps:
             logger.warning(
                 f"Of {max_steps} steps, metric_start_ratio={self.args.metric_start_ratio} leaves none for the metric "
                 "phase: this run is not guided. Take more steps, or a smaller ratio (0: the metric phase alone)."
             )
-        self._schedule = optimization.PhiSchedule(self.args, self._metric_start, self._unguided_start, max_steps)
+        self._schedule = optimization.PhiSchedule(self.args, self._metric_start, max_steps)
         self.phase = self._build_phase(max_steps)
         self._updated_at = -1
         if self._metric_start == 0 and is_trainers(self._inner["training_step"]):
@@ -185,9 +185,6 @@ class MetricOptTrainer(ObservingTrainer):
     def _guided_training_step(self, model, inputs, *args, **kwargs):
         """A micro-batch; inside is Trainer's step, or what a subclass made of it."""
         step = self.state.global_step
-        if step == self._unguided_start and self.phase.guides:
-            self.phase.begin_unguided(step)
-            optimization.forget(self.optimizer, self.phase.moving.parameters)
         if step >= self._metric_start:
             with self._still():
                 loss = self._staged(METRIC, model, inputs, *args, **kwargs)
@@ -306,7 +303,7 @@ class MetricOptTrainer(ObservingTrainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         """For the steps of the first phase alone, as in a shorter Trainer run; phi has its own (`PhiSchedule`)."""
         if self.guided and self._requires_grad is not None:
-            num_training_steps = self._metric_start or self._unguided_start
+            num_training_steps = self._metric_start or num_training_steps
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_learning_rate(self):
@@ -326,25 +323,24 @@ class MetricOptTrainer(ObservingTrainer):
         guide = self._given_guide or guides.from_spec(args.guide, self._given_value_function)
         before = self._metric_start if guide.in_first_phase else 0
         given = self._given_value_function
-        dim = self.phi.dim if args.phi_coordinates == "identity" else min(args.phi_dim, self.phi.dim)
+        dim = self.phi.dim if self._kind_of_coordinates == "identity" else min(args.phi_dim, self.phi.dim)
         dim = dim if given is None else given.num_coordinates
-        kinds = ("predictions", "scores") if args.observe == "predictions" else ("scores",)
-        plans = [PhasePlan.from_args(args, kind, metric_steps, before, dim) for kind in kinds]
-        ledger = Ledger(plans[0].calls, plans[0].passes)
-        folds = data.folds(self.observation_dataset, args.observation_folds, args.seed, self._label_name)
-        if len(folds) < args.observation_folds:
-            logger.warning("The observation set cannot be divided: every call sees all of it (observation_folds=1).")
-        evaluator, selection = self._evaluator(folds, ledger, progress=True), self.selection_dataset
+        ledger, selection = Ledger(), self.selection_dataset
+
         return MetricPhase(
             phi=self.phi,
             moving=self.phi if guide.scope == "phi" else spaces.trainable(self.model),
-            observer=Observer(evaluator, plans[0].perturbation_std, args.seed),
-            selector=None if selection is None else self._evaluator([selection], ledger),
+            evaluator=self._evaluator(self.observation_dataset, ledger, progress=True),
+            selector=None if selection is None else self._evaluator(selection, ledger),
             guide=guide,
             make_coordinates=self._make_coordinates,
-            plans=plans,
-            on_all_rows=args.metric_on_all_rows,
+            make_plan=partial(self._make_plan, metric_steps, before, dim),
         )
+
+    def _make_plan(
+        self, steps: int, before: int, dim: int, observe: str | None = None, calls: int | None = None
+    ) -> PhasePlan:
+        return PhasePlan.from_args(self.args, observe or self.args.observe, steps, before, dim, calls)
 
     def _rehearsed(self, model: nn.Module) -> Stillness:
         """How to hold still what is not tuned, after a rehearsal of the metric phase on one batch.

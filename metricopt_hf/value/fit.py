@@ -37,22 +37,6 @@ class FitReport:
     ranking_loss: float
 
 
-def num_groups(folds: np.ndarray, num_members: int) -> int:
-    """Into how many groups of members the folds that are there are kept apart; member m is in group m % groups."""
-    return min(max(len(np.unique(folds)), 1), num_members)
-
-
-def learners(folds: np.ndarray, num_members: int) -> np.ndarray:
-    """[num_members, n] bool: which member learns which of n observations.
-
-    A group learns from its fold alone (where there are fewer members than folds, from several), so that all others are
-    news to it. A fold on which the metric never had an answer has no members: they would have learned nothing, and
-    could not judge.
-    """
-    groups = num_groups(folds, num_members)
-    return np.arange(num_members)[:, None] % groups == np.unique(folds, return_inverse=True)[1][None] % groups
-
-
 def _fit_linear_part(network: ValueNetwork, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
     """Ridge regression in closed form: the slopes and intercepts of all members at once. weights: [members, n]."""
     h = (inputs - network.z_mean) / network.z_std
@@ -74,7 +58,6 @@ def fit(
     generator: torch.Generator,
     steps: int = 100,
     standardise: bool = True,
-    folds: np.ndarray | None = None,
 ) -> FitReport:
     """Fit in place, starting from the present weights (warm).
 
@@ -90,7 +73,6 @@ def fit(
         steps: optimizer steps.
         standardise: take the standardisation from these observations. False: keep the present one, and with it the
             function that the weights stand for.
-        folds: [n] of which part of the data each observation is: see `learners`. None: all of one.
 
     Raises:
         ValueFunctionError: fewer than two observations, or something not finite.
@@ -118,9 +100,7 @@ def fit(
     weights = 1 / (noise + VARIANCE_FLOOR)
     n, members = len(targets), network.num_members
     bootstrap = torch.empty(members, n).exponential_(generator=generator)
-    learns = torch.as_tensor(learners(np.zeros(n, np.int64) if folds is None else folds, members), dtype=torch.float32)
-    # what a member does not learn weighs nothing; the mean weight stays
-    weights = weights / weights.mean() * bootstrap * learns / learns.mean(1, keepdim=True).clamp_min(1 / n)
+    weights = weights / weights.mean() * bootstrap
 
     if standardise:
         _fit_linear_part(network, inputs, targets, weights)

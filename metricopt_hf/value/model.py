@@ -100,25 +100,18 @@ class ValueNetwork(nn.Module):
         """Gradient of the predicted mean, in units of the metric per unit of z. z: [n, k] (or [k]) -> same shape."""
         return self._gradients(z).mean(0)
 
-    def agreement(self, z: Tensor, groups: int | None = None) -> Tensor:
+    def agreement(self, z: Tensor) -> Tensor:
         """How far the members agree on the gradient at z: [n, k] (or [k]) -> [n] (or a scalar), in [0, 1].
 
         The intraclass correlation of their gradients: which share of a member's squared gradient all have in common. 1
         where they are the same, 0 where they have no more in common than random ones would, as at an optimum.
-
-        Args:
-            groups: ask how far so many groups agree, by the mean of each; member m is in group m % groups. Default:
-                each member speaks for itself.
         """
         gradients = rescaled(self._gradients(z))
-        if groups is not None:
-            gradients = torch.stack([gradients[group::groups].mean(0) for group in range(groups)])
-        voices = len(gradients)
         squared = gradients.square().sum(-1).mean(0)
-        if voices == 1:
+        if self.num_members == 1:
             return torch.ones_like(squared)
         share = gradients.mean(0).square().sum(-1) / squared.clamp_min(torch.finfo(squared.dtype).tiny)
-        return ((voices * share - 1) / (voices - 1)).clamp(0, 1)
+        return ((self.num_members * share - 1) / (self.num_members - 1)).clamp(0, 1)
 
     def _gradients(self, z: Tensor) -> Tensor:
         """Every member's gradient. z: [n, k] (or [k]) -> [members, n, k] (or [members, k])."""

@@ -35,7 +35,8 @@ from .signature import Signature
 
 CONFIG_FILE, TENSORS_FILE, OBSERVATIONS_FILE = "config.json", "model.safetensors", "observations.parquet"
 CARD_FILE = "README.md"
-LIBRARY, FORMAT_VERSION = "metricopt_hf", 4  # 3: the domain is called signature; 4: observations in flat columns
+LIBRARY, FORMAT_VERSION = "metricopt_hf", 5  # 4: observations in flat columns; 5: without the column of folds
+READABLE = (4, 5)
 
 # The most that is read of a stranger: bytes of a file, and of each of the sizes in a config.
 MAX_BYTES = {CONFIG_FILE: 2**20, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
@@ -167,10 +168,10 @@ def _read_config(content: bytes) -> tuple[dict[str, int], dict[str, Any]]:
     config = json.loads(content.decode("utf-8"), parse_int=_whole_number)
     if not isinstance(config, dict) or config.get("library_name") != LIBRARY:
         raise ValueFunctionError(f"{CONFIG_FILE} is not that of a value function of {LIBRARY}.")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in READABLE:
         raise ValueFunctionError(
             f"it has format version {brief(config.get('format_version'))}, this version of {LIBRARY} reads "
-            f"{FORMAT_VERSION}: pip install --upgrade {LIBRARY}."
+            f"{' and '.join(map(str, READABLE))}: pip install --upgrade {LIBRARY}."
         )
     sizes = {name: config.get(name) for name in MAX_SIZES}
     for name, size in sizes.items():

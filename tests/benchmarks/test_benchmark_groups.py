@@ -32,7 +32,7 @@ from metricopt_hf.comparison.splits import data_root
 
 missing = [name for name in ("cifar10", "resnet_cifar10", "a9a", "bank_marketing") if not (data_root() / name).is_dir()]
 needs_data = pytest.mark.skipif(bool(missing), reason=f"not here: {', '.join(missing)} (METRICOPT_DATA)")
-TINY = Budget(steps=4, rounds=2, calls=4, batch_size=8)
+TINY = Budget(steps=20, batch_size=8)
 GROUPED = ["a9a_groups", "a9a_fair", "cifar_cameras", "dominoes"]
 
 
@@ -129,7 +129,7 @@ def test_groups_are_the_metrics_alone(name, tmp_path):
     # and what the trainer hands to the metric is what the benchmark measures
     seen = []
     spy = replace(task, metric=lambda p: seen.append(p) or task.metric(p))
-    trainer = make_trainer(spy, problem, 0, TINY, str(tmp_path), {"observation_folds": 1, "metric_call_budget": 0})
+    trainer = make_trainer(spy, problem, 0, TINY, str(tmp_path), {"metric_call_budget": 0})
     trainer.train()
     expected = problem.predict(problem.model, problem.observation)
     first = next(p for p in seen if len(p.predictions) == len(expected.predictions))
@@ -276,7 +276,7 @@ def report(task: Task, name: str, config: dict, seed: int = 0, budget: Budget = 
 
 
 def test_labels_and_groups_of_observation_help():
-    long = Budget(steps=150, rounds=3, calls=4, batch_size=32)
+    long = Budget(steps=160, batch_size=32)
     start = report(TOY, "start", {})["plain"]
     assert report(TOY, "dfr", {"C": 1.0})["plain"] > start
     assert report(TOY, "group_dro", {"phi_learning_rate": 3e-2, "group_step": 0.1}, budget=long)["plain"] > start

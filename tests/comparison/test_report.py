@@ -106,12 +106,8 @@ def trainer(tmp_path_factory):
     args = MetricOptConfig(
         output_dir=str(tmp_path_factory.mktemp("run")),
         max_steps=6,
-        select_steps=2,
-        observe_steps=2,
         metric_start_ratio=0.0,
-        unguided_ratio=0.0,
         metric_call_budget=12,
-        observations_per_step=4,
         phi_dim=2,
         observe="scores",
         report_to="none",

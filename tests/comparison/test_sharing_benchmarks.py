@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from benchmarks import cards, check_cifar, cifar, warm_start
+from benchmarks import cards, cifar, warm_start, worst_class
 from metricopt_hf.comparison.methods import METHODS
 
 
@@ -32,9 +32,9 @@ def few(monkeypatch, tmp_path):
     monkeypatch.setattr(cifar, "load", images)
     monkeypatch.setattr(cifar, "pretrained", net)
     monkeypatch.setattr(cifar, "splits", functools.partial(cifar.splits, observation_size=50))
-    monkeypatch.setattr(check_cifar, "METRIC", "misclassification")  # of an untrained net no class is always missed
+    monkeypatch.setattr(worst_class, "METRIC", "misclassification")  # of an untrained net no class is always missed
     for script in (cards, warm_start):
-        monkeypatch.setattr(script, "make_trainer", functools.partial(check_cifar.make_trainer, phi_dim=2))
+        monkeypatch.setattr(script, "make_trainer", functools.partial(worst_class.make_trainer, phi_dim=2))
     monkeypatch.setattr(warm_start, "OBSERVED", 50)
     monkeypatch.setattr(warm_start, "FIRST_SELECTED", 30)
 
@@ -53,11 +53,11 @@ def test_warm_is_compared_with_cold(capsys, tmp_path):
     assert warm_start.main(["--seeds", "0", "1", "--max_steps", "11", "--results", str(results)]) == 0
     printed = capsys.readouterr().out
     calls = [line.split()[0] for line in printed.splitlines() if line.strip()[:1].isdigit()]
-    assert calls == ["0", "16"]
+    assert calls == ["0", "16", "32", "48", "64", "80"]
     assert "report split, at end" in printed and "2 seeds" in printed
     runs = json.loads(results.read_text())["runs"]
     assert [run["method"] for run in runs] == ["cold", "warm"] * 2
-    assert all(run["details"]["curve"][1]["calls"] == 16 for run in runs)
+    assert all([row["calls"] for row in run["details"]["curve"][:2]] == [8, 16] for run in runs)
     # whether what it predicts in its first round has been learned before
     assert [run["details"]["curve"][0]["rank_correlation"] is not None for run in runs] == [False, True] * 2
 

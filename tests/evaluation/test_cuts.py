@@ -90,17 +90,3 @@ def test_where_there_are_no_classes_to_be_read_the_cut_is_the_random_one(dataset
     assert observed.indices == order[:20].tolist() and selected.indices == order[20:40].tolist()
 
 
-def test_folds_are_the_random_ones_unless_a_class_would_be_missing(caplog):
-    def fold_labels(labels):
-        return [labels[part.indices] for part in data.folds(as_list(labels), 2, 0)]
-
-    plenty = np.array([0, 1] * 50)
-    order = np.random.default_rng(0).permutation(100)
-    expected = [sorted(part.tolist()) for part in np.array_split(order, 2)]
-    assert [part.indices for part in data.folds(as_list(plenty), 2, 0)] == expected
-    rare = np.zeros(100, dtype=int)
-    rare[expected[0][:2]] = 1  # by chance both in one fold
-    assert [part.sum() for part in fold_labels(rare)] == [1, 1] and not caplog.text
-    rare[expected[0][0]] = 0
-    fold_labels(rare)
-    assert "Class 1 is missing in fold 1 of the 2" in caplog.text or "Class 1 is missing in fold 2" in caplog.text

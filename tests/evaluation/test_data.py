@@ -51,28 +51,6 @@ def generator(seed=0):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("count", [1, 2, 3, SIZE])
-def test_folds_are_disjoint_random_and_all_of_it(kind, count):
-    dataset = MAKE[kind]()
-    parts = [numbers(fold) for fold in data.folds(dataset, count, seed=0)]
-    assert len(parts) == count and max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert sorted(sum(parts, [])) == list(range(SIZE))
-    assert all(part == sorted(part) for part in parts)  # in the set's order: examples of like length stay together
-    assert parts == [numbers(fold) for fold in data.folds(dataset, count, seed=0)]
-    assert count in (1, SIZE) or parts != [numbers(fold) for fold in data.folds(dataset, count, seed=1)]
-
-
-def test_what_is_iterated_is_the_only_fold():
-    stream = Stream()
-    assert data.folds(stream, 2, seed=0) == [stream]
-
-
-def test_fewer_examples_than_folds_are_refused():
-    with pytest.raises(ConfigurationError, match="2 examples, too few for observation_folds=3"):
-        data.folds(Rows(2), 3, seed=0)
-
-
-@pytest.mark.parametrize("kind", MAKE)
 def test_the_two_parts_are_disjoint_random_and_seeded(kind):
     dataset = MAKE[kind]()
     first, second = map(numbers, data.cut(dataset, 6, seed=0))

@@ -54,11 +54,11 @@ class Seen:
 
 def evaluator(metric=None, examples=None, max_bytes=1e9, concat=True, predict=None, model=None, phi=None, **kwargs):
     model = (phi.model if phi else Model()) if model is None else model
-    sets = examples if isinstance(examples, list) else [Examples() if examples is None else examples]
+    examples = Examples() if examples is None else examples
     return Evaluator(
         phi or Subset(model, "4.bias"),
         predict or (lambda batch: BatchOutput(model(batch["x"]), batch["labels"])),
-        [data.in_order(part, BATCH, torch.utils.data.default_collate) for part in sets],
+        data.in_order(examples, BATCH, torch.utils.data.default_collate),
         Metric(metric or Seen(), "seen"),
         Ledger(),
         max_bytes,
@@ -148,8 +148,8 @@ def test_batches_are_collated_once_if_they_fit_into_memory():
 def test_a_collator_s_own_mapping_counts_against_the_memory_too():
     examples = Examples()
     taken = evaluator(examples=examples, max_bytes=1)
-    batches = taken.parts[0]._batches
-    taken.parts[0]._batches = lambda: (BatchEncoding(batch) for batch in batches())
+    batches = taken._data._batches
+    taken._data._batches = lambda: (BatchEncoding(batch) for batch in batches())
     taken.evaluate("observe")
     before = examples.read
     taken.evaluate("observe")
@@ -271,17 +271,6 @@ def test_the_scores_of_points_are_those_with_phi_there():
     assert len(set(scores.values)) == 3
 
 
-def test_each_point_is_evaluated_on_its_part():
-    taken = evaluator(examples=[Examples(5), Examples(SIZE)])
-    points = taken.phi.read().expand(4, -1)
-    scores = taken.evaluate_many(points, "observe", [1, 0, 0, 1], predictions=True)
-    assert [len(prediction.label_ids) for prediction in scores.predictions] == [SIZE, 5, 5, SIZE]
-    for part, score in ((0, scores.values[1]), (1, scores.values[0])):
-        assert taken.evaluate("observe", part) == score
-    assert scores.values[0] == scores.values[3] != scores.values[1] == scores.values[2]
-    assert len(taken.evaluate_many(points[:1], "observe", predictions=True).predictions[0].label_ids) == 5
-
-
 def test_a_call_that_fails_costs_its_point_alone():
     taken = evaluator(Fails({1}))
     points = torch.randn(3, taken.phi.dim)
@@ -356,8 +345,8 @@ def test_ranks_predict_equally_often(monkeypatch, count):
         others = [(i, 0.0, None, 0.0, None) for i in range(count) if i % 2 != rank]
         monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
         taken = evaluator(rank=rank, world_size=2)
-        predictions, calls = taken.parts[0].predictions, []
-        taken.parts[0].predictions = lambda predictions=predictions, calls=calls: calls.append(1) or predictions()
+        predictions, calls = taken._data.predictions, []
+        taken._data.predictions = lambda predictions=predictions, calls=calls: calls.append(1) or predictions()
         assert taken.evaluate_many(torch.randn(count, taken.phi.dim), "observe").values.shape == (count,)
         assert taken.ledger.calls["observe"] == count
         predicted.append(len(calls))

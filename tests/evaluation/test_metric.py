@@ -55,10 +55,9 @@ def test_a_key_that_was_asked_for_must_be_there():
     def accuracy(prediction):
         return {"accuracy": 0.5}
 
-    assert resolve(accuracy, True)(PREDICTION) == resolve(accuracy, True, key="accuracy")(PREDICTION) == 0.5
-    for metric in (accuracy, "worst_class_recall"):
-        with pytest.raises(MetricError, match=r"none of which is 'other'.*metric_key"):
-            resolve(metric, True, key="other")(PREDICTION)
+    assert resolve(accuracy, True)(PREDICTION) == Metric(accuracy, "accuracy", exact=True)(PREDICTION) == 0.5
+    with pytest.raises(MetricError, match=r"none of which is 'other'.*metric_for_best_model"):
+        Metric(accuracy, "other", exact=True)(PREDICTION)
 
 
 def test_whole_numbers_and_decisions_count_as_numbers():
@@ -183,10 +182,17 @@ SEVERAL = type(
 )
 
 
+def named(module, key="echo", **options):
+    """A metric from a module of which one number is wanted."""
+    metric = from_evaluate(module, **options)
+    metric.name = key
+    return metric
+
+
 def fed(kind, predictions, labels, inputs="auto"):
     """What an evaluate module of this kind gets of predictions and labels."""
     module = kind(keep_in_memory=True)
-    metric = from_evaluate(module, inputs=inputs, key="echo")
+    metric = named(module, inputs=inputs)
     metric(EvalPrediction(np.asarray(predictions, np.float32), np.asarray(labels)))
     return np.asarray(module.predictions), np.asarray(module.references)
 
@@ -230,13 +236,13 @@ def test_ignored_tokens_are_left_out():
 
 def test_decisions_made_before_are_taken_as_they_are():
     module = INTEGERS(keep_in_memory=True)
-    from_evaluate(module, key="echo")(EvalPrediction(np.array([2, 1, 0, 0]), LABELS))
+    named(module)(EvalPrediction(np.array([2, 1, 0, 0]), LABELS))
     assert np.asarray(module.predictions).tolist() == [2, 1, 0, 0]
 
 
 def test_logits_are_the_first_of_several_outputs():
     module = INTEGERS(keep_in_memory=True)
-    from_evaluate(module, key="echo")(EvalPrediction((LOGITS, np.zeros((4, 9))), LABELS))
+    named(module)(EvalPrediction((LOGITS, np.zeros((4, 9))), LABELS))
     assert np.asarray(module.predictions).tolist() == [0, 1, 2, 0]
 
 
@@ -247,11 +253,11 @@ def test_inputs_can_be_asked_for_or_made_by_a_function():
     assert np.allclose(got, LOGITS[:, 0])
 
 
-def test_key_and_kwargs_reach_the_module():
-    assert from_evaluate(INTEGERS(), key="other")(PREDICTION) == 2.0
-    assert from_evaluate(INTEGERS(), key="echo", kwargs={"scale": 0.5})(PREDICTION) == 2.0
-    with pytest.raises(MetricError, match="echo.*other"):
-        from_evaluate(INTEGERS(), key="neither")(PREDICTION)
+def test_kwargs_reach_the_module_and_of_several_numbers_one_must_be_named():
+    assert named(INTEGERS(), "other")(PREDICTION) == 2.0
+    assert named(INTEGERS(), kwargs={"scale": 0.5})(PREDICTION) == 2.0
+    with pytest.raises(MetricError, match=r"echo.*other.*metric_for_best_model"):
+        from_evaluate(INTEGERS())(PREDICTION)
 
 
 def test_texts_need_a_function_and_unknown_inputs_are_listed():

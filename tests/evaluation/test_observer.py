@@ -15,10 +15,7 @@ D, K = 10, 4
 
 
 class Score:
-    """A metric that is linear in phi, which it is given as the prediction; fails where asked for.
-
-    The label is the number of the fold; the examples of all but the first are harder.
-    """
+    """A metric that is linear in phi, which it is given as the prediction; fails where asked for."""
 
     def __init__(self, fails=()):
         self.fails, self.seen = set(fails), []
@@ -28,17 +25,17 @@ class Score:
         self.seen.append(phi)
         if len(self.seen) - 1 in self.fails:
             raise MetricError(f"no number in call {len(self.seen) - 1}")
-        return float(phi.sum()) - 100 * bool(prediction.label_ids[0])
+        return float(phi.sum())
 
 
-def setting(fails=(), seed=0, folds=1, **kwargs):
+def setting(fails=(), seed=0, **kwargs):
     phi = Subset(nn.Linear(D, 1, bias=False), "weight")
     phi.write(torch.linspace(-1, 1, D))
     score = Score(fails)
     made = Evaluator(
         phi,
         lambda label: BatchOutput(phi.read(), label),
-        [lambda fold=fold: [torch.tensor([fold])] for fold in range(folds)],
+        lambda: [torch.tensor([0])],
         Metric(score, "score"),
         Ledger(budget=100),
         max_bytes=1e6,
@@ -94,8 +91,7 @@ def test_phi_is_put_back_and_failed_calls_are_dropped_with_their_message(fails):
 def test_phi_is_put_back_from_any_other_error():
     taken, coordinates, score = setting()
     before = taken.evaluator.phi.read()
-    for part in taken.evaluator.parts:
-        part.predict = lambda batch: 1 / 0
+    taken.evaluator._data.predict = lambda batch: 1 / 0
     with pytest.raises(ZeroDivisionError):
         taken.observe(coordinates, 0, 2)
     assert torch.equal(taken.evaluator.phi.read(), before)
@@ -121,23 +117,7 @@ def test_variance_is_the_scatter_of_the_pairs_means_twice():
     assert np.isnan(pair_variance(np.array([[1.0, 3.0]]))) and np.isnan(pair_variance(np.empty((0, 2))))
 
 
-@pytest.mark.parametrize("count", [2, 4, 5, 8])
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_folds_take_turns_and_a_pair_is_looked_at_on_one(count, number):
-    taken, coordinates, score = setting(folds=number)
-    seen = []
-    for step in range(12):
-        observations = taken.observe(coordinates, step, count).observations
-        assert all((o.score < -50) == (o.fold > 0) for o in observations)
-        pairs = np.array([o.fold for o in observations[count % 2 :]]).reshape(-1, 2)
-        assert (pairs[:, 0] == pairs[:, 1]).all()
-        turns = [*pairs[:, 0], *[o.fold for o in observations[: count % 2]]]
-        assert all((b - a) % number == 1 % number for a, b in zip(turns, turns[1:], strict=False))
-        seen += turns
-    assert set(seen) == set(range(number))  # however few pairs there are in a round
-
-
-def test_one_fold_draws_no_lot():
+def test_nothing_but_the_perturbation_is_drawn():
     taken, coordinates, score = setting()
     expected = taken.observe(coordinates, 0, 4).observations
     again, *_ = setting()
@@ -145,12 +125,6 @@ def test_one_fold_draws_no_lot():
     assert np.allclose([o.z for o in expected], z)
     following = [o.z for o in taken.observe(coordinates, 1, 4).observations]
     assert np.allclose(following, coordinates.encode(again.evaluator.phi.read()) + again.offsets(4, K))
-
-
-def test_variance_is_not_that_between_folds():
-    taken, coordinates, score = setting(folds=2)
-    assert taken.observe(coordinates, 0, 8).observations[0].variance < 1e-6
-    assert np.isnan(taken.observe(coordinates, 1, 4).observations[0].variance)  # one pair each tells nothing
 
 
 def test_variance_estimates_the_noise_and_not_the_slope():
@@ -209,4 +183,4 @@ def test_predictions_come_on_demand_one_for_each_observation():
     assert len(observed.errors) == 1 and len(observed.predictions) == len(observed.observations) == 4
     for observation, prediction in zip(observed.observations, observed.predictions, strict=True):
         assert np.allclose(coordinates.encode(torch.as_tensor(prediction.predictions)), observation.z, atol=1e-6)
-        assert prediction.label_ids.tolist() == [observation.fold]
+        assert prediction.label_ids.tolist() == [0]

@@ -8,8 +8,8 @@ import pytest
 from metricopt_hf import Observation, Trajectory
 
 
-def observation(step, score=0.5, variance=0.1, fold=0):
-    return Observation(np.full(3, step, np.float32), score, variance, step, cost=0.25, fold=fold)
+def observation(step, score=0.5, variance=0.1):
+    return Observation(np.full(3, step, np.float32), score, variance, step, cost=0.25)
 
 
 def test_it_reads_as_a_list_and_as_arrays():
@@ -27,21 +27,6 @@ def test_the_last_round_is_what_was_taken_at_the_latest_step():
     assert trajectory.last_round.scores.tolist() == [0.1, 0.2]
 
 
-def test_aligned_no_fold_scores_above_another_in_the_mean():
-    scores = [1.0, 2.0, 5.0, 6.0, 9.0]
-    trajectory = Trajectory([observation(i, s, fold=int(s > 4)) for i, s in enumerate(scores)])
-    aligned = trajectory.aligned()
-    mean = np.mean(scores)
-    assert np.allclose(aligned.scores, [mean - 0.5, mean + 0.5, *(mean + d for d in (-5 / 3, -2 / 3, 7 / 3))])
-    assert aligned.folds.tolist() == [0, 0, 1, 1, 1] and aligned.steps.tolist() == trajectory.steps.tolist()
-    assert trajectory.scores.tolist() == scores  # what was observed stays
-
-
-def test_one_fold_is_as_it_is():
-    trajectory = Trajectory([observation(0, 0.1), observation(1, 0.3)])
-    assert trajectory.aligned().scores.tolist() == [0.1, 0.3] and len(Trajectory().aligned()) == 0
-
-
 def test_it_can_be_empty():
     trajectory = Trajectory()
     assert len(trajectory) == len(trajectory.last_round) == 0
@@ -50,13 +35,13 @@ def test_it_can_be_empty():
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_its_state_gives_the_same_observations(count):
-    first = Trajectory([observation(s, variance=float("nan") if s else 0.1, fold=s % 2) for s in range(count)])
+    first = Trajectory([observation(s, variance=float("nan") if s else 0.1) for s in range(count)])
     second = Trajectory.from_state_dict(first.state_dict())
     assert len(second) == count
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a.z, b.z) and b.z.dtype == np.float32
-        assert (a.score, a.step, a.cost, a.fold) == (b.score, b.step, b.cost, b.fold)
-        assert type(b.step) is type(b.fold) is int
+        assert (a.score, a.step, a.cost) == (b.score, b.step, b.cost)
+        assert type(b.step) is int
         assert a.variance == b.variance or np.isnan([a.variance, b.variance]).all()
 
 
@@ -66,27 +51,13 @@ def test_a_state_with_columns_of_unequal_length_is_refused():
         Trajectory.from_state_dict({**state, "scores": state["scores"][:1]})
 
 
-def test_what_is_constant_on_each_fold_is_equal_to_the_last_bit():
-    """0.3 and 0.7, each moved to the mean of both: rounding must not rank them."""
-    for low, high in [(0.3, 0.7), (0.1, 0.9), (1e-12, 1e12), (-1 / 3, 2 / 3)]:
-        trajectory = Trajectory([observation(i, (low, high)[i % 2], fold=i % 2) for i in range(7)])
-        assert np.ptp(trajectory.aligned().scores) == 0
-
-
-def test_what_differs_still_differs():
-    """Down to a millionth of the scores' size, and as much as before."""
-    scores = [1.0, 1.000001, 5.0, 5.000002]
-    aligned = Trajectory([observation(i, s, fold=int(s > 4)) for i, s in enumerate(scores)]).aligned().scores
-    assert np.allclose(np.sort(aligned - 3.00000075), [-1e-6, -5e-7, 5e-7, 1e-6], rtol=1e-3, atol=0)
-
-
-def test_extending_an_aligned_one_leaves_the_first_as_it_is():
-    trajectory = Trajectory([observation(i, fold=i % 2) for i in range(3)])
-    aligned = trajectory.aligned()
-    aligned.extend([observation(9, 9.0)])
+def test_extending_a_choice_of_all_rows_leaves_the_first_as_it_is():
+    trajectory = Trajectory([observation(i) for i in range(3)])
+    chosen = trajectory.latest(3)
+    chosen.extend([observation(9, 9.0)])
     trajectory.extend([observation(3, 3.0)])
-    assert trajectory.steps.tolist() == [0, 1, 2, 3] and aligned.steps.tolist() == [0, 1, 2, 9]
-    assert aligned[-1].z.tolist() == [9.0] * 3 and trajectory[-1].z.tolist() == [3.0] * 3
+    assert trajectory.steps.tolist() == [0, 1, 2, 3] and chosen.steps.tolist() == [0, 1, 2, 9]
+    assert chosen[-1].z.tolist() == [9.0] * 3 and trajectory[-1].z.tolist() == [3.0] * 3
 
 
 def test_a_choice_of_rows_is_a_trajectory():
@@ -97,16 +68,15 @@ def test_a_choice_of_rows_is_a_trajectory():
 
 
 def test_reading_sixteen_thousand_observations_takes_no_longer_than_a_few():
-    """What is done at every round: extend, align, read the columns."""
+    """What is done at every round: extend, read the columns."""
 
     def seconds(count):
-        trajectory = Trajectory([observation(i // 8, i % 7, fold=i % 2) for i in range(count)])
+        trajectory = Trajectory([observation(i // 8, i % 7) for i in range(count)])
         best = float("inf")
         for step in range(20):
             start = time.perf_counter()
-            trajectory.extend([observation(count + step, fold=i % 2) for i in range(8)])
-            aligned = trajectory.aligned()
-            assert len(aligned.last_round.scores) == 8 and aligned.z.shape == (len(trajectory), 3)
+            trajectory.extend([observation(count + step) for i in range(8)])
+            assert len(trajectory.last_round.scores) == 8 and trajectory.z.shape == (len(trajectory), 3)
             best = min(best, time.perf_counter() - start)
         return best
 

@@ -11,7 +11,7 @@ import torch
 from helpers import TINY, example, save_dataset
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
-from metricopt_hf import ConfigurationError, MetricError, PhiError
+from metricopt_hf import ConfigurationError, PhiError
 from metricopt_hf.comparison.images import new_model
 from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.metrics import path
@@ -147,12 +147,6 @@ def test_refusals(script, images, model, tmp_path, options, message):
     with pytest.raises(ConfigurationError, match=message):
         script.main(f"{given} {options}".split())
     assert not (tmp_path / "out" / "results.json").exists()
-
-
-def test_refuses_a_missing_metric_key(script, images, model, tmp_path):
-    given = f"{TINY} --dataset_name {images} --model_name_or_path {model} --output_dir {tmp_path / 'out'}"
-    with pytest.raises(MetricError, match=r"returned the keys \['map_at_r'\], none of which is 'map'"):
-        script.main([*given.split(), "--metric_key", "map"])
 
 
 def test_refuses_too_few_groups_and_missing_labels(script, model, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from teaching import SLOPE, D, K, Truth, Wrong, started, taught, trusted
 
-from metricopt_hf import ConfigurationError, Observation, RandomGuide, Round, Trajectory, ValueFunctionGuide
+from metricopt_hf import ConfigurationError, RandomGuide, Trajectory, ValueFunctionGuide
 from metricopt_hf.guides import GUIDES, ShuffledGuide, from_spec
 from metricopt_hf.guides.trust import NOT_PREDICTIVE, PREDICTIVE
 from metricopt_hf.value import ValueNetwork
@@ -53,50 +53,6 @@ def test_a_value_function_is_as_certain_as_its_members_agree():
     agreement = float(guide.network.agreement(guide.context.coordinates.encode(phi)))
     assert 0 < agreement < 1 and guide.gradient_agreement(phi) == pytest.approx(agreement)
     assert trusted(guide).direction(phi).trust == pytest.approx(agreement * guide.standing[0])
-
-
-def two_folds(guide, slopes, rounds=12, size=16, noise=0.05, level=3.0):
-    """Tell rounds of a metric with another slope in each of two folds; the second is harder by `level`."""
-    trajectory = Trajectory()
-    for step in range(rounds):
-        rng = np.random.default_rng(step)
-        z = rng.normal(size=(size, K)).astype(np.float32)
-        folds = np.arange(size) // 2 % 2
-        scores = np.einsum("nk,nk->n", z, np.stack(slopes)[folds]) - level * folds + noise * rng.normal(size=size)
-        trajectory.extend(
-            [Observation(p, float(s), noise**2, step, 0.1, int(f)) for p, s, f in zip(z, scores, folds, strict=True)]
-        )
-        guide.observe(Round(trajectory))
-    return trajectory
-
-
-def test_what_holds_in_both_folds_is_trusted_however_much_harder_one_is():
-    guide = started(ValueFunctionGuide())
-    two_folds(guide, [SLOPE, SLOPE])
-    assert guide.standing[0] > 0.8 and guide.gradient_agreement(guide.context.coordinates.origin) > 0.8
-
-
-def test_what_holds_in_one_fold_alone_is_not_trusted():
-    """Orthogonal slopes: the metric of each fold can be predicted, and to follow it is to fit its examples."""
-    apart = [np.array([2.0, 0, 1, 0], np.float32), np.array([0, 2.0, 0, -1], np.float32)]
-    guide = started(ValueFunctionGuide())
-    trajectory = two_folds(guide, apart)
-    assert guide.standing[0] < 0.1 and guide.gradient_agreement(guide.context.coordinates.origin) < 0.2
-
-    one_fold = started(ValueFunctionGuide())  # the same points and scores, of which nobody says whose they are
-    told = Trajectory()
-    for step in range(12):
-        told.extend([Observation(o.z, o.score, o.variance, o.step, o.cost) for o in trajectory if o.step == step])
-        one_fold.observe(Round(told))
-    assert one_fold.standing[0] > 0.1
-
-
-def test_it_is_judged_by_those_who_did_not_learn_the_fold():
-    guide = started(ValueFunctionGuide())
-    trajectory = two_folds(guide, [SLOPE, -SLOPE], rounds=6, level=0.0)
-    predicted, latest = guide.predict_held_out(trajectory), trajectory.last_round
-    own = np.array([SLOPE, -SLOPE])[latest.folds]
-    assert np.corrcoef(predicted, np.einsum("nk,nk->n", latest.z, own))[0, 1] < -0.8
 
 
 def test_guides_that_know_nothing_are_followed_less_than_one_that_learns():

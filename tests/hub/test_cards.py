@@ -135,7 +135,6 @@ def test_figures_are_those_of_the_run(run):
     theirs = text(run, "value_function")
     assert f"| rank correlation | {learned.rank_correlation:.3f} |" in theirs
     assert "| observations, a metric call each | 16 |" in theirs
-    assert "| folds of the examples, of which a call sees one | 2 |" in theirs
     assert ModelCard(theirs).data.eval_results[0].metric_value == pytest.approx(learned.rank_correlation)
     assert json.loads(Path(run.args.output_dir, "value_function", "config.json").read_text())["signature"]
 

@@ -134,7 +134,7 @@ def test_those_drawn_at_random_are_hardly_trusted_after_a_round(learned):
 
 def test_its_coordinates_are_taken_over(tmp_path, learned):
     """z is relative to the origin that it was learned at, wherever this run starts."""
-    second = warm(tmp_path, learned, phi_coordinates="gradient_pca", phi_dim=2)
+    second = warm(tmp_path, learned, coordinates="gradient_pca", phi_dim=2)
     with torch.no_grad():
         second.model.w.add_(0.5)
     second.train()

@@ -93,7 +93,7 @@ def test_where_no_batch_has_a_gradient_the_coordinates_are_random_and_it_is_said
 
     found = coordinates(kind)
     assert found.kind == "random" and torch.equal(found.basis, coordinates("random").basis) and found.dim == 6
-    assert len(caplog.messages) == 1 and f"phi_coordinates={kind!r}" in caplog.text and "random" in caplog.text
+    assert len(caplog.messages) == 1 and f"coordinates={kind!r}" in caplog.text and "random" in caplog.text
 
 
 def test_no_more_gradients_are_computed_than_phi_has_numbers_for():

@@ -8,7 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 from helpers import Texts, tiny_bert, true_class_probability
-from runs import SCORES
+from runs import SCORES, planned
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 
@@ -52,21 +52,21 @@ def run(name, folder, **kwargs):
         "per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", 1)),
         "learning_rate": 1e-2,
         "metric_call_budget": 36,
-        "observations_per_step": 5,
+        "round_size": 5,
         "observe_steps": 1,
         "metric_start_ratio": 0.25,
-        "unguided_ratio": 0.15,  # a step or two of it
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
         "greater_is_better": True,
         "optim": "sgd",
-        "phi_coordinates": "random",
+        "coordinates": "random",
     }
-    trainer = Checked(
+    settings = {**SCORES, **args, **kwargs}
+    trainer = planned(Checked, settings)(
         model,
-        MetricOptConfig(folder, **{**SCORES, **args, **kwargs}),
+        MetricOptConfig(folder, **settings),
         train_dataset=Texts(160, seed=1),
         observation_dataset=Texts(41, seed=3),
         selection_dataset=Texts(37, seed=4),
@@ -75,7 +75,7 @@ def run(name, folder, **kwargs):
     trainer.train()
     ledger = dict(trainer.ledger.calls)
     same_on_all_ranks(ledger)
-    assert set(sizes) <= {20, 21, 37}, sizes  # each fold and all of the selection set, without padding duplicates
+    assert set(sizes) <= {41, 37}, sizes  # all of either set, without padding duplicates
     counts = [None] * dist.get_world_size()
     dist.all_gather_object(counts, len(sizes))
     assert sum(counts) == sum(ledger.values())
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     run(
         "gradient_pca",
         sys.argv[1],
-        phi_coordinates="gradient_pca",
+        coordinates="gradient_pca",
         gradient_accumulation_steps=2,
         phi_dim=3,
         max_grad_norm=0.1,

@@ -7,7 +7,8 @@ import logging
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from metricopt_hf import ConfigurationError, MetricOptConfig
+from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptSeq2SeqConfig
+from metricopt_hf.training.config import GONE
 
 INHERITED = {field.name for field in dataclasses.fields(TrainingArguments)}
 FIELDS = {field.name: field for field in dataclasses.fields(MetricOptConfig) if field.name not in INHERITED}
@@ -15,32 +16,20 @@ FIELDS = {field.name: field for field in dataclasses.fields(MetricOptConfig) if 
 OTHERS = {
     "metric_name_or_path": "worst_class_recall",
     "metric_inputs": "scores",
-    "metric_key": "f1",
     "metric_kwargs": {"average": "macro", "k": 3},
     "metric_timeout": 2.5,
     "metric_start_ratio": 0.0,
-    "unguided_ratio": 0.25,
-    "unguided_learning_rate": 0.01,
     "observe": "scores",
     "forward_pass_budget": 10,
     "metric_call_budget": 0,
-    "metric_on_all_rows": True,
     "tune_output_bias": False,
-    "max_metric_failures": 1,
     "phi": r"\.bias$",
-    "phi_coordinates": "identity",
     "phi_dim": 3,
     "phi_learning_rate": 1e-4,
     "guide": "random",
     "value_weight": 0.0,
     "value_function_name_or_path": "folder",
-    "select_steps": 4,
-    "observe_steps": 5,
-    "observations_per_step": 4,
-    "observation_folds": 3,
-    "perturbation_std": 0.5,
     "observation_size": 100,
-    "observation_cache_gb": 0.0,
 }
 
 
@@ -88,24 +77,12 @@ BAD = [
     ("metric_start_ratio", 1.0),
     ("metric_start_ratio", -0.1),
     ("metric_call_budget", -1),
-    ("max_metric_failures", 0),
-    ("phi_coordinates", "pca"),
     ("phi_dim", 0),
     ("phi_learning_rate", 0.0),
     ("guide", "evolution"),
     ("value_weight", -1.0),
     ("value_weight", float("nan")),
-    ("unguided_ratio", 1.0),
-    ("unguided_ratio", -0.1),
-    ("unguided_learning_rate", 0.0),
-    ("select_steps", 0),
-    ("observe_steps", 0),
-    ("observations_per_step", 1),
-    ("observation_folds", 0),
-    ("perturbation_std", 0.0),
-    ("perturbation_std", float("nan")),
     ("observation_size", 0),
-    ("observation_cache_gb", -1.0),
 ]
 
 
@@ -126,9 +103,17 @@ def test_where_nothing_is_the_default_it_can_be_given(name):
     assert getattr(MetricOptConfig("out", **{name: None}), name) is None
 
 
-@pytest.mark.parametrize(("ratio", "metric_steps", "guided"), [(0, 7, 7), (0.5, 200, 100), (0.25, 8, 6), (0.99, 2, 1)])
-def test_the_loss_alone_has_its_share_of_the_metric_phase(ratio, metric_steps, guided):
-    assert MetricOptConfig("out", unguided_ratio=ratio).guided_steps(metric_steps) == guided
+def test_there_are_few_enough():
+    assert len(FIELDS) <= 18
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_a_field_that_is_gone_is_refused_with_what_to_do_instead(name):
+    assert name not in FIELDS
+    for cls in (MetricOptConfig, MetricOptSeq2SeqConfig):
+        with pytest.raises(ConfigurationError) as refused:
+            cls("out", **{name: 1})
+        assert str(refused.value) == f"{name} is no argument of {cls.__name__} any more: {GONE[name]}."
 
 
 @pytest.mark.parametrize("given", [{"greater_is_better": False}, {"greater_is_better": True}, {}])

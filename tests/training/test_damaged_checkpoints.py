@@ -12,7 +12,7 @@ from metricopt_hf.training import checkpoint
 
 def make(folder, **kwargs):
     args = MetricOptConfig(
-        str(folder), max_steps=4, metric_start_ratio=0.5, metric_call_budget=8, observations_per_step=4,
+        str(folder), max_steps=4, metric_start_ratio=0.5, metric_call_budget=16,
         metric_for_best_model="score", greater_is_better=True, save_steps=2, report_to=[], disable_tqdm=True,
         use_cpu=True, **kwargs,
     )  # fmt: skip

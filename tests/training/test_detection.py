@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from detectors import d_fine, detr, rt_detr, yolos
+from runs import planned
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.training import observing
 
 SIZE, BATCH = 5, 2
 
@@ -58,8 +60,6 @@ def trainer(model, tmp_path, scenes=None, **changes):
         "max_steps": 2,
         "metric_start_ratio": 0.0,
         "metric_call_budget": 4,
-        "observations_per_step": 4,
-        "observation_folds": 1,
         "phi_dim": 1,
         "guide": "random",
         "per_device_train_batch_size": BATCH,
@@ -72,7 +72,7 @@ def trainer(model, tmp_path, scenes=None, **changes):
         "disable_tqdm": True,
         **changes,
     }
-    return MetricOptTrainer(
+    return planned(MetricOptTrainer, options)(
         model,
         MetricOptConfig(str(tmp_path), **options),
         train_dataset=scenes,
@@ -102,13 +102,14 @@ def test_detectors_are_tuned_and_saved_as_ordinary_models(make, tmp_path):
     assert torch.equal(saved.logits, here.logits) and torch.equal(saved.pred_boxes, here.pred_boxes)
 
 
-def test_observed_with_the_backbone_replayed_or_not_is_the_same(tmp_path):
+def test_observed_with_the_backbone_replayed_or_not_is_the_same(tmp_path, monkeypatch):
     scores = []
-    for memory in (2.0, 0.0):
+    for memory in (2e9, 0.0):
+        monkeypatch.setattr(observing, "CACHE_BYTES", memory)
         torch.manual_seed(0)
-        mine = trainer(rt_detr(), tmp_path, observation_cache_gb=memory)
+        mine = trainer(rt_detr(), tmp_path)
         mine.train()
-        prefix = mine.phase.evaluator.parts[0]._prefix
+        prefix = mine.phase.evaluator._data._prefix
         assert prefix.active if memory else prefix is None
         scores.append([o.score for o in mine.observations])
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
@@ -121,4 +122,4 @@ def test_dicts_as_labels_are_not_joined_in_silence(tmp_path):
 
 def test_gradients_per_class_are_refused_where_an_image_has_many(tmp_path):
     with pytest.raises(ConfigurationError, match='group_gradients.*Use "gradient_pca"'):
-        trainer(rt_detr(), tmp_path, phi_coordinates="group_gradients").train()
+        trainer(rt_detr(), tmp_path, coordinates="group_gradients").train()

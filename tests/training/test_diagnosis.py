@@ -193,13 +193,13 @@ def test_a_metric_of_all_rows_has_no_noise_estimate(tmp_path):
         sizes.add(len(prediction.label_ids))
         return true_class_probability(prediction)
 
-    found = bert_trainer(tmp_path, metric=sized, metric_on_all_rows=True).diagnose()
+    found = bert_trainer(tmp_path, metric=sized, observe="predictions_on_all_rows").diagnose()
     assert sizes == {60} and np.isnan(found.gain("phi").error)
     assert "±" not in str(found).split("Recommendation")[0]
 
 
 def test_many_coordinates_do_not_take_many_passes(tmp_path):
-    found = bert_trainer(tmp_path, phi="classifier", phi_coordinates="identity").diagnose()
+    found = bert_trainer(tmp_path, phi="classifier", coordinates="identity").diagnose()
     assert sum(found.ledger.passes.values()) <= 42
 
 

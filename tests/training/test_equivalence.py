@@ -93,7 +93,6 @@ def test_weight_zero_is_trainer_on_the_same_wrapped_and_frozen_model(tmp_path, b
             tmp_path,
             optim=optim,
             metric_start_ratio=0,
-            unguided_ratio=0,
             value_weight=0,
             phi_learning_rate=None,
             metric_call_budget=budget,
@@ -205,7 +204,6 @@ def test_accumulation_is_a_larger_batch(tmp_path):
                 metric_start_ratio=0,
                 metric_call_budget=32,
                 greater_is_better=True,
-                phi_coordinates="random",  # gradients of mini-batches would depend on their size
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=accumulate,
                 optim="sgd",

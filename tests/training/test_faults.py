@@ -9,7 +9,7 @@ import torch
 from helpers import assert_equal_weights, true_class_probability, weights
 from runs import faulty_trainer
 
-from metricopt_hf import MetricError
+from metricopt_hf import Metric, MetricError
 
 
 class Box:
@@ -23,6 +23,10 @@ class Box:
         if self.calls - 1 in self.faulty:
             return self.fault(prediction)
         return {"score": true_class_probability(prediction), "other": 0.0}
+
+
+def boxed(folder, box, timeout=None, **kwargs):
+    return faulty_trainer(folder, Metric(box, "score", timeout=timeout), **kwargs)
 
 
 def raises(prediction):
@@ -39,11 +43,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("call", [0, 1])  # one on each fold
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault, call):
+def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault):
     function, message = FAULTS[fault]
-    trainer = faulty_trainer(tmp_path, Box(function, {call}), metric_key="score")
+    trainer = boxed(tmp_path, Box(function, {0}))
     with pytest.raises(MetricError, match=message) as caught:
         trainer.train()
     assert "before training" in str(caught.value)
@@ -53,8 +56,8 @@ def test_the_first_call_s_fault_stops_the_run_before_training(tmp_path, fault, c
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_later_fault_drops_the_observation_and_is_counted(tmp_path, fault, caplog):
     function, message = FAULTS[fault]
-    box = Box(function, {4, 9, 10})
-    trainer = faulty_trainer(tmp_path, box, metric_key="score", logging_steps=12)
+    box = Box(function, {3, 8, 9})
+    trainer = boxed(tmp_path, box, logging_steps=12)
     trainer.train()
     assert trainer.result.failed_calls == 3
     assert message in caplog.text
@@ -67,7 +70,7 @@ def test_a_later_fault_drops_the_observation_and_is_counted(tmp_path, fault, cap
 
 
 def test_after_many_in_a_row_guidance_is_switched_off_and_training_goes_on(tmp_path, caplog):
-    trainer = faulty_trainer(tmp_path, Box(raises, set(range(2, 1000))), max_metric_failures=5, metric_key="score")
+    trainer = boxed(tmp_path, Box(raises, set(range(1, 1000))), max_failures=5)
     trainer.train()
     assert trainer.state.global_step == 12
     assert "switched off" in caplog.text
@@ -93,9 +96,7 @@ def test_numpy_and_torch_scalars_are_numbers(tmp_path):
 
 
 def test_a_value_far_outside_all_earlier_ones_is_dropped(tmp_path, caplog):
-    trainer = faulty_trainer(
-        tmp_path, Box(lambda p: 1e6, {26, 27}), metric_call_budget=32, max_steps=16, metric_key="score"
-    )
+    trainer = boxed(tmp_path, Box(lambda p: 1e6, {25, 26}), metric_call_budget=32, max_steps=16)
     trainer.train()
     assert trainer.result.failed_calls == 2
     assert "far outside" in caplog.text
@@ -104,16 +105,16 @@ def test_a_value_far_outside_all_earlier_ones_is_dropped(tmp_path, caplog):
 
 def test_a_call_beyond_the_timeout_is_abandoned_and_none_is_made_before_it_is_back(tmp_path, caplog):
     may_end = threading.Event()
-    box = Box(lambda prediction: may_end.wait() and 0.5, {6})
-    trainer = faulty_trainer(tmp_path, box, metric_timeout=3.0, metric_key="score", max_metric_failures=100)
+    box = Box(lambda prediction: may_end.wait() and 0.5, {5})
+    trainer = boxed(tmp_path, box, timeout=3.0, max_failures=100)
     trainer.train()
     assert "longer than metric_timeout" in caplog.text
     assert trainer.result.failed_calls >= 2  # that one, and all after it, at once
-    assert box.calls == 7
+    assert box.calls == 6
     may_end.set()
     trainer.metric._abandoned.join()
     trainer.phase.evaluator.evaluate("offline")  # it is back: calls work again
-    assert box.calls == 8
+    assert box.calls == 7
 
 
 def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path):
@@ -137,9 +138,7 @@ def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path)
 
 
 def test_a_selection_that_fails_costs_a_candidate_not_the_run(tmp_path):
-    trainer = faulty_trainer(
-        tmp_path, Box(raises, {2}), metric_key="score"
-    )  # calls 0 and 1 are the checks, then it selects
+    trainer = boxed(tmp_path, Box(raises, {1}))  # call 0 is the check, then it selects
     trainer.train()
     assert trainer.result.curve[0]["selection"] is None
     assert trainer.result.best_step > 0

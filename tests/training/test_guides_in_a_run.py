@@ -15,6 +15,7 @@ from runs import Truth, bert_trainer, faulty_trainer, quadratic_trainer
 from transformers import Trainer, TrainerCallback
 
 from metricopt_hf import Guide, MetricError, MetricOptTrainer
+from metricopt_hf.training import observing
 
 BEST = torch.as_tensor(OPTIMUM, dtype=torch.float32)
 
@@ -208,7 +209,7 @@ class Moves(MetricOptTrainer):
 
 def test_a_guide_may_let_all_parameters_move(tmp_path):
     wide, narrow = (
-        bert_trainer(tmp_path, cls=Moves, guide=guide, unguided_ratio=0.0) for guide in (Everywhere(), None)
+        bert_trainer(tmp_path, cls=Moves, guide=guide) for guide in (Everywhere(), None)
     )
     wide.train()
     assert {"bert.embeddings.word_embeddings.weight", "classifier.weight"} <= wide.moved
@@ -223,7 +224,7 @@ def test_a_guide_may_let_all_parameters_move(tmp_path):
 def test_with_all_parameters_they_go_on_moving_in_the_metric_phase(tmp_path, first_phase):
     """Each phase runs the schedule once: the first one's has come down to nothing when it ends."""
     trainer = bert_trainer(
-        tmp_path, cls=Moves, guide=Everywhere(), metric_start_ratio=first_phase, unguided_ratio=0.0, max_steps=12
+        tmp_path, cls=Moves, guide=Everywhere(), metric_start_ratio=first_phase, max_steps=12
     )
     seen = {}
 
@@ -258,7 +259,6 @@ def test_with_all_parameters_the_best_of_all_is_put_in_place(tmp_path):
         phi="classifier",
         optim="sgd",
         select_steps=1,
-        unguided_ratio=0.0,
     )
     trainer.train()
     assert trainer.result.best_score == 0 and trainer.result.best_step == 5
@@ -331,31 +331,29 @@ class EarlyValues(Early):
         return None
 
 
-def test_while_all_of_the_model_moves_nothing_is_replayed(tmp_path):
+def test_while_all_of_the_model_moves_nothing_is_replayed(tmp_path, monkeypatch):
     """Observed with what was kept of frozen activations, a model that moves on would be scored as it was."""
     scores = []
-    for memory in (2.0, 0.0):
+    for memory in (2e9, 0.0):
+        monkeypatch.setattr(observing, "CACHE_BYTES", memory)
         trainer = bert_trainer(
             tmp_path,
             guide=EarlyValues(),
             metric_start_ratio=0.5,
             metric_call_budget=None,
             observe_steps=1,
-            observation_cache_gb=memory,
         )
         told = []
         trainer._given_guide.learn = lambda observed, told=told: told.extend(observed.trajectory.last_round.scores)
         trainer.train()
         scores.append(told)
-    assert len(scores[0]) == 8 * 9 and scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert len(scores[0]) == 8 * 12 and scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
 def test_its_calls_are_spread_over_both_phases(tmp_path):
-    trainer = run(
-        tmp_path, Early(), metric_start_ratio=0.5, unguided_ratio=0.5, observe_steps=None, metric_call_budget=40
-    )
+    trainer = run(tmp_path, Early(), metric_start_ratio=0.5, observe_steps=None, metric_call_budget=40)
     assert trainer.ledger.calls["observe"] == 40
-    assert [step for _, step, _ in trainer._given_guide.rounds] == [0, 3, 6, 9, 10]
+    assert [step for _, step, _ in trainer._given_guide.rounds] == [0, 4, 8, 10, 14]
 
 
 @pytest.mark.parametrize("step", [3, 7])
@@ -399,7 +397,7 @@ class Wants(Truth):
 
 def test_rounds_bring_predictions_and_labels_where_they_are_wanted(tmp_path):
     guide = Wants()
-    run(tmp_path, guide, observation_folds=1)
+    run(tmp_path, guide)
     assert len(guide.rounds) == 20
     for scores, predictions in guide.rounds:
         assert len(scores) == len(predictions) == 8
@@ -420,7 +418,7 @@ def test_of_calls_that_failed_there_are_none(tmp_path):
         def predict(self, z):
             return None
 
-    trainer = faulty_trainer(tmp_path, metric, observation_folds=1, guide=(guide := Labelled()))
+    trainer = faulty_trainer(tmp_path, metric, guide=(guide := Labelled()))
     trainer.train()
     assert [len(scores) for scores, _ in guide.rounds][0] == 2
     for scores, predictions in guide.rounds:
@@ -443,7 +441,7 @@ def test_the_metric_that_a_guide_calls_is_charged_as_an_observation(tmp_path):
             answers.append((self.context.metric(observed.predictions[0]), observed.trajectory.last_round[0].score))
 
     answers = []
-    trainer = run(tmp_path, Calls(), max_steps=5, metric_call_budget=None, observation_folds=1)
+    trainer = run(tmp_path, Calls(), max_steps=5, metric_call_budget=None)
     assert len(answers) == 5 and all(answer == score for answer, score in answers)
     assert trainer.ledger.calls["observe"] == 5 * 8 + 5 and len(trainer.observations) == 5 * 8
 
@@ -454,7 +452,7 @@ def test_within_the_budget(tmp_path):
             super().learn(observed)
             self.context.metric(observed.predictions[0])
 
-    trainer = run(tmp_path, Calls(), max_steps=5, metric_call_budget=18, observation_folds=1)
+    trainer = run(tmp_path, Calls(), max_steps=5, metric_call_budget=18)
     assert trainer.ledger.calls["observe"] == 18 and trainer.ledger.remaining == 0
     assert len(trainer.observations) == 8 + 8  # 8 and a call of its own, 8 and another
 

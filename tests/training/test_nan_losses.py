@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import Texts, tiny_bert
+from runs import planned
 from torch import nn
 from transformers import TrainerCallback
 
@@ -57,16 +58,13 @@ def run(folder, odd, factor, **kwargs):
         use_cpu=True,
         disable_tqdm=True,
         metric_call_budget=64,
-        observe_steps=1,
         phi_dim=DIM,
         learning_rate=1e-3,
         phi_learning_rate=5e-3,
         observe="scores",
-        observation_folds=2,
-        unguided_ratio=0.5,
         tune_output_bias=False,
     )
-    trainer = MetricOptTrainer(
+    trainer = planned(MetricOptTrainer, {"observe_steps": 1})(
         Odd(odd, factor),
         args,
         train_dataset=Texts(160, seed=1),

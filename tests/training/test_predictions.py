@@ -1,13 +1,16 @@
 """Runs that observe predictions: budgets, interpolation, the fallback to scores, resume, and the tuned bias."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
-from runs import Truth
+from runs import Truth, planned
 from transformers import EvalPrediction
 
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.evaluation import evaluator
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 PASSES, CALLS = 40, 400
@@ -28,9 +31,10 @@ def make(folder, metric=true_class_probability, model=None, guide=None, selectio
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return MetricOptTrainer(
+    settings = {**defaults, **kwargs}
+    return planned(MetricOptTrainer, settings)(
         model or tiny_bert(),
-        MetricOptConfig(str(folder), **{**defaults, **kwargs}),
+        MetricOptConfig(str(folder), **settings),
         train_dataset=Texts(120, seed=1),
         observation_dataset=Texts(80, seed=2),
         selection_dataset=Texts(selection, seed=3),
@@ -66,7 +70,7 @@ def test_a_metric_of_all_rows_is_never_given_a_part(tmp_path):
         sizes.add(len(prediction.label_ids))
         return true_class_probability(prediction)
 
-    make(tmp_path, metric, metric_on_all_rows=True).train()
+    make(tmp_path, metric, observe="predictions_on_all_rows").train()
     assert sizes == {80, 60}
 
 
@@ -137,7 +141,7 @@ def test_a_guide_that_lies_is_not_followed(tmp_path):
     def metric(prediction):
         return -float(np.mean(prediction.predictions[:, 0]))
 
-    trainer = make(tmp_path, metric, guide=Liar(), phi=r"classifier\.bias$", phi_coordinates="identity")
+    trainer = make(tmp_path, metric, guide=Liar(), phi=r"classifier\.bias$", coordinates="identity")
     trainer.train()
     assert trainer.result.trust == 0 and all(row["trust"] == 0 for row in trainer.result.curve)
 
@@ -152,7 +156,7 @@ def test_the_tuned_bias_is_a_candidate_and_part_of_the_output_layer(tmp_path):
     before = trainer.model.classifier.bias.detach().clone()
     trainer.train()
     result = trainer.result
-    assert result.best_score == 1.0 and result.kept_branch == "bias"
+    assert result.best_score == 1.0 and result.bias_tuned
     assert trainer.ledger.calls["post-hoc"] > 0
     moved = trainer.model.classifier.bias.detach() - before
     assert moved.argmax() == 1 and moved.abs().max() > 0
@@ -164,7 +168,7 @@ def test_where_it_is_not_wanted_no_bias_is_tuned(tmp_path):
         tmp_path, decided_for_the_second, forward_pass_budget=0, phi_learning_rate=1e-9, tune_output_bias=False
     )
     trainer.train()
-    assert trainer.ledger.calls["post-hoc"] == 0 and trainer.result.kept_branch == "guided"
+    assert trainer.ledger.calls["post-hoc"] == 0 and not trainer.result.bias_tuned
 
 
 def test_the_tuned_bias_is_that_of_posthoc(tmp_path):
@@ -192,3 +196,59 @@ def test_a_half_of_the_rows_on_which_the_metric_fails_costs_its_round_alone(tmp_
     trainer.train()
     assert trainer.result.failed_calls > 8 and trainer.phase.guide.off is None
     assert len(trainer.observations) > 15
+
+
+class Clock:
+    """Stands in for the clock by which passes and calls are timed: only what is said to take time does."""
+
+    def __init__(self, monkeypatch, passes=0.0, calls=0.0):
+        self.now, self.passes, self.calls = 0.0, passes, calls
+        monkeypatch.setattr(evaluator, "perf_counter", lambda: self.now)
+        predictions = evaluator._Data.predictions
+
+        def timed(data):
+            self.now += self.passes
+            return predictions(data)
+
+        monkeypatch.setattr(evaluator._Data, "predictions", timed)
+
+    def metric(self, prediction):
+        self.now += self.calls
+        return true_class_probability(prediction)
+
+
+ENOUGH = 8 + 7 + 3 * 33  # calls that an expansion in three coordinates and its rounds need
+
+
+@pytest.mark.parametrize(
+    ("passes", "calls", "budget"),
+    [(2**-10, 2**-7, 1200), (2.0, 2**-4, 1200), (2**-10, 0.5, 120), (5.0, 1.0, 200), (2**-10, 64.0, ENOUGH)],
+)
+def test_a_slow_metric_is_called_no_longer_than_the_passes_take_or_a_minute(
+    tmp_path, monkeypatch, caplog, passes, calls, budget
+):
+    clock = Clock(monkeypatch, passes, calls)
+    with caplog.at_level(logging.INFO, "metricopt_hf"):
+        trainer = make(tmp_path, clock.metric, forward_pass_budget=PASSES, metric_call_budget=None)
+        trainer.train()
+    assert trainer.phase.plan.calls == trainer.ledger.budget == budget
+    assert ENOUGH - 33 < trainer.ledger.calls["observe"] <= budget
+    assert (f"{budget} calls instead of 1200" in caplog.text) is (budget < 1200)
+
+
+def test_what_the_user_allows_is_not_timed(tmp_path, monkeypatch):
+    trainer = make(tmp_path, Clock(monkeypatch, calls=60.0).metric)
+    trainer.train()
+    assert trainer.phase.plan.calls == CALLS
+
+
+def test_a_resumed_run_keeps_the_calls_that_were_timed_whatever_the_clock_says_now(tmp_path, monkeypatch):
+    kwargs = {"save_strategy": "steps", "save_steps": 3, "metric_call_budget": None}
+    with monkeypatch.context() as patched:
+        whole = make(tmp_path / "whole", Clock(patched, calls=0.5).metric, **kwargs)
+        whole.train()
+    resumed = make(tmp_path / "resumed", Clock(monkeypatch).metric, **kwargs)  # no call takes any time now
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.phase.plan == whole.phase.plan and whole.phase.plan.calls == 120
+    assert whole.ledger.calls == resumed.ledger.calls
+    assert [o.score for o in whole.observations] == [o.score for o in resumed.observations]

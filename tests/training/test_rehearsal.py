@@ -158,8 +158,7 @@ def test_a_detector_with_losses_in_train_mode_only(tmp_path, caplog):
         metric_start_ratio=0.5,
         per_device_train_batch_size=2,
         phi_dim=1,
-        metric_call_budget=4,
-        observations_per_step=2,
+        metric_call_budget=8,
         eval_do_concat_batches=False,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -244,7 +243,7 @@ class Unsaved(DirectionGuide):
     [
         ({"trainer_kwargs": {"guide": Unsaved()}}, "object"),
         ({"phi": "pooler.dense.bias", "model": "without pooler"}, "does not reach phi"),
-        ({"phi_coordinates": "group_gradients", "trainer_kwargs": {"train_dataset": "stream"}}, "gradient_pca"),
+        ({"coordinates": "group_gradients", "trainer_kwargs": {"train_dataset": "stream"}}, "gradient_pca"),
     ],
     ids=["a state that cannot be saved", "a phi that the loss does not see", "coordinates of classes of a stream"],
 )

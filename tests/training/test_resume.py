@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
-from runs import SCORES
+from runs import SCORES, planned
 from transformers import TrainerCallback
 
 from metricopt_hf import CheckpointError, MetricOptConfig, MetricOptTrainer
@@ -22,11 +22,9 @@ def make(folder, trainer_kwargs=None, **kwargs):
         "max_steps": 8,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
-        "unguided_ratio": 0.0,
         "metric_call_budget": 24,
         "select_steps": 2,
         "observe_steps": 2,
-        "observations_per_step": 8,
         "phi_learning_rate": 0.02,
         "save_strategy": "steps",
         "save_steps": 1,
@@ -37,9 +35,10 @@ def make(folder, trainer_kwargs=None, **kwargs):
         "greater_is_better": True,
         "phi_dim": 4,
     }
-    return MetricOptTrainer(
+    settings = {**SCORES, **defaults, **kwargs}
+    return planned(MetricOptTrainer, settings)(
         tiny_bert(),
-        MetricOptConfig(str(folder), **{**SCORES, **defaults, **kwargs}),
+        MetricOptConfig(str(folder), **settings),
         train_dataset=Texts(160, seed=1),
         observation_dataset=Texts(40, seed=3),
         selection_dataset=Texts(40, seed=4),
@@ -74,19 +73,6 @@ def test_three_steps_and_resume_are_eight_in_one_go(tmp_path, ratio, guide):
     resumed = make(tmp_path / "resumed", metric_start_ratio=ratio, guide=guide)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same(outcome(whole), outcome(resumed))
-
-
-@pytest.mark.parametrize("step", [3, 4, 5])
-def test_resume_before_at_and_behind_the_start_of_the_loss_alone(tmp_path, step):
-    kwargs = {"metric_start_ratio": 0.0, "unguided_ratio": 0.5, "metric_call_budget": 16, "select_steps": 1}
-    whole = make(tmp_path / "whole", **kwargs)
-    whole.train()
-    resumed = make(tmp_path / "resumed", **kwargs)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-    assert resumed.result.unguided_step == whole.result.unguided_step == 4
-    curves = [[(r["step"], r["selection"], r["reason"]) for r in t.result.curve] for t in (whole, resumed)]
-    assert curves[0] == curves[1]
-    assert_equal_weights(weights(whole.model), weights(resumed.model))
 
 
 def test_resume_with_accumulation_and_a_scheduler_of_either_phase(tmp_path):

@@ -8,7 +8,6 @@ from helpers import (
     Texts,
     assert_equal_weights,
     tiny_bert,
-    true_class_probability,
     weights,
     worst_class_recall,
 )
@@ -116,52 +115,13 @@ def test_the_budget_is_kept_exactly(tmp_path, budget, per_round):
         return worst_class_recall(prediction)["worst_class_recall"]
 
     trainer = bert_trainer(
-        tmp_path, metric=counted, metric_call_budget=budget, observations_per_step=per_round, observe_steps=2
+        tmp_path, metric=counted, metric_call_budget=budget, round_size=per_round, observe_steps=2
     )
     trainer.train()
     ledger = trainer.ledger
     assert ledger.calls["observe"] == budget
     assert len(calls) == budget + ledger.calls["select"] + ledger.calls["check"]
-    assert set(calls) == {30, 60}  # always a whole fold, or the whole selection set
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_each_call_sees_one_fold_and_all_are_seen(tmp_path, number):
-    seen = set()
-
-    def remembered(prediction):
-        seen.add(prediction.predictions.shape[0])
-        folds.add(prediction.label_ids.tobytes())
-        return true_class_probability(prediction)
-
-    folds = set()
-    trainer = bert_trainer(tmp_path, metric=remembered, observation_folds=number, selection_dataset=Texts(7, seed=4))
-    trainer.train()
-    assert seen == {60 // number, 7} and len(folds) == number + 1
-    assert {o.fold for o in trainer.observations} == set(range(number)) and len(trainer.observations) == 24
-    assert trainer.ledger.calls["check"] == number
-
-
-def test_an_observation_set_that_cannot_be_divided_is_seen_whole(tmp_path, caplog):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(Texts(60, seed=3))
-
-    streamed, whole = (
-        bert_trainer(tmp_path, observation_dataset=dataset, observation_folds=folds)
-        for dataset, folds in ((Stream(), 2), (Texts(60, seed=3), 1))
-    )
-    for trainer in (streamed, whole):
-        trainer.train()
-    assert "cannot be divided" in caplog.text
-    assert [o.score for o in streamed.observations] == [o.score for o in whole.observations]
-
-
-def test_fewer_examples_than_folds_are_refused_before_training(tmp_path):
-    trainer = bert_trainer(tmp_path, observation_dataset=Texts(1, seed=3))
-    with pytest.raises(ConfigurationError, match="too few for observation_folds=2"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+    assert set(calls) == {60}  # always the whole observation or selection set
 
 
 def test_everything_but_phi_is_frozen_in_eval_mode_and_comes_back(tmp_path):

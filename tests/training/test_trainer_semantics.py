@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Texts, tiny_bert
-from runs import SCORES
+from runs import SCORES, planned
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
@@ -30,18 +30,19 @@ def make(folder, compute_metrics=accuracy, model=None, evaluation=None, cls=Metr
         "per_device_eval_batch_size": 8,
         "metric_start_ratio": 0.5,
         "metric_call_budget": 16,
-        "observations_per_step": 4,
+        "round_size": 4,
         "metric_for_best_model": "accuracy",
         "greater_is_better": True,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
-        "phi_coordinates": "random",
+        "coordinates": "random",
     }
-    return cls(
+    settings = {**SCORES, **arguments, **kwargs}
+    return planned(cls, settings)(
         tiny_bert() if model is None else model,
-        MetricOptConfig(str(folder), **{**SCORES, **arguments, **kwargs}),
+        MetricOptConfig(str(folder), **settings),
         train_dataset=Texts(160, seed=1) if train is None else train,
         eval_dataset=Texts(ROWS, seed=2) if evaluation is None else evaluation,
         compute_metrics=compute_metrics,
@@ -162,8 +163,8 @@ def test_an_iterable_with_a_length_is_cut_too(tmp_path):
     stream = Stream(ROWS, 2)
     trainer = make(tmp_path, compute_metrics, evaluation=stream)
     trainer.train()
-    assert trainer.result.failed_calls == 0 and {rows for rows, _ in seen} == {20, 21, 41}
-    parts = [trainer.selection_dataset, *data.folds(trainer.observation_dataset, 2, trainer.args.seed)]
+    assert trainer.result.failed_calls == 0 and {rows for rows, _ in seen} == {41}
+    parts = [trainer.selection_dataset, trainer.observation_dataset]
     where = [data.places(part).tolist() for part in parts]
     assert len(set(sum(where, []))) == 82 and all(w == sorted(w) for w in where)
     for part, rows in zip(parts, where, strict=True):
@@ -179,8 +180,7 @@ def as_dataset(texts):
 
 
 @pytest.mark.parametrize("kind", [lambda texts: texts, as_dataset, lambda texts: Stream(len(texts), 2)])
-@pytest.mark.parametrize("folds", [1, 2, 3])
-def test_the_metric_is_given_the_rows_places_on_request(tmp_path, kind, folds, caplog):
+def test_the_metric_is_given_the_rows_places_on_request(tmp_path, kind, caplog):
     texts = Texts(ROWS, seed=2)
     seen = []
 
@@ -189,12 +189,10 @@ def test_the_metric_is_given_the_rows_places_on_request(tmp_path, kind, folds, c
         assert texts.labels[prediction.indices].tolist() == prediction.label_ids.tolist()
         return accuracy(prediction)
 
-    trainer = make(
-        tmp_path, compute_metrics, evaluation=kind(texts), include_for_metrics=["indices"], observation_folds=folds
-    )
+    trainer = make(tmp_path, compute_metrics, evaluation=kind(texts), include_for_metrics=["indices"])
     trainer.train()
     assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
-    assert len({frozenset(rows) for rows in seen}) == folds + 1  # and the selection set
+    assert len({frozenset(rows) for rows in seen}) == 2  # and the selection set
     del seen[:]
     trainer.evaluate()
     assert seen == [set(range(ROWS))] and "look rows up by their place" not in caplog.text

@@ -63,7 +63,7 @@ def tensors(folder, **changes):
 def observations(folder, **changes):
     path = folder / "observations.parquet"
     table = pyarrow.parquet.read_table(path)
-    columns = {name: changes.get(name, table[name]) for name in table.column_names}
+    columns = {**{name: table[name] for name in table.column_names}, **changes}
     pyarrow.parquet.write_table(pyarrow.table({n: c for n, c in columns.items() if c is not None}), path)
     vouch(folder)
 
@@ -85,6 +85,16 @@ def test_what_is_written_is_read_again(folder):
     for a, b in zip(first.observations.state_dict().values(), second.observations.state_dict().values(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*serialization.MAX_BYTES, "README.md"])
+
+
+def test_one_that_was_written_with_folds_is_read_without_them(folder):
+    """Format 4 had one more column: on which part of the observation set a score was taken."""
+    observations(folder, fold=pyarrow.array([0, 1] * 20, pyarrow.int64()))
+    config(folder, format_version=4)
+    loaded, written = load(folder), shared()
+    assert np.array_equal(loaded.observations.z, written.observations.z)
+    assert loaded.observations.scores.tolist() == written.observations.scores.tolist()
+    assert torch.equal(loaded.predict(torch.zeros(K))[0], written.predict(torch.zeros(K))[0])
 
 
 def test_the_config_tells_people_what_it_is_of(folder):
@@ -144,7 +154,10 @@ STRANGE = {
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "JSONDecodeError"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not that of a value function"),
     "deep JSON": (lambda f: (f / "config.json").write_text("[" * 100_000), "RecursionError|JSONDecodeError"),
-    "a later version": (lambda f: config(f, format_version=5), "format version 5, .* reads 4: pip install --upgrade"),
+    "a later version": (
+        lambda f: config(f, format_version=6),
+        "format version 6, .* reads 4 and 5: pip install --upgrade",
+    ),
     "no version": (lambda f: config(f, format_version=None), "format version None"),
     "a size that is text": (lambda f: config(f, hidden_size="8"), "hidden_size='8'"),
     "a size that is a truth": (lambda f: config(f, num_members=True), "num_members=True"),
@@ -223,12 +236,12 @@ STRANGE = {
         lambda f: ((f / "observations.parquet").write_bytes(b"PAR1 no"), vouch(f)),
         "observations cannot be read",
     ),
-    "a missing column": (lambda f: observations(f, score=None), "in 8 columns instead of 9"),
-    "other coordinates": (lambda f: observations(f, z3=None), "in 8 columns instead of 9"),
+    "a missing column": (lambda f: observations(f, score=None), "in 7 columns instead of 8"),
+    "other coordinates": (lambda f: observations(f, z3=None), "in 7 columns instead of 8"),
     "nan scores": (lambda f: observations(f, score=pyarrow.array([NAN] * 40)), "not finite"),
     "nan coordinates": (lambda f: observations(f, z1=pyarrow.array([NAN] * 40, pyarrow.float32())), "not finite"),
     "missing scores": (lambda f: observations(f, score=pyarrow.array([None] * 40, pyarrow.float64())), "not finite"),
-    "missing folds": (lambda f: observations(f, fold=pyarrow.array([None] * 40, pyarrow.int64())), "not finite"),
+    "another column": (lambda f: observations(f, more=pyarrow.array([0] * 40)), "in 9 columns instead of 8"),
     "huge scores": (lambda f: observations(f, score=pyarrow.array([1e300] * 40)), "observations beyond 1e.15"),
     "text for scores": (lambda f: observations(f, score=pyarrow.array(["a"] * 40)), "another than expected.*string"),
 }
@@ -284,7 +297,7 @@ def test_a_bomb_in_the_observations_is_not_unpacked(rows, k):
     columns = {f"z{i}": pyarrow.array(np.zeros(rows, np.float32)) for i in range(k)}
     columns.update({name: pyarrow.array(np.zeros(rows)) for name in ("score", "variance")})
     columns["step"] = pyarrow.array(np.zeros(rows, np.int64))
-    columns["cost"], columns["fold"] = columns["score"], columns["step"]
+    columns["cost"] = columns["score"]
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
     content = buffer.getvalue()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from metricopt_hf import ValueFunctionError
-from metricopt_hf.value import ValueNetwork, fit, learners
+from metricopt_hf.value import ValueNetwork, fit
 
 K = 5
 SLOPE = np.array([1.0, -2.0, 0.5, 0.0, 1.5])
@@ -129,46 +129,6 @@ def test_members_agree_on_a_slope_and_in_the_mean_over_fits_not_at_an_optimum():
         for z in (np.zeros(K), OPTIMUM)
     )
     assert min(away) > 0.8 > 2 * np.mean(at_optimum)
-
-
-@pytest.mark.parametrize(
-    ("folds", "num_members", "expected"),
-    [
-        ([0, 0, 0], 3, [[1, 1, 1]] * 3),  # one fold: there is nothing to keep apart
-        ([0, 1, 1], 2, [[1, 0, 0], [0, 1, 1]]),
-        ([0, 1, 1], 4, [[1, 0, 0], [0, 1, 1]] * 2),
-        ([0, 1, 2], 2, [[1, 0, 1], [0, 1, 0]]),  # fewer members than folds
-        ([0, 1, 2], 1, [[1, 1, 1]]),
-        ([1, 1], 2, [[1, 1], [1, 1]]),  # of the first nothing was seen: it has no members
-        ([0, 2, 5], 3, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
-    ],
-)
-def test_a_member_learns_from_one_fold(folds, num_members, expected):
-    assert learners(np.array(folds), num_members).astype(int).tolist() == expected
-
-
-def test_what_a_member_does_not_learn_makes_no_difference_to_it():
-    z, scores, variances = observed()
-    folds = np.arange(len(z)) % 2
-    other = np.where(folds == 1, -scores, scores)
-    members = []
-    for told in (scores, other):
-        network = ValueNetwork(K, num_members=4)
-        network.z_std.fill_(1.0), network.score_std.fill_(1.0)
-        fit(network, z, told, variances, generator(), 50, standardise=False, folds=folds)
-        members.append(network(torch.as_tensor(z)).detach())
-    first, second = members
-    assert torch.equal(first[[0, 2]], second[[0, 2]])
-    for member in (1, 3):
-        assert cosine(first[member], linear(z)) > 0.8 and cosine(second[member], linear(z)) < -0.8
-
-
-def test_with_one_fold_the_folds_make_no_difference():
-    z, scores, variances = observed()
-    plain, merged = ValueNetwork(K), ValueNetwork(K)
-    fit(plain, z, scores, variances, generator(), 20)
-    fit(merged, z, scores, variances, generator(), 20, folds=np.zeros(len(z), np.int64))
-    assert torch.equal(plain.gradient(torch.zeros(K)), merged.gradient(torch.zeros(K)))
 
 
 def test_one_point_and_many_give_the_same_numbers():

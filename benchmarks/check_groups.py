@@ -1,0 +1,82 @@
+"""Does the method do what it claims where no threshold can help? Exits 1 if not.
+
+    python -m benchmarks.check_groups            (make check-groups)
+
+Two tasks of the benchmark, with its methods, settings, splits and budgets: a9a, accuracy in the worst of four groups of
+sex and label, and CIFAR-10 under four cameras, accuracy under the worst of them.
+
+The claim, for each of the two over seeds 0-4: with a bias per logit tuned afterwards on both sides, the paired 95 %
+interval of MetricOpt minus the best of loss only on the report split lies above zero, and those of both controls
+include zero.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from metricopt_hf.comparison.splits import data_root
+
+from . import protocol
+from .comparing import CONTROLS, LOSS_ONLY, POST_HOC, Result, reference, results_of
+from .methods import OURS
+from .records import read
+from .run import BenchArguments, execute
+
+TASKS = ("a9a_groups", "cifar_cameras")
+
+
+@dataclass
+class CheckArguments:
+    """What to run. The claim is made for the defaults."""
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "Seeds to run, two or more."})
+    max_steps: int = field(default=200, metadata={"help": "Optimizer steps of every method."})
+    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": "Tasks to check."})
+    jobs: int = field(default=2, metadata={"help": "Processes, of one thread each."})
+    results: str | None = field(default=None, metadata={"help": "Folder for the records. Default: they are not kept."})
+
+
+def holds(result: Result) -> bool:
+    """Say what came out of a task, and whether the claim holds there."""
+    loss_only = reference(result.task, result.rows, POST_HOC)
+    print(f"\n{result.task.title}, against {loss_only.title}\n")
+    fine = True
+    for method in (OURS, *CONTROLS):
+        row = result.rows[method, POST_HOC]
+        difference = row.minus(loss_only, result.task.sign)
+        held = difference.low > 0 if method == OURS else difference.low <= 0 <= difference.high
+        claim = "above 0" if method == OURS else "includes 0"
+        print(
+            f"{row.title}: {difference.mean:+.4f}, 95 % interval [{difference.low:+.4f}, {difference.high:+.4f}]; "
+            f"{claim}: {'yes' if held else 'NO'}"
+        )
+        fine &= held
+    return fine
+
+
+def main(argv: list[str] | None = None) -> int:
+    (args,) = HfArgumentParser(CheckArguments).parse_args_into_dataclasses(argv)
+    if not data_root().exists():
+        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+        return 2
+    methods = [*LOSS_ONLY, OURS, *CONTROLS]
+    units = [[(task, method, seed) for method in methods] for task in args.tasks for seed in args.seeds]
+    fixed = protocol.load()
+    fixed.budget = replace(fixed.budget, steps=args.max_steps)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.results or temporary)
+        if execute(units, fixed, folder, BenchArguments(jobs=args.jobs)):
+            return 2
+        results = [result for result in results_of(read(folder)) if result.task.name in args.tasks]
+    fine = all([holds(result) for result in results])
+    print("\nThe claim holds." if fine else "\nThe claim FAILS.")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
