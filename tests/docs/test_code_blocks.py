@@ -81,7 +81,7 @@ def small_runs(monkeypatch):
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in of(CODE)}))
-def test_the_python_of_a_page_runs_from_top_to_bottom(page, hub, small_runs, tmp_path, monkeypatch):
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, hub, small_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     given.write_reviews(tmp_path / "reviews.csv")
     names = {} if page == "README.md" else given.names()  # README's runs as it stands
@@ -91,6 +91,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, hub, small_runs, tmp
             for name, folder in hub.items():
                 code = code.replace(f'"{name}"', repr(folder))
             exec(compile("\n" * block.line + code, block.page, "exec"), names)
+            assert "trainer.train()" not in code or names["trainer"].observations  # it was guided
+            assert "trainer.diagnose()" not in code or "Recommendation: " in capsys.readouterr().out
 
 
 # Commands
