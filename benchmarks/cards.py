@@ -24,11 +24,13 @@ from metricopt_hf.comparison.methods import METHODS, REFERENCE, in_order, run_me
 from metricopt_hf.comparison.report import MethodRun, comparison_table, table_note
 
 from . import cifar
+from .problem import Problem, Sizes, no_data
 from .worst_class import interval, make_trainer
 
 NAME = "resnet20-cifar10-worst-class-recall"
 FOLDER = Path(__file__).resolve().parents[1] / "model_cards"
 TRAIN = 6000  # images to draw from
+SIZES = Sizes(TRAIN, TRAIN // 2, None, 2000)
 
 
 @dataclass
@@ -40,9 +42,9 @@ class CardArguments:
     folder: str = field(default=str(FOLDER), metadata={"help": "Where to write the cards."})
 
 
-def comparison(runs: list[MethodRun], splits: cifar.Splits, args: CardArguments) -> str:
+def comparison(runs: list[MethodRun], problem: Problem, args: CardArguments) -> str:
     """Markdown: what was run, the table, and intervals."""
-    sizes = ", ".join(f"{len(part)} for {name}" for name, part in vars(splits).items())
+    sizes = ", ".join(f"{len(part)} for {name}" for name, part in problem.items())
     lines = [
         "## Against what else one could do",
         "",
@@ -64,22 +66,21 @@ def comparison(runs: list[MethodRun], splits: cifar.Splits, args: CardArguments)
 
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(CardArguments).parse_args_into_dataclasses(argv)
-    if not cifar.data_root().exists():
-        print(f"The data are not here: {cifar.data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     transformers.logging.set_verbosity_error()
     logging.getLogger("metricopt_hf").setLevel(logging.ERROR)
     print("computing activations ...", flush=True)
     net = cifar.pretrained(20)
-    train, test = (cifar.activations(net, cifar.load(split)) for split in (f"train[:{TRAIN}]", "test"))
+    train, test = (vars(cifar.activations(net, cifar.load(split))) for split in (f"train[:{TRAIN}]", "test"))
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(args.seeds) * len(METHODS), desc="runs") as bar:
         folder, runs, kept = Path(temporary) / NAME, [], None
         for seed in args.seeds:
-            splits = cifar.splits(train, test, seed, train_size=TRAIN // 2)
-            make = partial(make_trainer, seed, splits, args.max_steps, str(folder), hub_model_id=f"user/{NAME}")
-            runs.append(run_start(make(), splits.measured()))
+            problem = cifar.cut(net, train, test, SIZES, seed)
+            make = partial(make_trainer, seed, problem, args.max_steps, str(folder), hub_model_id=f"user/{NAME}")
+            runs.append(run_start(make(), problem.measured))
             for name, method in METHODS.items():
-                trainer, rows = run_method(method, make, splits.measured(), class_bias=True)
+                trainer, rows = run_method(method, make, problem.measured, class_bias=True)
                 runs += rows
                 bar.update()
                 if name == "metricopt" and kept is None:
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             dataset="CIFAR-10 (JPEG copy)",
             dataset_tags="cifar10",
             scores={"report": score},
-            comparison=comparison(runs, splits, args),
+            comparison=comparison(runs, problem, args),
         )
         for source, target in (("README.md", f"{NAME}.md"), ("value_function/README.md", f"{NAME}-value-function.md")):
             shutil.copy(folder / source, Path(args.folder) / target)

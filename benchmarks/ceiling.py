@@ -19,11 +19,10 @@ from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError, Ledger, Metric
 from metricopt_hf.comparison.report import mean_and_error, require
-from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .measure import POST_HOC_CALLS, predictions
-from .problem import Task, joined
+from .problem import Task, joined, no_data
 from .run import quiet
 from .tasks import tasks
 
@@ -50,8 +49,7 @@ def ceilings(task: Task, seed: int) -> list[float]:
 
 def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(CeilingArguments).parse_args_into_dataclasses(argv)
-    if not data_root().exists():
-        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     tunable = {name: task for name, task in tasks().items() if task.labels in ("classes", "binary")}
     if unknown := set(arguments.tasks) - set(tunable):

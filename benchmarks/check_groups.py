@@ -19,11 +19,10 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from metricopt_hf.comparison.splits import data_root
-
 from . import protocol
 from .comparing import CONTROLS, LOSS_ONLY, POST_HOC, Result, reference, results_of
 from .methods import OURS
+from .problem import no_data
 from .records import read
 from .run import BenchArguments, execute
 
@@ -61,8 +60,7 @@ def holds(result: Result) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(CheckArguments).parse_args_into_dataclasses(argv)
-    if not data_root().exists():
-        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     methods = [*LOSS_ONLY, OURS, *CONTROLS]
     units = [[(task, method, seed) for method in methods] for task in args.tasks for seed in args.seeds]

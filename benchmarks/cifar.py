@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from metricopt_hf.comparison.splits import data_root
-
-from .problem import Problem, Rows, Sizes, cached
+from .problem import Problem, Rows, Sizes, cached, data_root
 
 COLUMNS = ("pixel_values", "labels")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -81,21 +79,12 @@ def pretrained(depth: int = 20) -> CifarResNet:
     return model.eval()
 
 
-class Images(torch.utils.data.Dataset):
-    """Decoded images: pixel_values [n, 3, 32, 32] float32 normalised, labels [n]."""
+@dataclass
+class Images:
+    """Decoded images: pixel_values [n, 3, 32, 32] float32 normalised, labels [n]. Its `vars` are columns of `Rows`."""
 
-    def __init__(self, pixel_values: Tensor, labels: Tensor):
-        self.pixel_values, self.labels = pixel_values, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.pixel_values[i], "labels": self.labels[i]}
-
-    def take(self, rows: np.ndarray) -> Images:
-        rows = torch.as_tensor(rows)
-        return Images(self.pixel_values[rows], self.labels[rows])
+    pixel_values: Tensor
+    labels: Tensor
 
 
 def decoded(split: str, classes: tuple[int, ...] | None = None) -> Images:
@@ -152,30 +141,9 @@ def cut(
     order = generator.permutation(len(test["labels"]))
     parts = np.split(order, [sizes.observation, 2 * sizes.observation])
     measured = (Rows(test, rows, pools[1]) for rows in parts)
-    return Problem(net, Rows(train, chosen, pools[0]), *measured, eval_batch=100)
+    return Problem(Rows(train, chosen, pools[0]), *measured, net, eval_batch=100)
 
 
 def problem(depth: int, sizes: Sizes, seed: int) -> Problem:
     """The nets have seen the whole train split, so the splits that are measured on come from test."""
     return cut(*pool(depth, sizes), sizes, seed)
-
-
-@dataclass
-class Splits:
-    """Four disjoint splits. The nets have seen the whole train split, so the other three come from test."""
-
-    train: Images
-    observation: Images
-    selection: Images
-    report: Images
-
-    def measured(self) -> dict[str, Images]:
-        return {"observation": self.observation, "selection": self.selection, "report": self.report}
-
-
-def splits(train: Images, test: Images, seed: int, train_size=6000, observation_size=2000) -> Splits:
-    generator = np.random.default_rng(seed)
-    chosen = generator.permutation(len(train))[:train_size]
-    order = generator.permutation(len(test))
-    parts = np.split(order, [observation_size, 2 * observation_size])
-    return Splits(train.take(chosen), *(test.take(rows) for rows in parts))

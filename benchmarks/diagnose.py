@@ -22,13 +22,12 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError, Diagnosis
-from metricopt_hf.comparison.splits import data_root
 
 from .bench_report import ROOT
 from .comparing import OURS, Result, Row, best, reference, results_of
 from .measure import PLAIN, POST_HOC
 from .pages import page
-from .problem import Task
+from .problem import Task, no_data
 from .records import RESULTS, context, key_of, read, rounded, write
 from .run import quiet
 from .tables import interval, markdown
@@ -187,8 +186,7 @@ def run(arguments: DiagnoseArguments, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(DiagnoseArguments).parse_args_into_dataclasses(argv)
-    if not data_root().exists():
-        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     quiet()
     if arguments.smoke:

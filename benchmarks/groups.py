@@ -9,7 +9,7 @@ import functools
 from dataclasses import replace
 
 from . import scores, tabular
-from .problem import MEASURED, Problem, Rows, Sizes, Task
+from .problem import Problem, Rows, Sizes, Task
 
 MALE = 72  # of the features, counted from 0
 
@@ -21,7 +21,7 @@ def problem(sizes: Sizes, seed: int) -> Problem:
     def grouped(rows: Rows) -> Rows:
         return Rows({**rows.columns, "group": rows.columns["features"][:, MALE].long()}, rows.rows, rows.pool)
 
-    return replace(plain, **{name: grouped(getattr(plain, name)) for name in MEASURED})
+    return replace(plain, **{name: grouped(rows) for name, rows in plain.measured.items()})
 
 
 def tasks(sizes: Sizes) -> tuple[Task, ...]:

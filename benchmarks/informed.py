@@ -23,7 +23,7 @@ from transformers import EvalPrediction
 
 from metricopt_hf import Ledger
 
-from .problem import MEASURED, Problem, Rows, Task, inputs_of
+from .problem import Problem, Rows, Task, inputs_of
 from .scores import each_label_in_each_group
 from .training import NO_GUIDE, Budget, Outcome, train
 
@@ -76,8 +76,7 @@ def retrain_last_layer(task: Task, problem: Problem, seed: int, budget: Budget, 
         model = make_pipeline(StandardScaler(), LogisticRegression(C=config["C"], max_iter=1000))
         fits.append(model.fit(features[balanced], labels[balanced]))
     outputs = {}
-    for name in MEASURED:
-        rows = getattr(problem, name)
+    for name, rows in problem.measured.items():
         known = features if name == "observation" else features_of(problem, rows)
         logits = np.mean([model.decision_function(known) for model in fits], axis=0)
         outputs[name] = rows.prediction(logits if logits.ndim > 1 else np.stack([np.zeros_like(logits), logits], 1))
@@ -120,7 +119,7 @@ def group_dro(task: Task, problem: Problem, seed: int, budget: Budget, folder: s
     trained = Rows({**observation.columns, "labels": labels}, balanced, observation.pool)
     numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
     loss = GroupDRO(len(of_group), config["group_step"])
-    return train(task, problem, seed, budget, folder, numbers, train_dataset=trained, loss=loss)
+    return train(task, problem, seed, budget, folder, numbers, train_dataset=trained, compute_loss_func=loss)
 
 
 class _Ready(BaseEstimator):
@@ -148,8 +147,7 @@ def thresholds_by_group(
     start = process_time()
     optimizer = ThresholdOptimizer(estimator=_Ready(), prefit=True, predict_method="predict", **config)
     outputs, model = {}, problem.model
-    for name in MEASURED:
-        rows = getattr(problem, name)
+    for name, rows in problem.measured.items():
         said = problem.predict(model, rows)
         labels, group = said.label_ids
         # fairlearn writes probabilities into a column of the scores' dtype, which pandas refuses for float32
@@ -168,8 +166,7 @@ def batch_norm_of_observation(
 
     Mixed with those of training by `share`, as Schneider et al. (2020) do.
     """
-    start, model = process_time(), copy.deepcopy(problem.model)
-    measured = {name: getattr(problem, name) for name in MEASURED}
+    start, model, measured = process_time(), copy.deepcopy(problem.model), problem.measured
     if config["layers"] == "all":
         pixels = task.pixels()
         measured = {n: Rows({**r.columns, "pixel_values": pixels}, r.rows, r.pool) for n, r in measured.items()}

@@ -21,7 +21,7 @@ from metricopt_hf import Ledger, Metric
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .methods import RIVALS
-from .problem import MEASURED, Problem, Rows, Task, take
+from .problem import Problem, Rows, Task, take
 from .records import rounded
 from .scaling import scaled, tune_scale_and_bias
 from .training import Budget, Outcome
@@ -53,7 +53,7 @@ def predictions(problem: Problem, phi: Tensor) -> dict[str, EvalPrediction]:
     """What the model says at phi, by split."""
     model = copy.deepcopy(problem.model)
     problem.phi(model).write(phi)
-    return {name: problem.predict(model, getattr(problem, name)) for name in MEASURED}
+    return {name: problem.predict(model, rows) for name, rows in problem.measured.items()}
 
 
 def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
@@ -113,7 +113,7 @@ def run_one(
         "config": dict(config),
         "budget": asdict(budget),
         **context,
-        "splits": {name: {"size": len(rows), "rows": rows.digest} for name, rows in problem.splits().items()},
+        "splits": {name: {"size": len(rows), "rows": rows.digest} for name, rows in problem.items()},
         "calls": {name: calls for name, calls in outcome.ledger.calls.items() if calls},
         "passes": {name: passes for name, passes in outcome.ledger.passes.items() if passes},
         "seconds": {"run": outcome.seconds, **spent},

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from metricopt_hf import DirectionGuide, GuideContext, Ledger, Trajectory, ValueFunctionGuide
+from metricopt_hf.comparison.methods import LOSS_ONLY, METHODS
 
 from . import informed
 from .problem import Problem, Task
@@ -110,8 +111,8 @@ def _grid(**values: tuple) -> tuple[Config, ...]:
     return tuple(dict(zip(values, combination, strict=True)) for combination in product(*values.values()))
 
 
-def _guided(guide: str, task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, "guide": guide})
+def _guided(method: str, task, problem, seed, budget, folder, config) -> Outcome:
+    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, **METHODS[method].changes})
 
 
 def _scores(task, problem, seed, budget, folder, config) -> Outcome:
@@ -143,7 +144,7 @@ def _observation(task, problem, seed, budget, folder, config) -> Outcome:
 def _formula(task, problem, seed, budget, folder, config) -> Outcome:
     numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
     loss = surrogate_loss(task.metric.__name__, config["task_loss_weight"])
-    return train(task, problem, seed, budget, folder, numbers, loss=loss)
+    return train(task, problem, seed, budget, folder, numbers, compute_loss_func=loss)
 
 
 def _evolution(task, problem, seed, budget, folder, config) -> Outcome:
@@ -185,18 +186,20 @@ LOSS_GRID = _grid(phi_learning_rate=(3e-3, 1e-2, 3e-2, 1e-1), lr_scheduler_type=
 
 RIVALS: dict[str, Rival] = {
     "start": Rival("pretrained", _stay, seeds=10),
-    "loss_only": Rival("loss only", _loss_only, LOSS_GRID, soup=True, seeds=10),
+    "loss_only": Rival(LOSS_ONLY.title, _loss_only, LOSS_GRID, soup=True, seeds=10),
     "loss_small": Rival("loss only, small steps", _loss_only, setting={"phi_learning_rate": 3e-3}, seeds=10),
     "metricopt": Rival(
-        "MetricOpt",
-        partial(_guided, "value_function"),
+        METHODS["metricopt"].title,
+        partial(_guided, "metricopt"),
         _grid(phi_learning_rate=(5e-3, 1e-2), value_weight=(10.0, 20.0, 40.0)),
         soup=True,
         seeds=10,
     ),
     "unguided": Rival("MetricOpt without guidance", _unguided, settings_of="metricopt", seeds=10),
-    "shuffled": Rival("control: shuffled", partial(_guided, "shuffled"), settings_of="metricopt", seeds=10),
-    "random": Rival("control: random", partial(_guided, "random"), settings_of="metricopt", seeds=10),
+    **{
+        control: Rival(METHODS[control].title, partial(_guided, control), settings_of="metricopt", seeds=10)
+        for control in ("shuffled", "random")
+    },
     "scores": Rival("MetricOpt, observing scores", _scores),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),

@@ -43,6 +43,7 @@ from metricopt_hf.guides.blend import correction
 from metricopt_hf.phi import Coordinates, random_basis
 
 from . import cifar
+from .problem import Rows
 
 WARM_UP = 5
 LIMIT = 1.03
@@ -131,8 +132,8 @@ class Clock(TrainerCallback):
         return median(np.diff(self.ends)[WARM_UP:])
 
 
-def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: cifar.Images, folder: str) -> float:
-    clock = Clock(args.steps + WARM_UP + 1)
+def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: Rows, folder: str) -> float:
+    clock, few = Clock(args.steps + WARM_UP + 1), Rows(data.columns, np.arange(8), data.pool)
     common = {
         "max_steps": 20 * clock.steps,  # of which only the first are taken: so none is beside a look
         "per_device_train_batch_size": args.batch_size,
@@ -154,8 +155,8 @@ def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: 
             model,
             config,
             train_dataset=data,
-            observation_dataset=data.take(np.arange(8)),
-            selection_dataset=data.take(np.arange(8)),
+            observation_dataset=few,
+            selection_dataset=few,
             metric=lambda prediction: 0.5,
             guide=ReadyGuide(),
             callbacks=[clock],
@@ -174,7 +175,8 @@ def step_seconds(model: nn.Module, guided: bool, args: OverheadArguments, data: 
 def ratios(name: str, args: OverheadArguments) -> list[str]:
     torch.manual_seed(0)
     model = MODELS[name]()
-    data = cifar.Images(torch.randn(256, 3, 32, 32), torch.randint(10, (256,)))
+    columns = {"pixel_values": torch.randn(256, 3, 32, 32), "labels": torch.randint(10, (256,))}
+    data = Rows(columns, np.arange(256), "noise")
     plain, guided = [], []
     with tempfile.TemporaryDirectory() as folder:
         for pair in tqdm(range(args.pairs), desc=name):

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from metricopt_hf import FiLM, PhiSpace
+from metricopt_hf.comparison.splits import Splits
 
-MEASURED = ("observation", "selection", "report")
-SPLITS = ("train", *MEASURED)
 LABELS = ("labels", "group")  # columns that are the metric's; a model looks at no `group`
 
 # What a metric asks for, stated before a task is run
@@ -80,29 +79,20 @@ class Rows(torch.utils.data.Dataset):
         return hashlib.sha256(self.pool.encode() + self.rows.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A task with a seed, ready to train.
+@dataclass
+class Problem(Splits):
+    """A task with a seed, ready to train: four data sets of `Rows`, train without groups, and a model.
 
     Attributes:
         model: eval mode; takes an item's columns, those of `LABELS` optional; gives {"loss" (if labels), "logits"}.
             Methods get deep copies.
-        train: without groups.
-        observation, selection, report: with a `group` per example where the metric knows groups.
         eval_batch: examples in a batch where the metric is looked at: as many as are quickest.
         phi: what moves, on a copy of the model.
     """
 
     model: nn.Module
-    train: Rows
-    observation: Rows
-    selection: Rows
-    report: Rows
     eval_batch: int = 500
     phi: Callable[[nn.Module], PhiSpace] = FiLM
-
-    def splits(self) -> dict[str, Rows]:
-        return {name: getattr(self, name) for name in SPLITS}
 
     @property
     def label_names(self) -> list[str]:
@@ -181,6 +171,18 @@ class Task:
     def sign(self) -> int:
         """By which scores are multiplied so that greater is better."""
         return 1 if self.greater_is_better else -1
+
+
+def data_root() -> Path:
+    """Where the data sets lie: $METRICOPT_DATA, or `../shared/data` beside the project."""
+    return Path(os.environ.get("METRICOPT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def no_data() -> bool:
+    """Whether they are not there, which is said."""
+    if missing := not data_root().exists():
+        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    return missing
 
 
 def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -29,11 +29,11 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError
-from metricopt_hf.comparison.splits import data_root
 
 from . import protocol
 from .measure import run_one
 from .methods import FIRST, OURS, RIVALS
+from .problem import no_data
 from .records import RESULTS, Key, context, key_of, read, write
 from .tasks import tasks
 
@@ -134,8 +134,7 @@ def check(done: Iterable[dict[str, Any]], fixed: protocol.Protocol) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses(argv)
-    if not data_root().exists():
-        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     if arguments.smoke:
         with tempfile.TemporaryDirectory() as folder:

@@ -14,9 +14,8 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor, nn
 
 from metricopt_hf import FiLM, PhiSpace, Subset
-from metricopt_hf.comparison.splits import data_root
 
-from .problem import Problem, Rows, Sizes
+from .problem import Problem, Rows, Sizes, data_root
 
 LEAK = "duration"  # of the call: known only when its outcome is known
 HIDDEN, EPOCHS, BATCH, LEARNING_RATE = 64, 5, 256, 1e-3
@@ -118,11 +117,11 @@ def problem(
     noisy[generator.permutation(positive)[: round(flipped * len(positive))]] = 0
     trained = Rows({**train, "labels": noisy}, rest, f"{name} train")
     return Problem(
-        pretrain(next(trained.batches()), seed, build),
         trained,
         Rows(train, observed, f"{name} train"),
         Rows(train, selected, f"{name} train"),
         Rows(test, np.arange(len(test["labels"])), f"{name} test"),
+        pretrain(next(trained.batches()), seed, build),
         eval_batch=2000,
         phi=phi,
     )

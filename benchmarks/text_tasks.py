@@ -43,10 +43,9 @@ from transformers import (
 )
 
 from metricopt_hf import ConfigurationError
-from metricopt_hf.comparison.splits import data_root
 
 from . import scores
-from .problem import Problem, Rows, Task, cached
+from .problem import Problem, Rows, Task, cached, data_root
 
 TRAIN, CUT, REPORT = range(3)  # what a text is for: CUT ones are shuffled by the seed
 
@@ -218,7 +217,7 @@ def prepare(text: Text, seed: int) -> Problem:
     cuts = [text.observation_size, 2 * text.observation_size]
     observation, selection, left = np.split(np.random.default_rng(seed).permutation(of_part[CUT]), cuts)
     rows = (of_part[TRAIN], observation, selection, left if text.report is None else of_part[REPORT])
-    return Problem(block, *(Rows(columns, r, text.folder) for r in rows))
+    return Problem(*(Rows(columns, r, text.folder) for r in rows), block)
 
 
 MCC = {

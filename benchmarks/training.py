@@ -5,8 +5,7 @@ Every such method has the same phi, start, steps, batches and selection rounds; 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import process_time
 from typing import Any
@@ -17,14 +16,15 @@ import transformers
 from torch import Tensor
 from transformers import EvalPrediction
 
-from metricopt_hf import Guide, Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.comparison.methods import LOSS_ONLY
+from metricopt_hf.comparison.study import Start
 from metricopt_hf.phi import Coordinates
 from metricopt_hf.training.plan import CHECKS, SELECTIONS
 
 from .problem import Problem, Task
 
-# The cheapest coordinates, as they are never looked at.
-NO_GUIDE = {"value_weight": 0.0, "metric_call_budget": 0, "coordinates": "random"}
+NO_GUIDE = {name: value for name, value in LOSS_ONLY.changes.items() if name != "tune_output_bias"}
 # What the library does by default, whatever the metric's time; all that trains and is not MetricOpt observes scores.
 PREDICTIONS = {
     "observe": "predictions",
@@ -97,21 +97,17 @@ def make_trainer(
     seed: int,
     budget: Budget,
     folder: str,
-    numbers: Mapping[str, Any],
+    changes: Mapping[str, Any],
     **options: Any,
 ) -> MetricOptTrainer:
-    """A trainer on a copy of the model; `numbers` are of the config (`coordinates` apart), `options` of the trainer."""
-    numbers = {
-        "max_steps": budget.steps,
-        "metric_call_budget": budget.rounds * budget.calls,
-        "lr_scheduler_type": "constant",
-        "observe": "scores",
-        "tune_output_bias": False,
-        **numbers,
-    }
-    options = {"coordinates": numbers.pop("coordinates", "gradient_pca"), "train_dataset": problem.train, **options}
+    """A trainer on a copy of the model, with `changes` as a `Method` makes them; `options` are of the trainer."""
     args = MetricOptConfig(
         folder,
+        max_steps=budget.steps,
+        observe="scores",
+        metric_call_budget=budget.rounds * budget.calls,
+        tune_output_bias=False,
+        lr_scheduler_type="constant",
         metric_start_ratio=0,
         per_device_train_batch_size=budget.batch_size,
         per_device_eval_batch_size=problem.eval_batch,
@@ -123,17 +119,10 @@ def make_trainer(
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        **numbers,
     )
-    trainer = MetricOptTrainer(
-        copy.deepcopy(problem.model),
-        args,
-        metric=Metric(task.metric, task.metric_name, task.greater_is_better),
-        observation_dataset=problem.observation,
-        selection_dataset=problem.selection,
-        phi=problem.phi,
-        **options,
-    )
+    metric = Metric(task.metric, task.metric_name, task.greater_is_better)
+    start = Start(problem.model, args, problem, {"metric": metric, "phi": problem.phi, **options})
+    trainer = start.trainer(**changes)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -144,32 +133,14 @@ def train(
     seed: int,
     budget: Budget,
     folder: str,
-    numbers: Mapping[str, Any],
-    guide: Guide | None = None,
-    train_dataset: Any = None,
-    loss: Callable | None = None,
+    changes: Mapping[str, Any],
+    **options: Any,
 ) -> Outcome:
-    """Train phi, and say what came of it.
-
-    Args:
-        numbers: of `MetricOptConfig`.
-        train_dataset: instead of the problem's.
-        loss: `compute_loss_func`, instead of the model's.
-    """
+    """Train phi, and say what came of it; the arguments are those of `make_trainer`."""
     start = process_time()
     recorder = Recorder(budget.steps // budget.rounds)
-    options = {"train_dataset": train_dataset} if train_dataset is not None else {}
     recorder.trainer = trainer = make_trainer(
-        task,
-        problem,
-        seed,
-        budget,
-        folder,
-        numbers,
-        guide=guide,
-        compute_loss_func=loss,
-        callbacks=[recorder],
-        **options,
+        task, problem, seed, budget, folder, changes, callbacks=[recorder], **options
     )
     trainer.train()
     result = trainer.result

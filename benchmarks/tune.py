@@ -25,12 +25,11 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError
-from metricopt_hf.comparison.splits import data_root
 
 from . import protocol
 from .measure import item_bootstrap, predictions
 from .methods import RIVALS, TUNED
-from .problem import Task
+from .problem import Task, no_data
 from .records import TUNING, context, read, rounded, setting, write
 from .run import quiet
 from .tasks import CIFAR_TUNING, tasks
@@ -80,8 +79,7 @@ def unit(task: Task, seed: int) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(TuneArguments).parse_args_into_dataclasses(argv)
-    if not data_root().exists():
-        print(f"The data are not here: {data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     if not set(arguments.seeds) <= set(protocol.DEVELOPMENT_SEEDS):
         raise ConfigurationError(f"--seeds {arguments.seeds}: only development seeds, 100 to 109, may be chosen on.")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import transformers
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -26,6 +27,7 @@ from metricopt_hf.comparison.methods import predictions
 from metricopt_hf.comparison.report import MethodRun, details_of, paired_difference, save_results
 
 from . import cifar
+from .problem import Problem, Rows, no_data
 from .worst_class import METRIC, make_trainer
 
 COLD, WARM = "cold", "warm"
@@ -47,19 +49,19 @@ class WarmStartArguments:
     results: str | None = field(default=None, metadata={"help": "File to write all figures to, as JSON."})
 
 
-def two_users(train: cifar.Images, test: cifar.Images, seed: int) -> tuple[cifar.Splits, cifar.Splits]:
-    """Splits for the first run and for the second one, all disjoint."""
+def two_users(net: nn.Module, train: cifar.Images, test: cifar.Images, seed: int) -> tuple[Problem, Problem]:
+    """Problems for the first run and for the second one, all splits disjoint."""
     generator = np.random.default_rng(seed)
-    mine, yours = np.split(generator.permutation(len(train)), 2)
-    parts = np.split(generator.permutation(len(test)), np.cumsum([OBSERVED, FIRST_SELECTED, OBSERVED, OBSERVED]))
-    observed, selected, observation, selection, report = (test.take(rows) for rows in parts)
-    first = cifar.Splits(train.take(mine), observed, selected, selected)
-    return first, cifar.Splits(train.take(yours), observation, selection, report)
+    halves = np.split(generator.permutation(len(train.labels)), 2)
+    mine, yours = (Rows(vars(train), rows, "cifar10 train") for rows in halves)
+    parts = np.split(generator.permutation(len(test.labels)), np.cumsum([OBSERVED, FIRST_SELECTED, OBSERVED, OBSERVED]))
+    observed, selected, *second = (Rows(vars(test), rows, "cifar10 test") for rows in parts)
+    return Problem(mine, observed, selected, selected, net), Problem(yours, *second, net)
 
 
-def run(name: str, trainer: MetricOptTrainer, splits: cifar.Splits) -> MethodRun:
+def run(name: str, trainer: MetricOptTrainer, problem: Problem) -> MethodRun:
     trainer.train()
-    (prediction,) = predictions(trainer, {"report": splits.report}).values()
+    (prediction,) = predictions(trainer, {"report": problem.report}).values()
     return MethodRun(
         name,
         trainer.args.seed,
@@ -85,8 +87,7 @@ def row(label: str, cold: np.ndarray, warm: np.ndarray) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(WarmStartArguments).parse_args_into_dataclasses(argv)
-    if not cifar.data_root().exists():
-        print(f"The data are not here: {cifar.data_root()} (set METRICOPT_DATA to the folder that holds cifar10).")
+    if no_data():
         return 2
     transformers.logging.set_verbosity_error()
     logging.getLogger("metricopt_hf").setLevel(logging.ERROR)
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     train, test = (cifar.activations(net, cifar.load(split)) for split in (f"train[:{2 * TRAIN}]", "test"))
     runs = []
     for seed in tqdm(args.seeds, desc="seeds"):
-        first, second = two_users(train, test, seed)
+        first, second = two_users(net, train, test, seed)
         with tempfile.TemporaryDirectory() as folder:
             shared = make_trainer(FIRST_RUN_SEEDS + seed, first, args.max_steps, folder, **GUIDED)
             shared.train()

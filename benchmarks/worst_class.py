@@ -6,22 +6,21 @@ cross-entropy does not see. Every method has the same phi, start, data, steps an
 
 from __future__ import annotations
 
-import numpy as np
 import transformers
 from scipy.stats import t as student_t
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
 from metricopt_hf.comparison.methods import REFERENCE
-from metricopt_hf.comparison.report import MethodRun
+from metricopt_hf.comparison.report import MethodRun, compare
+from metricopt_hf.comparison.study import Start
 
-from . import cifar
+from .problem import Problem
 
 METRIC = "worst_class_recall"
 
 
-def make_trainer(seed: int, splits: cifar.Splits, max_steps: int, folder: str, **changes) -> MetricOptTrainer:
-    """`changes` are to the config, but for `coordinates`."""
-    options = {name: changes.pop(name) for name in ("coordinates",) if name in changes}
+def make_trainer(seed: int, problem: Problem, max_steps: int, folder: str, **changes) -> MetricOptTrainer:
+    """A trainer on a copy of the model, with `changes` as a `Method` makes them."""
     args = MetricOptConfig(
         folder,
         max_steps=max_steps,
@@ -37,23 +36,14 @@ def make_trainer(seed: int, splits: cifar.Splits, max_steps: int, folder: str, *
         report_to=[],
         disable_tqdm=True,
         seed=seed,
-        **changes,
     )
-    trainer = MetricOptTrainer(
-        cifar.pretrained(20),
-        args,
-        train_dataset=splits.train,
-        observation_dataset=splits.observation,
-        selection_dataset=splits.selection,
-        **options,
-    )
+    trainer = Start(problem.model, args, problem).trainer(**changes)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
 def interval(runs: list[MethodRun], method: str) -> tuple[float, float, float]:
     """Mean of the paired differences to loss only on the report split, and its 95 % interval (Student's t)."""
-    by_method = {name: {r.seed: r.scores["report"] for r in runs if r.method == name} for name in (method, REFERENCE)}
-    differences = np.array([by_method[method][seed] - by_method[REFERENCE][seed] for seed in by_method[method]])
-    half = student_t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
-    return float(differences.mean()), float(differences.mean() - half), float(differences.mean() + half)
+    difference = compare(runs, REFERENCE, "report")[method]
+    half = float(student_t.ppf(0.975, len({run.seed for run in runs}) - 1)) * difference.error
+    return difference.mean, difference.mean - half, difference.mean + half

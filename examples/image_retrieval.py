@@ -28,6 +28,7 @@ options; a JSON file of options may be given instead of them.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -40,6 +41,8 @@ from metricopt_hf.comparison.methods import LOSS_ONLY, METHODS, Method
 from metricopt_hf.comparison.report import MethodRun, require
 from metricopt_hf.comparison.splits import Splits, class_names, default_dataset, find_column, load_dataset, sample
 from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 DEFAULTS = {
     "output_dir": "out/image_retrieval",
@@ -194,7 +197,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         __doc__,
     )
     if retrieval.dataset_name is None:
-        retrieval.dataset_name = default_dataset("omniglot_small")
+        retrieval.dataset_name = default_dataset("omniglot_small", DATA)
     if retrieval.images_per_class < 2:
         raise ConfigurationError("--images_per_class must be at least 2: a loss of pairs needs two of a class.")
     specialist = {**LOSS_ONLY.changes, "compute_loss_func": pair_loss(retrieval.specialist)}

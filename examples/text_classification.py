@@ -36,6 +36,7 @@ import importlib.util
 import os
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -49,6 +50,8 @@ from metricopt_hf.comparison.methods import METHODS
 from metricopt_hf.comparison.report import MethodRun, require
 from metricopt_hf.comparison.splits import DataArguments, class_names, default_dataset, find_column, load_splits
 from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # whether greater is better
 CLASS_METRICS = {"matthews_correlation": True, "accuracy": True, "f1": True}
@@ -223,7 +226,8 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
     )
     if data.dataset_name is None:
         task = TASKS[texts.task]
-        data.dataset_name, texts.text_column_names = default_dataset(task.folder), texts.text_column_names or task.texts
+        data.dataset_name = default_dataset(task.folder, DATA)
+        texts.text_column_names = texts.text_column_names or task.texts
     if args.metric_name_or_path is None and args.metric_for_best_model is None:
         raise ConfigurationError(
             f"Name the metric: --metric_for_best_model {' or '.join([*CLASS_METRICS, *NUMBER_METRICS])}; or --metric."

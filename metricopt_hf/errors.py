@@ -44,8 +44,8 @@ class HubError(MetricOptError, OSError):
 def brief(value: Any) -> str:
     """What `value` says of itself, in a line that is short and can be printed, whatever its `__repr__` does.
 
-    Of an exception: its message. Anything may be shown: a list of millions, a number of 5,000 digits, an object that
-    raises.
+    An exception is shown as its message. Any value will do: a list of millions, a number of 5,000 digits, an object
+    that raises.
 
     Example:
         >>> brief(list(range(1000))), brief(10**5000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from metricopt_hf.phi import Coordinates
 
 NUM_LABELS = 3
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("METRICOPT_DATA", ROOT.parent / "shared" / "data"))
 # Options of an example script that make a run of seconds.
 TINY = "--max_steps 4 --metric_call_budget 16 --phi_dim 2 --use_cpu --disable_tqdm True"
 

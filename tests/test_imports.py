@@ -34,8 +34,9 @@ PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
 INSPECTED = {
     "benchmarks/overhead.py": {"guides", "phi"},
-    "benchmarks/training.py": {"phi"},  # the coordinates that a run would take
-    "benchmarks/searchers.py": {"evaluation", "phi"},  # searchers have the trainer's evaluation and its cache
+    "benchmarks/training.py": {"phi", "training"},  # the coordinates that a run would take, and how often it evaluates
+    # searchers have the trainer's evaluation, its cache and its rounds
+    "benchmarks/searchers.py": {"evaluation", "phi", "training"},
 }
 # What those below `training` may know of transformers, and who knows the Hub.
 TRANSFORMERS = {

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Method:
-    """A way to tune a model: by the loss alone, by a control guide, or by MetricOpt.
+    """A way to tune a model: by the loss, by a control guide, or by MetricOpt.
 
     Attributes:
         title: row of the table.
@@ -56,7 +56,7 @@ VALUE_FUNCTION, RESULTS, PLOT = "value_function", "results.json", "metric.png"
 
 
 def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[str, EvalPrediction]:
-    """What the trainer's model says of each data set, without another progress bar for each."""
+    """The predictions of the trainer's model on each data set, without a progress bar for each."""
     trainer.remove_callback(ProgressCallback)
     outputs = {name: trainer.predict(dataset) for name, dataset in splits.items()}
     return {name: EvalPrediction(output.predictions, output.label_ids) for name, output in outputs.items()}

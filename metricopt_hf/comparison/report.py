@@ -1,6 +1,6 @@
 """Tables and plots of what runs gave: methods against each other over seeds, and one run along its steps.
 
-Uses public names only, so that it is also an example of what a trainer tells after a run.
+Uses public names only, so that it is also an example of what can be read from a trainer after a run.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def table_note(num_seeds: int) -> str:
 
 
 def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
-    """What a trainer tells of its last run, as JSON values."""
+    """The last run of a trainer as JSON values."""
     result = trainer.result
     return {
         "selected": {"step": result.best_step, "score": result.best_score},

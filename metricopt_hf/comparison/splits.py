@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class DataArguments:
     """Where the data come from. Their columns are the script's own arguments."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Data set: a name on the Hub or a local folder. Default: told above."}
+        default=None, metadata={"help": "Data set: a name on the Hub or a local folder. Default: see above."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_split: str = field(
@@ -44,7 +44,7 @@ class DataArguments:
         metadata={"help": "Split to report on. Default: test where eval_split is another, else cut from eval_split."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many random examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many random ones of eval_split."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many random examples of eval_split."})
     max_report_samples: int | None = field(default=None, metadata={"help": "Report on so many random examples."})
 
 
@@ -60,11 +60,11 @@ class Splits:
     def __post_init__(self):
         for name, dataset in self.items():
             if len(dataset) == 0:
-                raise ConfigurationError(f"The {name} split is empty: look at --max_*_samples and --*_split.")
+                raise ConfigurationError(f"The {name} split is empty: check --max_*_samples and --*_split.")
 
     def items(self) -> list[tuple[str, Any]]:
         """(name, data set), train first."""
-        return list(self.__dict__.items())
+        return [("train", self.train), *self.measured.items()]
 
     @property
     def measured(self) -> Mapping[str, Any]:
@@ -73,10 +73,10 @@ class Splits:
 
     def map(self, function: Callable[[Any], Any]) -> Splits:
         """The splits with `function` applied to each data set."""
-        return Splits(*(function(dataset) for _, dataset in self.items()))
+        return replace(self, **{name: function(dataset) for name, dataset in self.items()})
 
     def check_numbers(self, column: str = "label") -> None:
-        """Refuse labels that are no numbers, and a split in which all are the same: nothing correlates with these.
+        """Refuse labels that are not finite, and a split whose labels are all equal: nothing correlates with these.
 
         Raises:
             ConfigurationError: names the split.
@@ -111,18 +111,13 @@ class Splits:
                 )
 
 
-def data_root() -> Path:
-    """Where the scripts' own data lie: $METRICOPT_DATA, or `../shared/data` beside the project."""
-    return Path(os.environ.get("METRICOPT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-
-
-def default_dataset(name: str) -> str:
-    """The folder of a script's default data set.
+def default_dataset(name: str, root: Path) -> str:
+    """The folder of a script's default data set, in $METRICOPT_DATA or else in `root`.
 
     Raises:
         ConfigurationError: it is not there.
     """
-    folder = data_root() / name
+    folder = Path(os.environ.get("METRICOPT_DATA", root)) / name
     if not folder.is_dir():
         raise ConfigurationError(
             f"The default data set is not here: {folder}. Set METRICOPT_DATA to the folder that holds {name}, or name "

@@ -1,4 +1,4 @@
-"""A whole comparison, as the example scripts run it: arguments, a start per seed, every method on it, what is left.
+"""A whole comparison, as the example scripts run it: arguments, a start per seed, every method from it, the results.
 
 A script says what is its own: how data and model are loaded (`prepare`), which methods there are, and its defaults.
 """
@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from torch import nn
-from transformers import HfArgumentParser, Trainer
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from .. import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from .. import metrics as shipped_metrics
@@ -57,7 +57,7 @@ class ModelArguments:
     """The model to start from, wherever it lies."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model: a name on the Hub or a local folder. Default: told above."}
+        default=None, metadata={"help": "Model: a name on the Hub or a local folder. Default: see above."}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     token: str | None = field(default=None, metadata={"help": "Token for private repositories on the Hub."})
@@ -70,7 +70,36 @@ class ModelArguments:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults told, and the script's own text as it is written."""
+    """Shows defaults, and the script's own text as it is written."""
+
+
+class Parser(HfArgumentParser):
+    """`HfArgumentParser` with a heading in its help for each dataclass, and for what that inherits.
+
+    A heading is the first sentence of the docstring, or what stands in `HEADINGS`.
+    """
+
+    HEADINGS = {
+        MetricOptConfig: "Metric guidance (MetricOptConfig)",
+        TrainingArguments: "Training (TrainingArguments of transformers)",
+    }
+
+    def __init__(self, types: Sequence[type], **kwargs: Any):
+        classes = [cls for given in types for cls in given.__mro__ if dataclasses.is_dataclass(cls)]
+        self._headings = [self.HEADINGS.get(cls) or cls.__doc__.partition(".")[0] for cls in classes]
+        # a field belongs to the class that brings it in: bases come behind what is derived, and have the last word
+        pairs = zip(classes, self._headings, strict=True)
+        self._heading_of = {f.name: heading for cls, heading in pairs for f in dataclasses.fields(cls)}
+        self._groups: dict[str, Any] = {}
+        super().__init__(types, **kwargs)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        heading = self._heading_of.get(kwargs.get("dest") or names[0].lstrip("-"))
+        if heading is None:
+            return super().add_argument(*names, **kwargs)
+        if not self._groups:
+            self._groups = {heading: self.add_argument_group(heading) for heading in self._headings}
+        return self._groups[heading].add_argument(*names, **kwargs)
 
 
 def parse(
@@ -89,7 +118,7 @@ def parse(
         methods: what `--methods` may name.
         defaults: other than the dataclasses'; where they depend on the options given, a function of these.
         description: what `--help` says first; the script's docstring.
-        directions: for metrics of the script's own, whether greater is better; of shipped ones it is known.
+        directions: whether greater is better, for the script's own metrics; for shipped ones it is known.
 
     Returns:
         One instance of each of `types`, then `StudyArguments` and `MetricOptConfig`.
@@ -99,7 +128,7 @@ def parse(
         ImportError: what makes the table and the plot is not installed.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(
+    parser = Parser(
         (*types, StudyArguments, MetricOptConfig),
         usage="%(prog)s [--option value ...]\n       %(prog)s options.json",
         description=description,
@@ -151,7 +180,7 @@ class Start:
         splits: with the columns that the model takes.
         options: further arguments of each trainer (`data_collator`, `metric`, `phi`, `processing_class`, ...).
         class_bias: whether the task is a classification, whose cheap rival is a bias per class.
-        seconds: what training it took.
+        seconds: how long it took to train.
     """
 
     model: nn.Module
@@ -165,15 +194,14 @@ class Start:
         """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments."""
         numbers = {f.name for f in dataclasses.fields(self.args)}
         options = {name: value for name, value in changes.items() if name not in numbers}
-        return MetricOptTrainer(
-            copy.deepcopy(self.model),
-            replace(self.args, **{name: value for name, value in changes.items() if name in numbers}),
-            train_dataset=self.splits.train,
-            eval_dataset=self.splits.selection,
-            observation_dataset=self.splits.observation,
-            selection_dataset=self.splits.selection,
-            **{**self.options, **options},
-        )
+        datasets = {
+            "train_dataset": self.splits.train,
+            "eval_dataset": self.splits.selection,
+            "observation_dataset": self.splits.observation,
+            "selection_dataset": self.splits.selection,
+        }
+        args = replace(self.args, **{name: value for name, value in changes.items() if name in numbers})
+        return MetricOptTrainer(copy.deepcopy(self.model), args, **{**datasets, **self.options, **options})
 
 
 def start(
@@ -209,7 +237,7 @@ def start(
     logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
     if first_steps:
         asked = made.trainer()
-        asked.settle()  # what is refused, shall be refused now
+        asked.settle()  # what would be refused later is refused now
         run_start(asked, {"observation": splits.observation})
         logger.info(f"Seed {args.seed}: training the start model by its loss, {first_steps} steps.")
         plain = {name: value for name, value in options.items() if name in inspect.signature(Trainer).parameters}
@@ -234,7 +262,7 @@ def run_study(
 ) -> list[MethodRun]:
     """Run every method with every seed, print the table, and leave model, value function, results and plot.
 
-    Kept, and pushed with `--push_to_hub`, is MetricOpt's model (else the last method's) of the first seed.
+    MetricOpt's model (else the last method's) of the first seed is kept, and pushed with `--push_to_hub`.
 
     Args:
         prepare: loads, checks, and makes the start for the seed of the arguments given to it.
@@ -255,7 +283,7 @@ def run_study(
     for seed in study.seeds:
         begin = prepare(replace(args, seed=seed, push_to_hub=False))
         first = begin.trainer(push_to_hub=args.push_to_hub and not runs)  # makes the repository, or fails early
-        first.settle()  # what is refused, shall be refused now
+        first.settle()  # what would be refused later is refused now
         runs.append(run_start(first, begin.splits.measured, begin.seconds))
         for name in study.methods:
             keep = name == kept_method and seed == study.seeds[0]
@@ -294,7 +322,7 @@ def run_study(
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; what the library refuses ends it with the message alone."""
+    """Run a script's `main`; an error of this library ends it with the message alone."""
     try:
         main()
     except MetricOptError as error:

@@ -62,7 +62,7 @@ class _Picked(IterableDataset):
 
 
 def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
-    """[rows] integer class labels, where they can be had without computing rows; else None.
+    """[rows] integer class labels, if they can be read without computing rows; else None.
 
     Of a `datasets.Dataset` the column, of a list of dicts the entry, of a torch data set (or a `Subset` of one) its
     attribute, called `label_name`, "label", "labels" or, as torchvision's, "targets".
@@ -88,7 +88,7 @@ def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
 def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int) -> list[np.ndarray]:
     """`count` disjoint parts of the rows in `order`, in this order, each with its share of every class; of `size` each.
 
-    First come the rows that every part needs for a class to be in all of them, as far as there are so many.
+    Each part first gets the rows that it needs to hold every class, as far as there are enough of them.
     """
     rank, sizes = np.zeros(len(order)), np.zeros(len(order))
     for label in np.unique(labels):
@@ -124,7 +124,7 @@ def take(dataset: Any, indices: np.ndarray) -> Any:
 
 
 def places(dataset: Any) -> np.ndarray:
-    """[n] int64, where the rows of a part lie in the data set that it was taken from, or of that itself all."""
+    """[n] int64: the places of a part's rows in the data set from which it was taken; for that data set itself, all."""
     found = getattr(dataset, "_metricopt_places", None)
     return np.arange(len(dataset)) if found is None else found
 
@@ -135,10 +135,10 @@ def is_part(dataset: Any) -> bool:
 
 
 def examples_of(features: Any, examples: Any) -> Any:
-    """Those of `examples` that `features`, a part of a set, were made of; see `CompletingTrainer`.
+    """The `examples` from which `features`, a part of a set, were made; see `CompletingTrainer`.
 
     Raises:
-        ConfigurationError: which they are cannot be told.
+        ConfigurationError: nothing says which they are.
     """
     if "example_id" in getattr(features, "column_names", ()) and "id" in getattr(examples, "column_names", ()):
         wanted = set(features["example_id"])

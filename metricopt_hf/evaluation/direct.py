@@ -1,6 +1,6 @@
 """An `evaluate` module's own computation on arrays, without the Arrow files that its `compute` writes and reads.
 
-The files take 20 ms for 10,000 rows of which less than one is arithmetic, and a run makes a thousand calls.
+For 10,000 rows the files take 20 ms and the arithmetic less than one; a run makes a thousand calls.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from typing import Any
 import evaluate
 import numpy as np
 
-# so many calls are made in both ways before the short one is believed
+# calls that are made both ways before the short one is trusted
 TRIED = 3
 
 
 class DirectModule:
     """An `evaluate` module whose `compute` takes the short way where that gives the same.
 
-    That is not assumed but tried: the first calls are made both ways. Where a result differs, or the short way raises,
-    all are made by `compute`.
+    The first calls are made both ways. If a result differs, or the short way raises, `compute` makes all calls.
 
     Example:
         >>> import evaluate
@@ -32,7 +31,7 @@ class DirectModule:
 
     def __init__(self, module: evaluate.EvaluationModule):
         self.module, self._left = module, TRIED
-        # of several forms of the same inputs the first, for their types
+        # where inputs may have several forms, the first one's types
         self._features = module.features[0] if isinstance(module.features, list) else module.features
         self._refused = not callable(getattr(module, "_compute", None))
 

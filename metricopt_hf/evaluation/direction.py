@@ -1,4 +1,4 @@
-"""Which way a metric is better, where its user did not say: by its name, or by what its `evaluate` module says."""
+"""Which way a metric is better, if its user did not say: by its name, or by the text of its `evaluate` module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GREATER = frozenset(
 
 
 def by_name(name: str) -> bool | None:
-    """Whether greater is better, of a name in common use; None of any other.
+    """Whether greater is better, for a name in common use; None for any other.
 
     Parts of the name count ("eval_macro_f1", "mean_squared_error"). "neg_", as scikit-learn writes before an error so
     that greater is better, and "negative" before a likelihood turn it round.
@@ -40,7 +40,7 @@ def by_name(name: str) -> bool | None:
 
 
 def by_description(text: str) -> bool | None:
-    """Whether greater is better, of the text of an `evaluate` module that says so once; else None.
+    """Whether greater is better, if the text of an `evaluate` module says so, and only once; else None.
 
     Example:
         >>> by_description("The lower the value, the better the performance."), by_description("Higher is better.")

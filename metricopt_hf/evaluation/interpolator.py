@@ -1,9 +1,9 @@
 """Interpolator: a model's outputs near phi as a function of the coordinates, so that a metric call costs no pass.
 
-Near a centre the outputs are smooth in z: o(z) = o_0 + D z, where D is had from the differences of forward passes at
-both ends of k directions in z. Minimum error rate training (Och, 2003) does this for the few
-weights of a log-linear model; here it is for the adapters of any network. The metric is called on o(z) as it is: the
-metric is exact, its argument is approximate, and by how much is measured (`error`).
+Near a centre the outputs are smooth in z: o(z) = o_0 + D z, where D comes from the differences of forward passes
+at both ends of k directions in z. Minimum error rate training (Och, 2003) does this for the few weights of a log-linear
+model; this module does it for the adapters of any network. The metric itself is exact; its argument o(z) is
+approximate, and `error` measures by how much.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Ledger:
 
     Args:
         budget: the most calls of purpose "observe" that a run may make; None for no bound.
-        pass_budget: the same of forward passes.
+        pass_budget: the same for forward passes.
 
     Example:
         >>> ledger = Ledger(budget=2)
@@ -45,7 +45,7 @@ class Ledger:
 
     @contextmanager
     def charge(self, purpose: str, passes: int = 0) -> Iterator[None]:
-        """Charge one call, what passes it took, and the time spent inside; a call that fails was made, so it counts."""
+        """Charge one call, the passes it took, and the time spent inside. A call that fails counts too."""
         start = perf_counter()
         try:
             yield

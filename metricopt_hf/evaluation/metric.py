@@ -1,7 +1,7 @@
 """Metric: the user's black box, called with predictions and labels, answering one finite number.
 
-Nobody looks inside. What is checked is what comes out, and what goes in is a copy; what a call changes of the world
-(see `world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and
+Nobody looks inside. What comes out is checked, what goes in is a copy, and what a call changes elsewhere (see
+`world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and
 whatever it answers or raises, a call ends in one finite number or in a `MetricError`.
 """
 
@@ -31,7 +31,7 @@ INPUTS = ("auto", "argmax", "scores", "identity")
 # The value function computes in float32, up to 3.4e38: a score beyond this is as little use as an infinite one.
 LARGEST_SCORE = 1e30
 
-# What a metric may change for everybody, and nobody would think of it: how to read it, and how to set it.
+# Global state that a metric may change unnoticed: how to read it, and how to set it.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -129,7 +129,7 @@ class Metric:
         return self._call(_as_tensors(prediction) if self.batchwise else prediction, complete, last=True)
 
     def over(self, batches: Iterable[EvalPrediction]) -> float:
-        """The metric of a set that comes batch by batch, of a function that is `batchwise`. Raises as `__call__`."""
+        """The metric of a set that comes batch by batch, for a `batchwise` function. Raises as `__call__`."""
         batch = None
         try:
             for following in batches:
@@ -296,7 +296,7 @@ def from_evaluate(
 
 
 def _groups(name: str, columns: Sequence[np.ndarray]) -> np.ndarray:
-    """Of a prediction's label columns the one that holds the groups."""
+    """The label column of a prediction that holds the groups."""
     if len(columns) != 2:
         raise MetricError(
             f"The evaluate module {name!r} takes groups, beside labels, and got {len(columns)} label column(s): "

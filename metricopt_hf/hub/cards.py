@@ -1,4 +1,4 @@
-"""Cards: what people are told of a value function or a tuned model, filled from templates with measured figures."""
+"""Cards: what people read about a value function or a tuned model, filled from templates with measured figures."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MARKER = "<!-- Made by metricopt_hf. Remove this line to keep your own words whe
 
 # Fields that are Markdown, or stand in code; all others may hold a stranger's words.
 RAW = {"comparison", "training_results", "hyperparameters", "repo", "finetuned_from", "model_class"}
-# What is markup nowhere in a line of Markdown or HTML. Everything else is written as an entity.
+# All but what is never markup in a line of Markdown or HTML: it is written as entities.
 _SAFE = re.compile(r"[^\w ,.:;%()=+'/-]|_(?![^\W_])|(?<![^\W_])_|(?<=/)/|(?<=:)/|(?<=www)\.|(?<=[\w.])@", re.I)
 
 
 def plain(value: Any) -> Any:
-    """The same with every text in it, keys too, such that a card shows it as it is: no heading, link or HTML of it.
+    """The same, with every text in it (keys too) escaped: a card shows it as it is, and makes no heading or link of it.
 
     Example:
         >>> plain("worst_class_recall (top-5)"), plain("# <b>https://x.org</b>")
@@ -72,7 +72,7 @@ def write(
     """Write the card of a value function, unless somebody has written one.
 
     Args:
-        repo: by which name it is loaded.
+        repo: the name by which it is loaded.
         rank_correlation, trust: at the end of its run; a nan counts as unknown.
         comparison: Markdown on what it was good for, such as a table of methods.
         task, dataset: the Hub's names of both, (type, name) of the data set; with them the figures get a `model-index`.

@@ -93,10 +93,10 @@ def _why_not_fetched(error: Exception, name: str, revision: str | None) -> str:
 
 
 def push(upload: Callable[[], T], repo: str, kept: str) -> T:
-    """Call `upload`, and again where the Hub or the network failed for the moment.
+    """Call `upload`, and again if the Hub or the network failed for a moment.
 
     Args:
-        repo: where to, for messages.
+        repo: the destination, for messages.
         kept: what holds everything that was to be pushed, for messages.
 
     Raises:
@@ -110,7 +110,7 @@ def push(upload: Callable[[], T], repo: str, kept: str) -> T:
         except Exception as error:
             if not any(_of_the_hub(e) for e in chain(error)):
                 raise
-            if wait is None or not _passing(error):  # one that comes wrapped, the client has tried again already
+            if wait is None or not _passing(error):  # the client has retried one that comes wrapped
                 raise HubError(why_not_pushed(error, repo, kept)) from error
         time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
@@ -144,7 +144,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status that an error was made from, if it was."""
+    """The HTTP status behind an error, if there is one."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 

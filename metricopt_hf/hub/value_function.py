@@ -49,7 +49,7 @@ class ValueFunction(ValueNetwork):
         return value_function.eval()
 
     def coordinates_from(self, phi: Tensor) -> Coordinates:
-        """The coordinates that it was learned in, on phi's device. phi: [d], a start that may lie elsewhere."""
+        """The coordinates in which it was learned, on phi's device. phi: [d], a start that may lie elsewhere."""
         signature = self.signature
         basis = None if signature.basis is None else signature.basis.to(phi.device)
         coordinates = Coordinates(signature.origin.to(phi.device), basis, signature.coordinates)
@@ -92,7 +92,7 @@ class ValueFunction(ValueNetwork):
             cache_dir, local_files_only: as for all downloads from the Hub.
 
         Raises:
-            ValueFunctionError: what is wrong with it, or why it cannot be had, and what to do.
+            ValueFunctionError: what is wrong with it, or why it cannot be loaded, and what to do.
         """
         folder = client.fetch(name_or_path, revision, token, cache_dir, local_files_only)
         sizes, state, signature, observations = serialization.read(folder, str(name_or_path))

@@ -51,7 +51,7 @@ def _merge_saved(host_name: str, norm: nn.Module, state: dict[str, Any], prefix:
 
 
 def _load_plain(host_name: str, norm: nn.Module, state: dict[str, Any], prefix: str, *args) -> None:
-    """Hook before a state dict is loaded: with plain weights, merged ones among them, goes the identity."""
+    """Hook before a state dict is loaded: plain weights, merged ones too, make the modulation the identity."""
     host = norm.get_submodule(host_name)
     for part in (SCALE, SHIFT):
         name = prefix + _join(host_name, part)
@@ -141,7 +141,7 @@ def _norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _last_block(names: list[str]) -> list[str]:
-    """Those of the norm layers from the last repeated block on: that block's and the final one behind it.
+    """The norm layers from the last repeated block on: that block's, and the final one behind it.
 
     A block is the deepest numbered container (`layer3.2`, `encoder.layer.5`) that holds at least two of the norms.
     """
@@ -159,7 +159,7 @@ def _last_block(names: list[str]) -> list[str]:
 
 
 def _auxiliary(name: str) -> bool:
-    """Whether a module belongs to a head for the loss alone, as BEiT, UPerNet and torchvision's have one."""
+    """Whether a module belongs to an auxiliary head, which serves the loss only (BEiT, UPerNet, torchvision)."""
     return any(part.startswith("aux") for part in name.split("."))
 
 
@@ -167,9 +167,9 @@ def _output_layer(model: nn.Module) -> str | None:
     """Name of the layer that makes the logits, if the model ends in one.
 
     The last linear layer with `config.num_labels` outputs, or such a convolution, as of segmentation, or, as of DETR
-    and YOLOS, a linear layer with one more for "no object"; heads of boxes and auxiliary heads, for the loss alone,
-    left out. Else timm's classifier, else the last layer that has parameters if it is linear or a convolution (a model
-    that ends in a norm is an encoder without logits).
+    and YOLOS, a linear layer with one more for "no object". Box heads and auxiliary heads are left out. Else timm's
+    classifier, else the last layer that has parameters if it is linear or a convolution (a model that ends in a norm is
+    an encoder without logits).
     """
     owners = {
         n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False)) and not _auxiliary(n)

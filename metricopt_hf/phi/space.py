@@ -50,7 +50,7 @@ class PhiSpace(ABC):
 
     @property
     def inserted(self) -> tuple[str, ...]:
-        """Those of `names` that the space itself put into the model and that `merge` removes."""
+        """The `names` that the space itself put into the model and that `merge` removes."""
         return ()
 
     @property
@@ -102,7 +102,7 @@ class PhiSpace(ABC):
                     parameter.copy_(value)
 
     def idle(self, outputs: Callable[[], Sequence[Tensor]]) -> list[str]:
-        """Those of `names` that move nothing of what `outputs` computes: parts of phi that tune in vain."""
+        """The `names` that change nothing of what `outputs` computes: tuning them is in vain."""
         before, idle = outputs(), []
         generator = torch.Generator().manual_seed(0)
         for name, parameter in zip(self.names, self.parameters, strict=True):
@@ -134,7 +134,7 @@ class PhiSpace(ABC):
             self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that has to be put back, beside a merged checkpoint, to go on exactly."""
+        """Every tensor that has to be put back, beside a merged checkpoint, to continue exactly."""
         return {name: p.detach().cpu().clone() for name, p in zip(self.names, map(whole, self.parameters), strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from ..errors import CheckpointError, brief
 from ..value.serialization import replace_file
 
 TENSORS_FILE, JSON_FILE = "metricopt_state.safetensors", "metricopt_state.json"
-# What a checkpoint consists of, written when all of it is there; and which of its files are looked at.
+# The list of what a checkpoint consists of, written when all of it is there; and which of its files are listed.
 FILES_FILE = "metricopt_files.json"
 HASHED = {".safetensors", ".bin", ".pt", ".pth"}
 OF_A_RANK = re.compile(r"rng_state_\d+\.pth")
@@ -94,9 +94,9 @@ def load(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def vouch(folder: str | os.PathLike) -> None:
-    """Write down what a checkpoint consists of, once all of it is there: the hash of every file that is not for people.
+    """List what a checkpoint consists of, once all of it is there: the hash of every file that people do not edit.
 
-    JSON files are left out, as people edit those, and other ranks' random states, which may still be on their way.
+    JSON files are left out because people edit them; so are other ranks' random states, which may not be written yet.
     """
     folder = Path(folder)
     files = sorted(path for path in folder.iterdir() if path.suffix in HASHED and not OF_A_RANK.fullmatch(path.name))

@@ -114,9 +114,15 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(repr=False)  # one of its own would show tokens
 class MetricOptConfig(TrainingArguments):
-    """`TrainingArguments` with the arguments of metric guidance.
+    """`TrainingArguments` with the arguments of metric guidance, each explained by its `help`.
 
-    Without a metric (see `MetricOptTrainer`) the fields below do nothing.
+    Without a metric (see `MetricOptTrainer`) these do nothing:
+
+    - the metric: `metric_name_or_path`, `metric_inputs`, `metric_kwargs`, `metric_timeout`
+    - the metric phase, and what is tuned in it: `metric_start_ratio`, `phi`, `phi_dim`, `phi_learning_rate`,
+      `tune_output_bias`
+    - observations: `observe`, `forward_pass_budget`, `metric_call_budget`, `observation_size`
+    - guidance: `guide`, `value_weight`, `value_function_name_or_path`
 
     Raises:
         ConfigurationError: a value is out of its range, or there is no such field any more.

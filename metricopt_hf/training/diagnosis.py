@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.interpolator import NotInterpolable
 from ..evaluation.ledger import Ledger
-from ..evaluation.observer import Observed, Observer
+from ..evaluation.observer import Observer
 from ..evaluation.rows import num_rows, take_rows
 from ..evaluation.virtual_observer import VirtualObserver
 from ..extras import require
 from ..phi import Coordinates
 from ..posthoc import add_bias, logits_of, tune_bias
-from .rounds import LARGE_ERROR
+from .climbing import climbs, measured
 
 Candidate = Literal["start", "bias", "phi"]
 START, BIAS, PHI = "start", "bias", "phi"
@@ -40,15 +36,7 @@ TITLES = {START: "start", BIAS: "a bias per logit", PHI: "phi, in its linear sur
 Recommendation = Literal["nothing to gain here", "a threshold suffices", "guidance pays", "too few examples to tell"]
 NOTHING, THRESHOLD, GUIDANCE, TOO_FEW = Recommendation.__args__
 
-MOST_COORDINATES = 8  # so that two expansions, of two passes per coordinate, take some 40 passes with all the rest
-EXPANSIONS = 2
-# How far phi may go from where the outputs were expanded, in units of the coordinates: farther as long as it goes to
-# the edge, and the interpolation is not off by more than this share of how far the outputs have moved
-RADII, SMALL_ERROR = (1.0, 2.0, 4.0), 0.25
-# rounds, and antithetic pairs in each, on interpolated predictions; and where a metric call takes a pass
-INTERPOLATED, PASSED = (16, 6), (4, 4)
-STEPS_TO_EDGE = 8
-MOMENTUM = 0.7
+MOST_COORDINATES = 8  # so that the expansions, of two passes per coordinate, take some 40 passes with all the rest
 DRAWS = 100  # random halves of the selection rows
 ERRORS = 2.0  # a gain of more than so many standard errors is none of chance
 
@@ -66,7 +54,7 @@ class Gain:
     error: float
 
     def is_real(self, worthwhile: float) -> bool | None:
-        """True: it exceeds the noise. False: there is none worth having. None: too noisy to tell."""
+        """True: it exceeds the noise. False: no gain is worth having. None: the noise is too great to say."""
         if math.isnan(self.error):
             return self.mean >= worthwhile
         if self.mean > ERRORS * self.error:
@@ -79,16 +67,16 @@ class Gain:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What can be told before any training; printed, it is a table.
+    """What is known before any training; printed, it is a table.
 
     Attributes:
         metric: its name.
         greater_is_better: which way it is better.
         examples: rows of the selection split.
         worthwhile: the smallest gain that is worth having, in the metric's unit.
-        scores: the metric on the selection split of "start", "bias" (not where a bias has no place), and "phi".
-        draws: of each the metric on the same random halves of these rows, [draws], nan where it failed; empty where the
-            metric makes sense on all rows only.
+        scores: the metric on the selection split, for "start", "bias" (if a bias has a place), and "phi".
+        draws: for each of these, the metric on the same random halves of the rows, [draws]; nan where it failed, empty
+            if the metric makes sense on all rows only.
         interpolation_error: how far the interpolated outputs were off at the phi that was measured, as a share of how
             far they had moved; None where scores were observed, one pass for each.
         ledger: metric calls, forward passes and seconds.
@@ -139,7 +127,7 @@ class Diagnosis:
 
     @property
     def examples_needed(self) -> int | None:
-        """Selection examples, of the same kind, that would tell; None where there are enough."""
+        """How many selection examples, of the same kind, would settle it; None if there are enough."""
         if self.recommendation != TOO_FEW:
             return None
         open_ones = [gain for gain in self.gains.values() if gain.is_real(self.worthwhile) is None]
@@ -237,13 +225,13 @@ def diagnose(
     for evaluator in (observation, selection):
         evaluator.freeze(lambda: observer.moved(coordinates))
     with phi.restored():
-        start, (score, seen) = phi.read(), _measured(observation, phi.read(), "observe")
+        start, (score, seen) = phi.read(), measured(observation, phi.read(), "observe")
         best, error = (score, start, seen), None
-        for score, point, there, off in _climbs(observer, virtual, coordinates):
+        for score, point, there, off in climbs(observer, virtual, coordinates):
             if metric.sign * (score - best[0]) > 0:
                 best, error = (score, point, there), off
         _, moved, there = best
-        held_out = {START: _measured(selection, start, "select")[1], PHI: _measured(selection, moved, "select")[1]}
+        held_out = {START: measured(selection, start, "select")[1], PHI: measured(selection, moved, "select")[1]}
     if not completed and _has_place_for_bias(seen, observation.concat):
         held_out[BIAS] = add_bias(held_out[START], _tuned_bias(observation, seen))
         held_out[PHI] = add_bias(held_out[PHI], _tuned_bias(observation, there))
@@ -265,93 +253,6 @@ def diagnose(
         observation.ledger,
         perf_counter() - since,
     )
-
-
-def _climbs(
-    observer: Observer, virtual: VirtualObserver, coordinates: Coordinates
-) -> Iterator[tuple[float, Tensor, EvalPrediction, float | None]]:
-    """Where phi gets to, uphill from where it is: (score, phi [d], predictions, interpolation error), point by point.
-
-    Scores and predictions are real ones of the observation split. Where the outputs are no smooth function of phi,
-    scores are observed, one pass for each.
-    """
-    evaluator, phi = observer.evaluator, observer.evaluator.phi
-    try:
-        for _ in range(EXPANSIONS):
-            virtual.expand(coordinates, 0)
-            rounds, pairs = INTERPOLATED
-            for radius in RADII:
-                look = partial(virtual.observe, coordinates, 0, pairs)
-                distance = _climb(coordinates, evaluator, look, rounds, virtual.centre, radius)
-                score, there = _measured(evaluator, phi.read(), "observe")
-                error = virtual.interpolator.error(_offset(coordinates, phi.read(), virtual.centre), there)
-                yield score, phi.read(), there, error
-                if error > SMALL_ERROR or distance < 0.8 * radius:
-                    break
-            if error > LARGE_ERROR:  # beyond what the interpolation is good for
-                phi.write((virtual.centre + phi.read()) / 2)
-    except NotInterpolable:
-        rounds, pairs = PASSED
-        look = partial(observer.observe, coordinates, 0, 2 * pairs)
-        _climb(coordinates, evaluator, look, rounds, phi.read(), RADII[0])
-        score, there = _measured(evaluator, phi.read(), "observe")
-        yield score, phi.read(), there, None
-
-
-def _climb(
-    coordinates: Coordinates,
-    evaluator: Evaluator,
-    look: Callable[[], Observed],
-    rounds: int,
-    centre: Tensor,
-    radius: float,
-) -> float:
-    """Move phi uphill along the slopes of rounds of pairs, to the mean of where the last half of the steps led.
-
-    Args:
-        look: observes round phi.
-        centre: [d], from which phi goes no farther than `radius`.
-
-    Returns:
-        How far it is then.
-    """
-    phi, sign, origin = evaluator.phi, evaluator.metric.sign, coordinates.encode(centre).cpu().numpy()
-    z, direction, visited = _offset(coordinates, phi.read(), centre), np.zeros(coordinates.dim, np.float32), []
-
-    def go(z: np.ndarray) -> None:
-        phi.write(centre + coordinates.lift(torch.as_tensor(z, dtype=centre.dtype, device=centre.device)))
-
-    for _ in range(rounds):
-        if observations := look().observations:
-            scores = np.array([o.score for o in observations])
-            slope = sign * (scores - scores.mean()) @ (np.stack([o.z for o in observations]) - origin - z)
-            if (norm := np.linalg.norm(slope)) > 0:
-                direction = MOMENTUM * direction + slope / norm
-        if (norm := np.linalg.norm(direction)) > 0:
-            z = z + radius / STEPS_TO_EDGE * direction / norm
-            z = z * min(1.0, radius / np.linalg.norm(z))
-        visited.append(z)
-        go(z)
-    z = np.mean(visited[rounds // 2 :], axis=0)
-    go(z)
-    return float(np.linalg.norm(z))
-
-
-def _offset(coordinates: Coordinates, phi: Tensor, centre: Tensor) -> np.ndarray:
-    """[k] where phi is, relative to a centre."""
-    return (coordinates.encode(phi) - coordinates.encode(centre)).cpu().numpy()
-
-
-def _measured(evaluator: Evaluator, phi: Tensor, purpose: str) -> tuple[float, EvalPrediction]:
-    """The metric and the predictions at phi: [d].
-
-    Raises:
-        MetricError: the metric fails there.
-    """
-    scores = evaluator.evaluate_many(phi[None], purpose, predictions=True)
-    if scores.errors[0] is not None:
-        raise MetricError(scores.errors[0])
-    return float(scores.values[0]), scores.predictions[0]
 
 
 def _has_place_for_bias(prediction: EvalPrediction, concat: bool) -> bool:
@@ -390,7 +291,7 @@ def _on_halves(
 
 
 def _agreed(evaluator: Evaluator, compute: Callable[[], Any]) -> Any:
-    """What the first rank computes: the metric may answer otherwise the next time it is called."""
+    """What the first rank computes, on every rank: another call of the metric may answer something else."""
     outcome = [None]
     if evaluator.rank == 0:
         try:

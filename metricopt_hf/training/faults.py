@@ -1,4 +1,4 @@
-"""Faults of the metric: calls that fail, and answers that cannot be. Nothing of this ends a run."""
+"""Faults of the metric: calls that fail, and impossible answers. None of these ends a run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OUTLIER_RANGES = 20
 MIN_SCORES_FOR_OUTLIERS = 16
 # one so many times as far from their median as most others is asked for again, before it decides
 ODD_RANGES = 6
-# among the first scores nothing can be told yet: up to so many, all are judged again as they come in
+# the first scores, up to so many, cannot be judged at once: all are judged again as more come in
 EARLY_SCORES = 4 * MIN_SCORES_FOR_OUTLIERS
-# of which so large a share may be faults
+# the largest share of these that may be faults
 OUTLIER_SHARE = 1 / 8
 
 
 class Faults:
-    """Counts failed calls, and tells outliers from scores.
+    """Counts failed calls, and separates outliers from scores.
 
     Args:
         max_in_a_row: failed calls in a row after which `give_up` is called, once for each further one.
@@ -51,8 +51,8 @@ class Faults:
     def revoke(self) -> list[float]:
         """Those of the first scores that turn out to be faults, now that there are others; they are not kept here.
 
-        One among the first sixteen could not be told when it came. So each stays only if, against all others but such
-        as itself (at most an eighth), it is none.
+        A fault among the first sixteen could not be recognised when it came. So each stays only if it is none against
+        all others but those near it (at most an eighth).
         """
         if not MIN_SCORES_FOR_OUTLIERS < len(self.scores) <= EARLY_SCORES:
             return []
@@ -79,7 +79,7 @@ class Faults:
         return abs(score - np.median(others)) > ODD_RANGES * usual
 
     def comes_out_again(self, score: float, again: float) -> bool:
-        """Whether a second answer bears out `score`: it is nearer to it than to what is usual."""
+        """Whether a second answer confirms `score`: it is nearer to `score` than to the usual scores."""
         return abs(again - score) <= abs(again - np.median([s for s in self.scores if s != score] or [score]))
 
     @staticmethod
@@ -87,7 +87,7 @@ class Faults:
         return f"The metric returned {score}, far outside of everything that it returned so far."
 
     def add(self, errors: Sequence[str], succeeded: int, same_rows: bool = False) -> None:
-        """Take in calls that failed, and how many beside them did not.
+        """Count calls that failed, and those of the same round that did not.
 
         Args:
             same_rows: whether all were made on one random half of the rows, of which a class may be missing: then they

@@ -36,9 +36,9 @@ OVERRIDDEN = {
     "_load_optimizer_and_scheduler": Hook(
         ("checkpoint",), "the guidance's state is loaded when optimizer and schedule are, once the model is prepared"
     ),
-    "_get_learning_rate": Hook((), "the rate that is logged in the metric phase is phi's"),
+    "_get_learning_rate": Hook((), "the learning rate logged in the metric phase is phi's"),
     "_push_from_checkpoint": Hook(("checkpoint_folder",), "what is pushed along the way has a card"),
-    "_finish_current_push": Hook((), "a push in the background that failed is told"),
+    "_finish_current_push": Hook((), "a push in the background that failed is reported"),
 }
 CALLED = {
     "_get_output_dir": Hook(("trial",), "where the checkpoint goes that the guidance's state belongs to"),

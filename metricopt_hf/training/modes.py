@@ -1,4 +1,4 @@
-"""Modes in the metric phase: what would move or be random is switched off, everything else trains as it did.
+"""Modes in the metric phase: what moves or is random by itself is switched off; all else stays as in training.
 
 Eval mode is more than that. It also switches gradient checkpointing off, cuDNN refuses to go backward through an RNN in
 it, and some models (torchvision's detectors) have no loss in it.

@@ -153,7 +153,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
 
     def _tell_idle(self, batch: Any) -> None:
-        """Warn of parts of phi that move no prediction, such as the bias of a head that is for the loss alone."""
+        """Warn of parts of phi that move no prediction, such as the bias of an auxiliary head."""
 
         def outputs() -> list[torch.Tensor]:
             with self._own_token_count(), torch.no_grad():

@@ -136,7 +136,7 @@ def load_value_function(given: ValueFunction | None, args: MetricOptConfig) -> V
     """The value function to start from: the one given, the one that `args` names, or None.
 
     Raises:
-        ValueFunctionError: it cannot be had or believed.
+        ValueFunctionError: it cannot be loaded or trusted.
     """
     if given is None and args.value_function_name_or_path is not None:
         return ValueFunction.from_pretrained(args.value_function_name_or_path, token=args.hub_token)
@@ -146,13 +146,13 @@ def load_value_function(given: ValueFunction | None, args: MetricOptConfig) -> V
 def check_value_function(
     given: ValueFunction | None, phi: PhiSpace, metric: Metric | None, num_coordinates: int | None
 ) -> None:
-    """A value function to start from must be at home in this phi and this metric.
+    """A value function to start from must be one of this phi and this metric.
 
     Args:
         num_coordinates: that the run asks for, or all of phi where that has fewer; None: as many as come out.
 
     Raises:
-        ValueFunctionError: it is at home elsewhere.
+        ValueFunctionError: it is of another phi or metric.
         ConfigurationError: it was never part of a run, and its size does not fit the coordinates that are asked for.
     """
     if given is None:

@@ -1,4 +1,4 @@
-"""Ranks: which processes share a run, and what is said when one of them has gone."""
+"""Ranks: the processes that share a run, and the message when one of them has gone."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PATIENCE = 0.05  # seconds in which a process whose connection broke is seen to 
 
 @contextmanager
 def told_when_lost(args: TrainingArguments) -> Iterator[None]:
-    """Inside, the loss of another rank is told by its number, with the checkpoint to resume from. Begun by all ranks.
+    """Inside, an error caused by the end of another rank names that rank and the checkpoint to resume from. Collective.
 
     Raises:
-        RankError: another rank has gone, which the backend tells only as a connection that was closed.
+        RankError: another rank has gone; the backend itself reports only a closed connection.
     """
     if args.world_size == 1:
         yield
@@ -44,7 +44,7 @@ def told_when_lost(args: TrainingArguments) -> Iterator[None]:
 
 
 def _gone(processes: Sequence[tuple[str, int]]) -> list[int]:
-    """Ranks of this machine that have ended; of other machines nothing can be told."""
+    """Ranks of this machine that have ended; other machines cannot be seen."""
     here, until = socket.gethostname(), time.monotonic() + PATIENCE
     while True:
         gone = [rank for rank, (host, pid) in enumerate(processes) if host == here and not _runs(pid)]

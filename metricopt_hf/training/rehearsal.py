@@ -29,7 +29,7 @@ def is_trainers(method: Callable) -> bool:
 
 @dataclass(frozen=True)
 class Stillness:
-    """How what is not tuned is held still in the metric phase.
+    """How the metric phase holds still what is not tuned.
 
     Attributes:
         frozen: whether it needs no gradients. Else it gets them, and they are dropped before the update: a training

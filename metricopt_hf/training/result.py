@@ -1,4 +1,4 @@
-"""RunResult: what a guided run tells afterwards. Reports, benchmarks and cards read this, and nothing private."""
+"""RunResult: what is known of a guided run afterwards. Reports, benchmarks and cards read this, and nothing private."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunResult:
             rank_correlation, observation_mean, predicted (mean and standard deviation, or None), coverage, calls.
         trajectory: all observations.
         ledger: metric calls and seconds by purpose.
-        failed_calls: metric calls that failed or whose answer could not be.
+        failed_calls: metric calls that failed or gave an impossible answer.
         phi: `PhiSpace.description` of what was tuned.
         coordinates: in which the guide saw it.
         trust: how far the guide was followed at the end, in [0, 1].

@@ -21,7 +21,7 @@ from .resuming import ResumingTrainer
 class SettlingTrainer(ResumingTrainer):
     """A trainer with a metric, the sets on which it is called, and a phi.
 
-    Nothing is settled before it is asked for, so nothing is demanded of a script that only predicts, and its model
+    Nothing is settled before it is asked for. So a script that only predicts need not give anything, and its model
     stays as it is.
     """
 

@@ -34,7 +34,7 @@ class SharingTrainer(Trainer):
 
     @property
     def result(self) -> RunResult | None:
-        """What the last run, or this one so far, has to tell; None before its metric phase."""
+        """The result of the last run, or of this one so far; None before its metric phase."""
         return self.phase.result() if self.phase is not None and self.phase.started else None
 
     @property
@@ -80,7 +80,7 @@ class SharingTrainer(Trainer):
             mine = given.get("tags") or []
             given["tags"] = list(dict.fromkeys([*([mine] if isinstance(mine, str) else mine), *old]))
         if getattr(self.model, "config", None) is None:
-            given.setdefault("finetuned_from", "")  # Trainer would look into the config for it
+            given.setdefault("finetuned_from", "")  # Trainer would take it from the config
         summary = TrainingSummary.from_trainer(self, **given)
         os.makedirs(self.args.output_dir, exist_ok=True)
         replace_file(Path(path), cards.printable(str(self._card(summary, scores or {}, comparison))).encode())
@@ -184,7 +184,7 @@ class SharingTrainer(Trainer):
         self._tell_failed_pushes()
 
     def _tell_failed_pushes(self) -> None:
-        """Trainer pushes in the background and never looks whether that went well."""
+        """Trainer pushes in the background and never checks whether that succeeded."""
         current = getattr(self, "push_in_progress", None)
         if current is None or not current.is_done():
             return

@@ -3,13 +3,13 @@
 A folder holds
 
     config.json            format version, sizes, normalisation; the signature: phi space, coordinates, metric and
-                           direction; and the hashes of the next two, so that files of two moments are not taken for one
+                           direction; and the hashes of the next two, so that files of two saves do not pass for one
     model.safetensors      weights, origin phi_0 and basis Q, all float32
     observations.parquet   what it was fitted to, so that others can refit: see `Trajectory.to_parquet`
     README.md              the card, for people; not read
 
-No file can hold code. A file's size is checked before it is read, its hash before it is parsed, and of the config
-each number before anything is computed from it. What passes is in bounds within which a run cannot fail for it.
+No file can hold code. A file's size is checked before it is read, its hash before it is parsed, and each
+number of the config before anything is computed from it. What passes lies in bounds within which no run fails on it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ CARD_FILE = "README.md"
 LIBRARY, FORMAT_VERSION = "metricopt_hf", 5  # 4: observations in flat columns; 5: without the column of folds
 READABLE = (4, 5)
 
-# The most that is read of a stranger: bytes of a file, and of each of the sizes in a config.
+# The most that is accepted from a stranger: bytes of a file, and each of the sizes in a config.
 MAX_BYTES = {CONFIG_FILE: 2**20, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
 MAX_SIZES = {"num_coordinates": 2**13, "hidden_size": 2**12, "num_members": 2**8}
-# And of its names and shapes: characters, and dimensions of a parameter.
+# The same for names and shapes: characters, and dimensions of a parameter.
 MAX_NAME, MAX_DIMS = 500, 16
-# Of what it divides by, the least: beside `LARGEST`, quotients fit into float32.
+# The smallest divisor: with `LARGEST`, quotients still fit into float32.
 SMALLEST = 1e-15
 # What standardises z and the score, and the metric's own noise: plain numbers, for people to read, so in the config.
 NORMALISATION = ("z_mean", "z_std", "score_mean", "score_std", "noise_std")
@@ -109,7 +109,7 @@ def read(
         name: by which it was asked for, for messages.
 
     Raises:
-        ValueFunctionError: a file is missing, damaged, too large, of another version, or says what cannot be.
+        ValueFunctionError: a file is missing, damaged, too large, of another version, or contradicts itself.
     """
     folder = Path(folder)
     for file in MAX_BYTES:

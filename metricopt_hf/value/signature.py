@@ -12,7 +12,7 @@ from ..errors import ValueFunctionError
 
 @dataclass(frozen=True)
 class Signature:
-    """Where a value function is at home: phi -> z = basis^T (phi - origin) -> the metric.
+    """What a value function maps: phi -> z = basis^T (phi - origin) -> the metric.
 
     Attributes:
         model: class of the model, for the reader.

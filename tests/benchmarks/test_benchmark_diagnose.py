@@ -5,9 +5,9 @@ import pytest
 
 from benchmarks import comparing, diagnose, records
 from benchmarks.diagnose import GUIDANCE, NOTHING, THRESHOLD, TOO_FEW
+from benchmarks.problem import data_root
 from benchmarks.tasks import tasks
 from metricopt_hf import ConfigurationError
-from metricopt_hf.comparison.splits import data_root
 
 NEEDED = ("a9a", "bank_marketing")
 needs_data = pytest.mark.skipif(not all((data_root() / name).is_dir() for name in NEEDED), reason="needs its data")

@@ -25,10 +25,9 @@ from benchmarks import (
     tabular,
     tasks,
 )
-from benchmarks.problem import KINDS, MEASURED, Problem, Rows, Task, label_ids_of, take
+from benchmarks.problem import KINDS, Problem, Rows, Task, data_root, label_ids_of, take
 from benchmarks.training import Budget, make_trainer
 from metricopt_hf import Ledger, Metric, Subset
-from metricopt_hf.comparison.splits import data_root
 
 missing = [name for name in ("cifar10", "resnet_cifar10", "a9a", "bank_marketing") if not (data_root() / name).is_dir()]
 needs_data = pytest.mark.skipif(bool(missing), reason=f"not here: {', '.join(missing)} (METRICOPT_DATA)")
@@ -45,7 +44,7 @@ def toy_problem(seed: int) -> Problem:
     parts = np.split(np.random.default_rng(seed).permutation(400), [100, 200, 300])
     train = Rows(columns, parts[0], "toy")
     model = tabular.pretrain(next(train.batches()), seed)
-    return Problem(model, train, *(Rows({**columns, "group": group}, part, "toy") for part in parts[1:]))
+    return Problem(train, *(Rows({**columns, "group": group}, part, "toy") for part in parts[1:]), model)
 
 
 def toy_pixels() -> torch.Tensor:
@@ -60,7 +59,7 @@ def toy_images(seed: int) -> Problem:
     columns["pixel_values"] = cifar.activations(net, cifar.Images(pixels, columns["labels"])).pixel_values
     parts = np.split(np.random.default_rng(seed).permutation(40), [10, 20, 30])
     measured = (Rows(columns, part, "toy images") for part in parts[1:])
-    return Problem(net, Rows(columns, parts[0], "toy images").without("group"), *measured)
+    return Problem(Rows(columns, parts[0], "toy images").without("group"), *measured, net)
 
 
 TOY = Task(
@@ -144,9 +143,9 @@ def test_the_sex_of_a9a_is_its_feature():
     train, _ = tabular.load("a9a")
     assert int(train["features"][:, groups.MALE].sum()) == 21_790
     grouped, plain = groups.problem(tasks.TABULAR_SMOKE, 0), tabular.problem("a9a", tasks.TABULAR_SMOKE, 0.0, 0)
-    assert {n: s.digest for n, s in grouped.splits().items()} == {n: s.digest for n, s in plain.splits().items()}
-    for name in MEASURED:
-        batch = next(getattr(grouped, name).batches())
+    assert {n: s.digest for n, s in grouped.items()} == {n: s.digest for n, s in plain.items()}
+    for rows in grouped.measured.values():
+        batch = next(rows.batches())
         assert torch.equal(batch["group"], batch["features"][:, groups.MALE].long())
 
 

@@ -88,7 +88,7 @@ def test_the_cached_path_computes_what_the_whole_model_does(text, monkeypatch):
     for phi in (full.read(), moved):
         full.write(phi)
         cached.write(phi)
-        for split in problem.splits().values():
+        for _, split in problem.items():
             rows = table.iloc[split.rows]
             tokens = tokenizer(*(rows[c].tolist() for c in text.columns), padding=True, return_tensors="pt")
             batch = next(split.batches())
@@ -106,9 +106,7 @@ def test_the_splits(text):
     table = text_tasks.read(text)
     problems = [text_tasks.prepare(text, seed) for seed in (0, 1)]
     for problem in problems:
-        texts = [
-            frozenset(table.iloc[i][list(text.columns)]) for split in problem.splits().values() for i in split.rows
-        ]
+        texts = [frozenset(table.iloc[i][list(text.columns)]) for _, split in problem.items() for i in split.rows]
         assert len(set(texts)) == len(texts)
         assert (len(problem.observation), len(problem.selection)) == (12, 12)
         labels = torch.tensor(table["label"].to_numpy())[torch.as_tensor(problem.report.rows)]
@@ -117,7 +115,7 @@ def test_the_splits(text):
     assert first.train.digest == second.train.digest
     assert first.observation.digest != second.observation.digest
     if text is COLA:
-        assert sum(map(len, first.splits().values())) == 119  # each text once
+        assert sum(len(split) for _, split in first.items()) == 119  # each text once
         assert (len(first.train), len(first.report)) == (60, 35)
     else:
         assert (len(first.train), len(first.report)) == (80, 21)
@@ -142,7 +140,7 @@ def test_a_smoke_run_is_small():
         (text,) = task.prepare.args
         assert (text.steps, text.max_texts, text.observation_size) == (2, 64, 16)
     small = text_tasks.prepare(replace(STSB, max_texts=30), 0)
-    assert [len(split) for split in small.splits().values()] == [30, 12, 12, 21]
+    assert [len(split) for _, split in small.items()] == [30, 12, 12, 21]
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):

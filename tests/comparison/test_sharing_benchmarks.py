@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def few(monkeypatch, tmp_path):
     monkeypatch.setenv("METRICOPT_DATA", str(tmp_path))
     monkeypatch.setattr(cifar, "load", images)
     monkeypatch.setattr(cifar, "pretrained", net)
-    monkeypatch.setattr(cifar, "splits", functools.partial(cifar.splits, observation_size=50))
+    monkeypatch.setattr(cards, "SIZES", replace(cards.SIZES, observation=50))
     monkeypatch.setattr(worst_class, "METRIC", "misclassification")  # of an untrained net no class is always missed
     for script in (cards, warm_start):
         monkeypatch.setattr(script, "make_trainer", functools.partial(worst_class.make_trainer, phi_dim=2))
@@ -64,8 +65,8 @@ def test_warm_is_compared_with_cold(capsys, tmp_path):
 
 def test_two_users_share_no_image(monkeypatch):
     monkeypatch.setattr(warm_start, "OBSERVED", 40)
-    first, second = warm_start.two_users(images("train"), images("test"), seed=0)
-    theirs, ours = ([part.pixel_values for part in vars(splits).values()] for splits in (first, second))
-    seen = {tuple(image.flatten()[:4].tolist()) for part in theirs for image in part}
-    assert not seen & {tuple(image.flatten()[:4].tolist()) for part in ours for image in part}
+    first, second = warm_start.two_users(net(20), images("train"), images("test"), seed=0)
+    theirs, ours = ([part for _, part in problem.items()] for problem in (first, second))
+    seen = {tuple(item["pixel_values"].flatten()[:4].tolist()) for part in theirs for item in part}
+    assert not seen & {tuple(item["pixel_values"].flatten()[:4].tolist()) for part in ours for item in part}
     assert all(len(part) for part in (*theirs, *ours))

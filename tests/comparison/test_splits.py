@@ -10,7 +10,6 @@ from metricopt_hf.comparison.splits import (
     DataArguments,
     Splits,
     class_names,
-    data_root,
     default_dataset,
     find_column,
     load_splits,
@@ -160,11 +159,11 @@ def test_an_empty_split_is_named(tmp_path):
 def test_default_data(monkeypatch, tmp_path):
     monkeypatch.setenv("METRICOPT_DATA", str(tmp_path))
     (tmp_path / "here").mkdir()
-    assert default_dataset("here") == str(tmp_path / "here")
+    assert default_dataset("here", tmp_path / "elsewhere") == str(tmp_path / "here")
     with pytest.raises(ConfigurationError, match="not here.*METRICOPT_DATA.*--dataset_name"):
-        default_dataset("there")
+        default_dataset("there", tmp_path)
     monkeypatch.delenv("METRICOPT_DATA")
-    assert data_root().parts[-2:] == ("shared", "data")
+    assert default_dataset("here", tmp_path) == str(tmp_path / "here")
 
 
 def test_map_keeps_the_names():

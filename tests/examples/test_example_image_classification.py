@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, example, save_dataset
+from helpers import DATA, TINY, example, save_dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -21,10 +21,9 @@ from transformers import (
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer, PhiError, ValueFunction
 from metricopt_hf.comparison import images as images_room
-from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.comparison.study import ModelArguments
 
-CIFAR = data_root() / "cifar10"
+CIFAR = DATA / "cifar10"
 
 for needed in ("tabulate", "matplotlib"):
     pytest.importorskip(needed)

@@ -8,12 +8,11 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, example, save_dataset
+from helpers import DATA, TINY, example, save_dataset
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
 from metricopt_hf import ConfigurationError, PhiError
 from metricopt_hf.comparison.images import new_model
-from metricopt_hf.comparison.splits import data_root
 from metricopt_hf.metrics import path
 
 for needed in ("tabulate", "matplotlib", "pytorch_metric_learning"):
@@ -175,7 +174,7 @@ def test_refuses_a_model_without_norms(script, images, tmp_path):
 
 
 def test_omniglot(script, tmp_path):
-    if not (data_root() / "omniglot_small").is_dir():
+    if not (DATA / "omniglot_small").is_dir():
         pytest.skip("needs omniglot_small in ../shared/data beside the project")
     options = f"{TINY} --seeds 1 --methods metricopt --observation_size 40 --max_report_samples 40"
     runs = script.main([*options.split(), "--output_dir", str(tmp_path / "out")])

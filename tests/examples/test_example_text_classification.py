@@ -6,11 +6,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, example, load_without_norms, save_dataset
+from helpers import DATA, TINY, example, load_without_norms, save_dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from metricopt_hf import ConfigurationError, MetricError, PhiError
-from metricopt_hf.comparison.splits import data_root
 
 WORDS = ["red", "green", "blue", "big", "small"]
 
@@ -180,7 +179,7 @@ def test_own_data_need_a_metric(script, classes, encoder):
 
 @pytest.mark.parametrize(("task", "metric"), [("cola", "matthews_correlation"), ("stsb", "spearman")])
 def test_tasks(script, encoder, tmp_path, task, metric):
-    if not (data_root() / f"glue_{task}").is_dir():
+    if not (DATA / f"glue_{task}").is_dir():
         pytest.skip(f"needs glue_{task} in ../shared/data beside the project")
     options = f"{TINY} --task {task} --model_name_or_path {encoder} --seeds 1 --methods metricopt"
     options += f" --observation_size 40 --max_train_samples 64 --output_dir {tmp_path / 'out'}"

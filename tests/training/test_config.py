@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -48,6 +49,11 @@ def test_the_help_can_be_printed():
     for name, field in FIELDS.items():
         assert f"--{name}" in text
         assert " ".join(field.metadata["help"].split())[:60] in text
+
+
+def test_the_docstring_lists_the_fields():
+    listed = re.findall(r"`([a-z_]+)`", MetricOptConfig.__doc__.partition("do nothing:")[2].partition("Raises:")[0])
+    assert sorted(listed) == sorted(FIELDS)
 
 
 @pytest.mark.parametrize("name", FIELDS)
