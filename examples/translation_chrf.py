@@ -136,15 +136,17 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
 
         def trainer(output_dir, seed=seed, splits=splits, **changes):
             model = AutoModelForSeq2SeqLM.from_pretrained(named.model_name_or_path, **named.loading)
+            numbers = {name: changes.pop(name) for name in [*changes] if hasattr(args, name)}
             return MetricOptSeq2SeqTrainer(
                 model,
-                replace(args, seed=seed, output_dir=output_dir, **changes),
+                replace(args, seed=seed, output_dir=output_dir, **numbers),
                 train_dataset=splits.train,
                 observation_dataset=splits.observation,
                 selection_dataset=splits.selection,
                 data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
                 processing_class=tokenizer,
                 compute_metrics=compute_metrics,
+                **changes,
             )
 
         for name in texts.methods:
