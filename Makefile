@@ -13,7 +13,7 @@ BENCH := $(abspath $(VENV))/.installed-bench
 DOCS := $(abspath $(VENV))/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-picture test docs check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-import bench-warm-start bench-ceiling bench-diagnose cards clean
+.PHONY: help demo demo-picture test docs check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-import bench-warm-start bench-bridge bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -56,6 +56,9 @@ bench-import: $(USE) ## measure what `import metricopt_hf` takes beside transfor
 
 bench-warm-start: $(USE) ## measure what a shared value function saves
 	$(IN_ROOT) $(PY) -m benchmarks.warm_start $(ARGS)
+
+bench-bridge: $(BENCH) ## measure Bridge on sorting ten numbers, and inside of a classifier
+	$(IN_ROOT) $(PY) -m benchmarks.bridge_sorting $(ARGS)
 
 bench-ceiling: $(BENCH) ## measure what a bias could reach at most
 	$(IN_ROOT) $(PY) -m benchmarks.ceiling $(ARGS)

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         for seed in args.seeds:
             problem = cifar.cut(net, train, test, SIZES, seed)
             make = partial(make_trainer, seed, problem, args.max_steps, str(folder), hub_model_id=f"user/{NAME}")
-            runs.append(run_start(make(), problem.measured))
+            runs += run_start(make(), problem.measured)
             for name, method in METHODS.items():
                 trainer, rows = run_method(method, make, problem.measured, class_bias=True)
                 runs += rows

@@ -59,8 +59,10 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         f"{budget.rounds} rounds of {budget.calls} passes with a metric call each. Every method is evaluated "
         f"{budget.rounds + 1} times on the selection split, and the best phi is kept. Searchers without a loss "
         "have no steps.\n\n"
-        f"Seeds 0 to 9: {'; '.join(RIVALS[name].title for name in FIRST)}. Seeds 0 to 4: all others. Each ran behind "
-        "the commit that fixed its settings. MetricOpt ran six times on these seeds: before the method was improved, "
+        f"Seeds 0 to 9: {'; '.join(RIVALS[name].title for name in FIRST)}. "
+        f"Seeds 0 to 2, on some tasks: {'; '.join(rival.title for rival in RIVALS.values() if rival.seeds == 3)}. "
+        "Seeds 0 to 4: all others. Each ran behind the commit that fixed its settings. MetricOpt ran "
+        "six times on these seeds: before the method was improved, "
         f"and after each of five rounds of it ({LOG}); so did its controls, but after the fifth only on the tasks "
         "whose tables show them. It was improved on development seeds and the selection split alone, in more trials "
         "than the grids.\n\n"
@@ -74,7 +76,8 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         "the worth of every setting). "
         "A grid whose best setting lay at its edge was moved after a first run on these seeds, so some methods had "
         f"more settings tried in all: {more}. MetricOpt's last grid was laid around what trials on development seeds "
-        f"had led to ({LOG}). Controls, and MetricOpt without guidance, take MetricOpt's setting:\n\n{settings}"
+        f"had led to ({LOG}). Controls, other guides, and MetricOpt without guidance, take MetricOpt's setting:\n\n"
+        f"{settings}"
     )
 
 

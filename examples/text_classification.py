@@ -21,15 +21,16 @@ On your data, model and metric, for instance
 The labels decide on the head: classes, or one number. The encoder and its head are first trained by the loss, for the
 share `--metric_start_ratio` of the steps, once per seed; from there each method goes on by itself. Computed here, and
 named by `--metric_for_best_model`, are accuracy, f1 and matthews_correlation for classes, and spearman, pearson and mse
-for numbers; `--metric` names an `evaluate` module instead.
+for numbers; `--metric` names an `evaluate` module instead. One that compares groups needs the column that holds them,
+which it alone is told: `--metric worst_group_accuracy --group_column_name dialect`.
 
 Four disjoint splits: the loss sees train, the metric is observed on `observation`, each method's best step is chosen on
 `selection`, and methods are compared on `report`. GLUE gives no labels for test, so by default all four are cut from
 train and validation; of repeated texts one is taken.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (with LoRA, its adapter), its value function in
-`value_function/`, `results.json` and `metric.png`. `--help` lists all options; a JSON file of options may be given
-instead of them.
+`value_function/`, `results.json`, `metric.png`, `diagnosis.png` (what can be told before any training) and, of groups,
+`groups.png`. `--help` lists all options; a JSON file of options may be given instead of them.
 """
 
 import importlib.util
@@ -48,7 +49,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Eval
 from metricopt_hf import ConfigurationError, MetricOptConfig
 from metricopt_hf.comparison.methods import METHODS
 from metricopt_hf.comparison.report import MethodRun, require
-from metricopt_hf.comparison.splits import DataArguments, class_names, default_dataset, find_column, load_splits
+from metricopt_hf.comparison.splits import (
+    DataArguments,
+    class_names,
+    default_dataset,
+    find_column,
+    load_splits,
+    with_group,
+)
 from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -120,12 +128,16 @@ class TextArguments:
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the labels. Default: label, labels, or the only class column."}
     )
+    group_column_name: str | None = field(
+        default=None,
+        metadata={"help": "Column of whole numbers that the metric alone is told, for worst_group_accuracy and such."},
+    )
     max_length: int = field(default=128, metadata={"help": "Tokens behind which a text is cut off."})
     lora_rank: int = field(default=8, metadata={"help": "With --phi adapter: rank of LoRA in the last block."})
 
 
 def read(dataset: datasets.Dataset, columns: TextArguments) -> datasets.Dataset:
-    """The columns `text`, perhaps `text_pair`, and `label`, each example once."""
+    """The columns `text`, perhaps `text_pair`, `label`, and perhaps `group`, each text once."""
     if len(columns.text_column_names or []) > 2:
         raise ConfigurationError(
             f"--text_column_names names {len(columns.text_column_names)} columns of texts: 1 or 2."
@@ -138,14 +150,17 @@ def read(dataset: datasets.Dataset, columns: TextArguments) -> datasets.Dataset:
         dataset, columns.label_column_name, ("label", "labels"), "label_column_name", datasets.ClassLabel
     )
     names = dict(zip([*texts, label], [*("text", "text_pair")[: len(texts)], "label"], strict=True))
+    if columns.group_column_name is not None:
+        names[find_column(dataset, columns.group_column_name, (), "group_column_name")] = "group"
     dataset = dataset.select_columns(list(names)).rename_columns({old: new for old, new in names.items() if old != new})
-    repeated = dataset.to_pandas().duplicated([name for name in dataset.column_names if name != "label"])
+    repeated = dataset.to_pandas().duplicated([name for name in dataset.column_names if name.startswith("text")])
     return dataset.select(np.flatnonzero(~repeated.to_numpy()))
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """All of `CLASS_METRICS`, or of `NUMBER_METRICS` where the model has one output."""
     outputs, labels = prediction.predictions, prediction.label_ids
+    labels = labels[0] if isinstance(labels, tuple) else labels  # behind them groups
     if outputs.shape[-1] > 1:
         predicted = outputs.argmax(-1)
         return {
@@ -185,6 +200,7 @@ def prepare(data: DataArguments, named: ModelArguments, texts: TextArguments, ar
     """Load, check, and train the start model by its loss."""
     set_seed(args.seed)
     splits = load_splits(data, partial(read, columns=texts), args.seed, args.observation_size, named.token)
+    splits = splits.with_groups(texts.group_column_name)
     if numbers := str(splits.train.features["label"].dtype).startswith("float"):
         splits.check_numbers()
         head = {"num_labels": 1, "problem_type": "regression"}
@@ -203,9 +219,11 @@ def prepare(data: DataArguments, named: ModelArguments, texts: TextArguments, ar
             *(dataset[name][:] for name in ["text", *pair]), truncation=True, max_length=texts.max_length
         )
         columns = {**tokens, "length": [len(ids) for ids in tokens["input_ids"]], "label": dataset["label"][:]}
+        if "group" in dataset.column_names:
+            columns["group"] = dataset["group"][:]
         return datasets.Dataset.from_dict(columns).sort("length")
 
-    return start(
+    made = start(
         with_lora(model, texts.lora_rank) if args.phi == "adapter" else model,
         args,
         splits.map(tokenized),
@@ -213,6 +231,9 @@ def prepare(data: DataArguments, named: ModelArguments, texts: TextArguments, ar
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
     )
+    if texts.group_column_name is not None:
+        made.group_names = class_names(splits.report, "group")
+    return made
 
 
 def main(argv: list[str] | None = None) -> list[MethodRun]:
@@ -233,6 +254,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
             f"Name the metric: --metric_for_best_model {' or '.join([*CLASS_METRICS, *NUMBER_METRICS])}; or --metric."
         )
     named.model_name_or_path = named.model_name_or_path or default_model()
+    args = with_group(args, texts.group_column_name)
     return run_study(
         partial(prepare, data, named, texts),
         METHODS,

@@ -1,5 +1,6 @@
 """Fine-tune a model for the metric that it is judged by: MetricOpt as an extension of the Hugging Face Trainer."""
 
+from .bridge import Bridge
 from .errors import (
     CheckpointError,
     ConfigurationError,
@@ -14,7 +15,17 @@ from .evaluation.ledger import Ledger
 from .evaluation.metric import Metric
 from .evaluation.observation import Observation
 from .evaluation.trajectory import Trajectory
-from .guides import Direction, DirectionGuide, Guide, GuideContext, RandomGuide, Round, ValueFunctionGuide
+from .guides import (
+    BridgeGuide,
+    Direction,
+    DirectionGuide,
+    Guide,
+    GuideContext,
+    LossAlignmentGuide,
+    RandomGuide,
+    Round,
+    ValueFunctionGuide,
+)
 from .hub import ValueFunction
 from .phi import FiLM, PhiSpace, Subset
 from .training.config import MetricOptConfig
@@ -26,6 +37,8 @@ from .training.trainer import MetricOptTrainer
 __version__ = "0.2.0"
 
 __all__ = [
+    "Bridge",
+    "BridgeGuide",
     "CheckpointError",
     "ConfigurationError",
     "Diagnosis",
@@ -36,6 +49,7 @@ __all__ = [
     "GuideContext",
     "HubError",
     "Ledger",
+    "LossAlignmentGuide",
     "Metric",
     "MetricError",
     "MetricOptConfig",

@@ -20,6 +20,7 @@ BELOW = {
     "phi": {"errors"},
     "evaluation": {"phi", "metrics", "errors"},
     "posthoc": {"evaluation", "errors"},
+    "bridge": {"errors"},
     "value": {"evaluation", "phi", "errors"},
     "guides": {"value", "evaluation", "phi", "errors"},
     "hub": {"value", "evaluation", "phi", "errors"},

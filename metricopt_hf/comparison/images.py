@@ -31,11 +31,13 @@ def image_column(dataset: datasets.Dataset, given: str | None = None) -> str:
 
 
 def with_pixels(dataset: datasets.Dataset, processor: Any) -> datasets.Dataset:
-    """The columns `image` and `label` as `pixel_values` and `labels`, made when they are asked for."""
+    """The columns `image` and `label` as `pixel_values` and `labels`, made when they are asked for; `group` stays."""
 
     def transform(batch):
         images = [image.convert("RGB") for image in batch["image"]]
-        return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": batch["label"]}
+        group = {"group": batch["group"]} if "group" in batch else {}
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": batch["label"], **group}
 
     return dataset.with_transform(transform)
 

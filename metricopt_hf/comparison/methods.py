@@ -9,16 +9,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from transformers import EvalPrediction
 from transformers.trainer_callback import ProgressCallback
 
-from .. import Ledger, MetricOptTrainer
+from .. import Ledger, Metric, MetricError, MetricOptTrainer
 from ..posthoc import add_bias, tune_bias
-from .report import MethodRun, compare, comparison_table, details_of, plot_run, save_results, table_note
+from .report import MethodRun, compare, comparison_table, details_of, plot_groups, plot_run, save_results, table_note
 from .splits import MEASURED
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ METHODS = {
 }
 PRETRAINED, WITH_BIAS, REFERENCE = "pretrained", " + class bias", LOSS_ONLY.title
 
-VALUE_FUNCTION, RESULTS, PLOT = "value_function", "results.json", "metric.png"
+VALUE_FUNCTION, RESULTS, PLOT, GROUPS_PLOT = "value_function", "results.json", "metric.png", "groups.png"
 
 
 def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[str, EvalPrediction]:
@@ -62,10 +64,69 @@ def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[st
     return {name: EvalPrediction(output.predictions, output.label_ids) for name, output in outputs.items()}
 
 
-def run_start(trainer: MetricOptTrainer, splits: Mapping[str, Any], seconds: float = 0.0) -> MethodRun:
-    """The row of the model as it is before tuning; `seconds` it took to train."""
-    scores = {name: trainer.metric(prediction) for name, prediction in predictions(trainer, splits).items()}
-    return MethodRun(PRETRAINED, trainer.args.seed, scores, seconds=seconds)
+def measured(metric: Metric, outputs: Mapping[str, EvalPrediction]) -> dict[str, float]:
+    """The metric of each prediction; nan where it fails twice, so that one failure does not cost a study all it has."""
+    scores = {}
+    for name, output in outputs.items():
+        for last in (False, True):
+            try:
+                scores[name] = metric(output)
+                break
+            except MetricError as error:
+                scores[name] = float("nan")
+                again = f"The figure on the {name} split is left out." if last else "It is asked once more."
+                logger.warning(f"{error} {again}")
+    return scores
+
+
+def by_group(metric: Metric, prediction: EvalPrediction) -> dict[int, float]:
+    """The metric on the examples of each group alone, where groups stand in a second label column.
+
+    A group by which the metric cannot tell anything, such as a gap between groups, is left out.
+    """
+    if not isinstance(prediction.label_ids, tuple) or len(prediction.label_ids) != 2:
+        return {}
+    scores, outputs, groups = {}, prediction.predictions, prediction.label_ids[1]
+    for group in np.unique(groups):
+        rows = groups == group
+        part = tuple(output[rows] for output in outputs) if isinstance(outputs, tuple) else outputs[rows]
+        with suppress(MetricError):
+            scores[int(group)] = metric(EvalPrediction(part, tuple(column[rows] for column in prediction.label_ids)))
+    return scores
+
+
+def rows_of(
+    title: str,
+    trainer: MetricOptTrainer,
+    outputs: Mapping[str, EvalPrediction],
+    seconds: float,
+    class_bias: bool,
+    details: Mapping[str, Any],
+) -> list[MethodRun]:
+    """The row of what a trainer's model says of each split, and, with `class_bias`, one with a bias tuned on top."""
+    metric, calls, reported = trainer.metric, dict(trainer.ledger.calls), MEASURED[-1]
+
+    def row(title: str, outputs: Mapping[str, EvalPrediction], **values: Any) -> MethodRun:
+        scores = measured(metric, outputs)
+        groups = by_group(metric, outputs[reported]) if reported in outputs else {}
+        return MethodRun(title, trainer.args.seed, scores, by_group=groups, **values)
+
+    rows = [row(title, outputs, calls=calls, seconds=seconds, details=dict(details))]
+    if class_bias:
+        ledger, start = Ledger(), perf_counter()
+        bias = tune_bias(metric, outputs["observation"], ledger)
+        seconds += perf_counter() - start
+        tuned = {name: add_bias(output, bias) for name, output in outputs.items()}
+        calls = {**calls, "post-hoc": calls.get("post-hoc", 0) + ledger.calls["post-hoc"]}
+        rows.append(row(title + WITH_BIAS, tuned, calls=calls, seconds=seconds, details={"bias": bias}))
+    return rows
+
+
+def run_start(
+    trainer: MetricOptTrainer, splits: Mapping[str, Any], seconds: float = 0.0, class_bias: bool = False
+) -> list[MethodRun]:
+    """The rows of the model as it is before tuning; `seconds` it took to train. For `class_bias` see `run_method`."""
+    return rows_of(PRETRAINED, trainer, predictions(trainer, splits), seconds, class_bias, {})
 
 
 def run_method(
@@ -88,24 +149,14 @@ def run_method(
         The trainer after its run, and one or two rows of the table.
     """
     trainer = make_trainer(**method.changes, **changes)
-    seed, metric = trainer.args.seed, trainer.metric
-    logger.info(f"Seed {seed}: {method.title}.")
+    logger.info(f"Seed {trainer.args.seed}: {method.title}.")
     start = perf_counter()
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     seconds = perf_counter() - start
-    outputs = predictions(trainer, splits)
-    scores = {name: metric(output) for name, output in outputs.items()}
-    logger.info(
-        f"Seed {seed}: {method.title} took {seconds:.1f} s; {', '.join(f'{n} {s:.3f}' for n, s in scores.items())}."
-    )
-    rows = [MethodRun(method.title, seed, scores, dict(trainer.ledger.calls), seconds, details_of(trainer))]
-    if class_bias and method.class_bias:
-        ledger, start = Ledger(), perf_counter()
-        bias = tune_bias(metric, outputs["observation"], ledger)
-        seconds += perf_counter() - start
-        scores = {name: metric(add_bias(output, bias)) for name, output in outputs.items()}
-        calls = {**trainer.ledger.calls, "post-hoc": ledger.calls["post-hoc"]}
-        rows.append(MethodRun(method.title + WITH_BIAS, seed, scores, calls, seconds, {"bias": bias}))
+    outputs, with_bias = predictions(trainer, splits), class_bias and method.class_bias
+    rows = rows_of(method.title, trainer, outputs, seconds, with_bias, details_of(trainer))
+    scores = ", ".join(f"{name} {score:.3f}" for name, score in rows[0].scores.items())
+    logger.info(f"Seed {trainer.args.seed}: {method.title} took {seconds:.1f} s; {scores}.")
     return trainer, rows
 
 
@@ -126,14 +177,20 @@ def summary(runs: Sequence[MethodRun], trainer: MetricOptTrainer) -> str:
 
 
 def write(
-    folder: str, runs: Sequence[MethodRun], trainer: MetricOptTrainer, title: str, arguments: Mapping[str, Any]
-) -> None:
-    """Write results and plot into `folder`.
+    folder: str,
+    runs: Sequence[MethodRun],
+    trainer: MetricOptTrainer,
+    title: str,
+    arguments: Mapping[str, Any],
+    group_names: Sequence[str] = (),
+) -> list[str]:
+    """Write results and plots into `folder`; their names.
 
     Args:
         trainer: whose run is plotted.
         title: of its method, as in the table.
         arguments: of the script, for the record.
+        group_names: of the groups that the metric is told, where it is told any.
     """
     metric, seed = trainer.metric, trainer.args.seed
     differences = compare(runs, REFERENCE, MEASURED[-1], metric.greater_is_better)
@@ -148,3 +205,9 @@ def write(
     details = {run.method: run.details for run in runs if run.seed == seed}
     reference = (REFERENCE, details[REFERENCE]) if REFERENCE in details and title != REFERENCE else None
     plot_run(os.path.join(folder, PLOT), details[title], metric.name, reference, f"{title}, seed {seed}")
+    if not any(run.by_group for run in runs):
+        return [RESULTS, PLOT]
+    shown = [PRETRAINED, PRETRAINED + WITH_BIAS, REFERENCE, REFERENCE + WITH_BIAS, title]
+    mine = [run for run in in_order(runs) if run.method in shown]
+    plot_groups(os.path.join(folder, GROUPS_PLOT), mine, metric.name, group_names)
+    return [RESULTS, PLOT, GROUPS_PLOT]

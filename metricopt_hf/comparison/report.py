@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 from .. import ConfigurationError, MetricOptTrainer
 from ..extras import require
 
-BETTER, WORSE, INSIDE_NOISE, ONE_SEED = "better", "worse", "inside noise", "one seed"
+BETTER, WORSE, INSIDE_NOISE, ONE_SEED, NO_FIGURE = "better", "worse", "inside noise", "one seed", "no figure"
 # A difference of at most so many standard errors is called noise.
 NOISE_ERRORS = 2.0
 
@@ -33,6 +33,7 @@ class MethodRun:
         method: row of the table.
         seed: runs of different methods with the same seed are compared with each other.
         scores: the metric on each split, by the split's name.
+        by_group: the metric on each group's examples of the last split, where it is told groups; by the group's number.
         calls: metric calls by purpose (see `Ledger`).
         seconds: what the run took.
         details: whatever else should stand in the results file; see `details_of`.
@@ -44,6 +45,7 @@ class MethodRun:
     calls: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     details: dict[str, Any] = field(default_factory=dict)
+    by_group: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Difference:
     Attributes:
         mean: over the seeds, in units of the metric.
         error: its standard error; nan for one seed.
-        verdict: "better", "worse", "inside noise", or "one seed".
+        verdict: "better", "worse", "inside noise", "one seed", or "no figure".
     """
 
     mean: float
@@ -117,7 +119,11 @@ def compare(
                 f"{method!r} was run with the seeds {sorted(scores)}, {reference!r} with {sorted(base)}: differences "
                 "are paired by seed."
             )
-        seeds = sorted(base)
+        # without seeds of which a figure is missing, as the metric failed
+        seeds = [seed for seed in sorted(base) if math.isfinite(scores[seed] - base[seed])]
+        if not seeds:
+            differences[method] = Difference(float("nan"), float("nan"), NO_FIGURE)
+            continue
         differences[method] = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds], greater_is_better)
     return differences
 
@@ -244,6 +250,37 @@ def plot_run(
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def plot_groups(
+    path: str | os.PathLike, runs: Sequence[MethodRun], metric_name: str, names: Sequence[str] = ()
+) -> None:
+    """Draw each method's metric in each group, mean and standard error over seeds, into an image file.
+
+    Args:
+        names: of the groups, by their number.
+    """
+    require("matplotlib", "plot")
+    from matplotlib.figure import Figure  # no pyplot: no windows, no global state
+
+    methods = list(dict.fromkeys(run.method for run in runs))
+    groups = sorted({group for run in runs for group in run.by_group})
+    figure = Figure(figsize=(max(7, 2 * len(groups)), 4.5), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(methods)
+    for i, method in enumerate(methods):
+        estimates = [
+            mean_and_error([run.by_group.get(group, float("nan")) for run in runs if run.method == method])
+            for group in groups
+        ]
+        means, errors = zip(*estimates, strict=True)
+        places = np.arange(len(groups)) + (i + 0.5) * width - 0.4
+        axes.bar(places, means, width, yerr=errors, capsize=2, color=f"C{i}", label=method)
+    axes.set_xticks(range(len(groups)), [names[g] if 0 <= g < len(names) else f"group {g}" for g in groups])
+    axes.set_ylabel(f"{metric_name} within the group, report split")
+    axes.legend(fontsize="small", framealpha=0.6, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, 1.12))
+    axes.grid(alpha=0.25, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 

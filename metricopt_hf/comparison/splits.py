@@ -15,9 +15,10 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .. import ConfigurationError
+from .. import ConfigurationError, MetricOptConfig
 
 MEASURED = ("observation", "selection", "report")
+GROUP_METRICS = ("worst_group_accuracy", "equalized_odds_gap")  # of those that come along
 
 
 @dataclass
@@ -84,12 +85,36 @@ class Splits:
         for name, dataset in self.items():
             labels = np.asarray(dataset.with_format("numpy")[column][:])
             if (wrong := np.flatnonzero(~np.isfinite(labels))).size:
-                raise ConfigurationError(f"Example {wrong[0]} of the {name} split has the label {labels[wrong[0]]}.")
+                raise ConfigurationError(
+                    f"Example {wrong[0]} of the {name} split has the label {labels[wrong[0]]}, which is no number to "
+                    "learn: leave such examples out, or name another column with --label_column_name."
+                )
             if np.ptp(labels) == 0:
                 raise ConfigurationError(
                     f"All labels of the {name} split are {labels[0]}, as where labels are held back: take another "
                     "--*_split, or more of it."
                 )
+
+    def with_groups(self, column: str | None) -> Splits:
+        """The splits to measure on with their checked column `group`, and train without it: the metric alone is told.
+
+        Args:
+            column: its name in the data set; None: there are no groups, and nothing is done.
+
+        Raises:
+            ConfigurationError: groups are no whole numbers.
+        """
+        if column is None:
+            return self
+        for name, dataset in self.measured.items():
+            groups = np.asarray(dataset.with_format("numpy")["group"][:])
+            if groups.dtype.kind not in "iub":
+                raise ConfigurationError(
+                    f"The groups of the {name} split, its column {column!r}, are {groups.dtype}, not whole numbers: "
+                    f"encode them first, with `dataset.class_encode_column({column!r})`."
+                )
+        without = [name for name in self.train.column_names if name != "group"]
+        return Splits(self.train.select_columns(without), *self.measured.values())
 
     def check_classes(self, num_labels: int, column: str = "label") -> None:
         """Refuse labels that are no class indices below `num_labels`.
@@ -142,6 +167,25 @@ def find_column(
             f"Name the right one with --{option}."
         )
     return found[0]
+
+
+def with_group(args: MetricOptConfig, column: str | None) -> MetricOptConfig:
+    """The arguments for a metric that is told the column `group` beside the labels.
+
+    Args:
+        column: its name in the data set; None: there is none, and the arguments stay.
+
+    Raises:
+        ConfigurationError: the metric needs groups, and there is no column of them.
+    """
+    if column is not None:
+        return replace(args, label_names=["labels", "group"])
+    if args.metric_name_or_path in GROUP_METRICS:
+        raise ConfigurationError(
+            f"{args.metric_name_or_path} compares groups of examples: name the column that holds them with "
+            "--group_column_name."
+        )
+    return args
 
 
 def class_names(dataset: datasets.Dataset, column: str = "label") -> list[str]:
@@ -229,7 +273,7 @@ def load_dataset(name: str, config: str | None, split: str, token: str | None = 
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
-        raise ConfigurationError(f"The split {split!r} of {name} is empty.") from error
+        raise ConfigurationError(f"The split {split!r} of {name} is empty: take another with --*_split.") from error
 
 
 def sample(dataset: datasets.Dataset, size: int | None, seed: Any) -> datasets.Dataset:

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from .. import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from .. import metrics as shipped_metrics
-from .methods import PLOT, RESULTS, VALUE_FUNCTION, Method, run_method, run_start, summary, write
+from .methods import VALUE_FUNCTION, Method, run_method, run_start, summary, write
 from .report import MethodRun, require
 from .splits import Splits
 
@@ -38,6 +38,7 @@ DEFAULTS = {
     "dataloader_pin_memory": False,
     "methods": ["loss_only", "shuffled", "metricopt"],
 }
+DIAGNOSIS = "diagnosis.png"
 # In the first phase nothing is kept: the comparison begins behind it.
 FIRST_PHASE = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
 
@@ -50,6 +51,9 @@ class StudyArguments:
         default_factory=list, metadata={"help": "What to run and compare; shuffled and random are controls."}
     )
     seeds: list[int] | None = field(default=None, metadata={"help": "Default: seed, seed + 1 and seed + 2."})
+    diagnose: bool = field(
+        default=True, metadata={"help": "With the first seed say first whether there is anything to gain."}
+    )
 
 
 @dataclass
@@ -181,6 +185,7 @@ class Start:
         options: further arguments of each trainer (`data_collator`, `metric`, `phi`, `processing_class`, ...).
         class_bias: whether the task is a classification, whose cheap rival is a bias per class.
         seconds: how long it took to train.
+        group_names: of the groups that the metric is told, by their number.
     """
 
     model: nn.Module
@@ -189,6 +194,7 @@ class Start:
     options: Mapping[str, Any] = field(default_factory=dict)
     class_bias: bool = False
     seconds: float = 0.0
+    group_names: Sequence[str] = ()
 
     def trainer(self, **changes: Any) -> MetricOptTrainer:
         """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments."""
@@ -284,7 +290,12 @@ def run_study(
         begin = prepare(replace(args, seed=seed, push_to_hub=False))
         first = begin.trainer(push_to_hub=args.push_to_hub and not runs)  # makes the repository, or fails early
         first.settle()  # what would be refused later is refused now
-        runs.append(run_start(first, begin.splits.measured, begin.seconds))
+        if study.diagnose and not runs:
+            found = first.diagnose()
+            if first.is_world_process_zero():
+                os.makedirs(args.output_dir, exist_ok=True)
+                found.plot(os.path.join(args.output_dir, DIAGNOSIS))
+        runs += run_start(first, begin.splits.measured, begin.seconds, begin.class_bias)
         for name in study.methods:
             keep = name == kept_method and seed == study.seeds[0]
             apart = not keep and args.save_strategy != "no"
@@ -304,11 +315,12 @@ def run_study(
                 kept.save_model()
 
     if kept.is_world_process_zero():
-        write(args.output_dir, runs, kept, title, {**arguments, **study.__dict__, **args.to_dict()})
+        recorded = {**arguments, **study.__dict__, **args.to_dict()}
+        written = write(args.output_dir, runs, kept, title, recorded, begin.group_names)
         print(summary(runs, kept))
         if note is not None:
             print(note)
-        written = f"the model, {VALUE_FUNCTION}/, {RESULTS} and {PLOT}"
+        written = ", ".join(["the model", f"{VALUE_FUNCTION}/", *[DIAGNOSIS] * study.diagnose, *written])
         print(f"{perf_counter() - since:.0f} s in all. {args.output_dir} holds {written}.")
     source, dataset = arguments.get("model_name_or_path"), arguments.get("dataset_name")
     card = {**card, "tags": [*card.get("tags", ()), "metricopt"], "finetuned_from": source}

@@ -27,7 +27,10 @@ from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
 
-NOTHING = "The set on which the metric is observed is empty, or the model returns no logits."
+NOTHING = (
+    "The set on which the metric is observed is empty, or the model returns no logits. Look at "
+    'len(observation_dataset), and let forward return {"loss": loss, "logits": logits}.'
+)
 
 
 class BatchOutput(NamedTuple):
@@ -205,7 +208,8 @@ class Evaluator:
         if not self.phi.read().isfinite().all():
             raise MetricError(
                 f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
-                "moved it. What was selected before stays."
+                "moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
+                "learning_rate and phi_learning_rate."
             )
         complete = complete or self.complete
         if prediction is None and self.metric.batchwise and complete is None:
@@ -261,11 +265,15 @@ class _Data:
 
     def _outputs(self) -> Iterator[BatchOutput]:
         batches = self._kept_batches()
-        for index, batch in enumerate(self._batches() if batches is None else batches):
-            if self._prefix is None or batches is None:
-                yield self.predict(batch)
-            else:
-                yield self._prefix.forward(index, lambda i: self.predict(batches[i]), len(batches))
+        if batches is None:
+            yield from map(self.predict, self._batches())
+            return
+
+        def run(index: int) -> BatchOutput:  # on a copy: whoever predicts may take columns out, or write to them
+            return self.predict(copy.deepcopy(batches[index]))
+
+        for index in range(len(batches)):
+            yield run(index) if self._prefix is None else self._prefix.forward(index, run, len(batches))
 
     def _check_joinable(self, labels: Any) -> None:
         """Batches of lists of dicts would be joined row by row, the first image with the first, and say nothing."""

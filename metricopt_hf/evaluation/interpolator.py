@@ -115,6 +115,22 @@ class Interpolator:
         return off / moved if moved else 0.0
 
 
+class InterpolatedPredictions(Sequence[EvalPrediction]):
+    """What an interpolator says of points z: [n, k], made when it is looked at, as all at once may be large."""
+
+    def __init__(self, interpolator: Interpolator, z: np.ndarray):
+        self.interpolator, self.z = interpolator, z
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return InterpolatedPredictions(self.interpolator, self.z[index])
+        (prediction,) = self.interpolator.at(self.z[index][None])
+        return prediction
+
+
 def _leaves(prediction: EvalPrediction) -> dict[tuple, np.ndarray]:
     """Path -> array, of all arrays in the fields of a prediction."""
     found: dict[tuple, np.ndarray] = {}

@@ -34,11 +34,13 @@ class Observed:
         observations: in a fixed order, without those that failed.
         errors: a message for each call that failed.
         predictions: one for each of the observations, where they were asked for.
+        scores: [n] the metric on each of these predictions, where it is not what the observation says.
     """
 
     observations: list[Observation]
     errors: list[str]
     predictions: Sequence[EvalPrediction] | None
+    scores: np.ndarray | None = None
 
 
 class Observer:

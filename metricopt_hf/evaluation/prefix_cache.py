@@ -5,7 +5,8 @@ for every phi. Which modules those are is found by watching one forward pass; wh
 pass they return it instead of computing. Whether that is right for a model is not assumed but tried, at another phi,
 against the full forward pass; where it is not, nothing is cached.
 
-Compared is what the model itself returns: class decisions made of it would hardly show a wrong replay.
+Compared is what the model itself returns, since class decisions made of it would hardly show a wrong replay, and what
+is predicted with it, since that may hold what a hook has caught of a frozen layer.
 """
 
 from __future__ import annotations
@@ -92,14 +93,14 @@ class PrefixCache:
                 result = run(index)
             # one that generates may go on for longer at this phi, without what skipped modules would have noted
             return result if len(returned) == self._passes[index] else run(index)
-        with self._returned() as expected:
+        with self._returned() as returned:
             result, outputs = self._record(lambda: run(index))
-        self._kept[index], self._passes[index] = {}, len(expected)
+        self._kept[index], self._passes[index] = {}, len(returned)
         size = nbytes([outputs.get(call) for call in self._needed])
         # a batch may take another way through the model, or use what the batch that was tried did not
         if size <= self._room and tuple(outputs) == self._calls:
             kept = self._select(outputs, self._needed)
-            if self._right(kept, lambda: run(index), expected):
+            if self._right(kept, lambda: run(index), [*returned, result]):
                 self._kept[index] = kept
                 self._room -= size
         return result
@@ -109,8 +110,9 @@ class PrefixCache:
         _, outputs = self._record(lambda: run(0))
         self._calls = ()
         with self._moved():
-            with self._returned() as expected:
-                run(0)
+            with self._returned() as returned:
+                result = run(0)
+            expected = [*returned, result]
             run(num_batches - 1)  # what modules leave behind on themselves is now another batch's
 
             def right(needed: set[Call]) -> bool:
@@ -124,13 +126,13 @@ class PrefixCache:
         self._calls = tuple(outputs)
 
     def _right(self, kept: dict[Call, Kept], run: Callable[[], Any], expected: list[Any]) -> bool:
-        """Whether the model returns what is expected of it, with `kept` replayed."""
+        """Whether the model's passes and `run` itself return what is expected of them, with `kept` replayed."""
         try:
             with self._returned() as returned, self._replayed(kept):
-                run()
+                result = run()
         except Exception:
             return False  # say, a poisoned tensor was viewed or changed in place, so it is needed
-        return _same(returned, expected)
+        return _same([*returned, result], expected)
 
     @contextmanager
     def _returned(self) -> Iterator[list[Any]]:

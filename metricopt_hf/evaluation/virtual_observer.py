@@ -20,7 +20,7 @@ from transformers import EvalPrediction
 from ..errors import MetricError
 from ..phi import Coordinates
 from .evaluator import Evaluator
-from .interpolator import Interpolator
+from .interpolator import InterpolatedPredictions, Interpolator
 from .observation import Observation
 from .observer import Observed
 from .rows import num_rows
@@ -89,11 +89,14 @@ class VirtualObserver:
             [scores.predictions[i] for i in fine],
         )
 
-    def observe(self, coordinates: Coordinates, step: int, pairs: int) -> Observed:
+    def observe(self, coordinates: Coordinates, step: int, pairs: int, predictions: bool = False) -> Observed:
         """The metric at antithetic pairs round the present phi, on interpolated predictions: 2 `pairs` + 1 calls.
 
         One half of the rows may be harder than another. So scores are moved by what the metric at phi itself is better
         on all rows than the pairs are on average.
+
+        Args:
+            predictions: whether to return them too, with the scores as they were before that.
         """
         phi = self.evaluator.phi.read()
         here, z = self._relative(coordinates), coordinates.encode(phi).cpu()
@@ -108,6 +111,7 @@ class VirtualObserver:
         (whole,), errors = self._scores(self.interpolator, here[None])
         scores, more = self._scores(part, here + offsets.numpy())
         seconds = (perf_counter() - start) / (len(scores) + 1)
+        own, fine = scores, np.isfinite(scores)
         complete = scores.reshape(-1, 2)
         complete = complete[np.isfinite(complete).all(1)]
         if len(complete) and np.isfinite(whole):
@@ -117,7 +121,10 @@ class VirtualObserver:
             for offset, score in zip(offsets, scores, strict=True)
             if np.isfinite(score)
         ]
-        return Observed(observations, errors + more, None)
+        if not predictions:
+            return Observed(observations, errors + more, None)
+        interpolated = InterpolatedPredictions(part, (here + offsets.numpy())[fine])
+        return Observed(observations, errors + more, interpolated, own[fine])
 
     def state_dict(self) -> dict[str, Any]:
         return {

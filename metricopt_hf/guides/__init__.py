@@ -5,7 +5,9 @@ from collections.abc import Callable
 from ..errors import ConfigurationError
 from ..value import ValueNetwork
 from .base import Direction, DirectionGuide, Guide, GuideContext, Round
+from .bridge import BridgeGuide
 from .controls import RandomGuide, ShuffledGuide
+from .loss_alignment import LossAlignmentGuide
 from .value_function import ValueFunctionGuide
 
 # name -> what makes the guide, given a value function to start from or None
@@ -13,14 +15,18 @@ GUIDES: dict[str, Callable[[ValueNetwork | None], Guide]] = {
     "value_function": ValueFunctionGuide,
     "shuffled": ShuffledGuide,
     "random": lambda value_function: RandomGuide(),
+    "bridge": lambda value_function: BridgeGuide(),
+    "loss_alignment": lambda value_function: LossAlignmentGuide(),
 }
 
 __all__ = [
     "GUIDES",
+    "BridgeGuide",
     "Direction",
     "DirectionGuide",
     "Guide",
     "GuideContext",
+    "LossAlignmentGuide",
     "RandomGuide",
     "Round",
     "ShuffledGuide",

@@ -38,12 +38,15 @@ class GuideContext:
         generator: the guide's only randomness, the same on every rank.
         metric: the black box, on predictions that the guide has from a `Round` or has made of them; every call is
             charged as an observation. Raises `MetricError`.
+        value_weight: lambda, the length of the guide's gradient against the task's at full trust. Of a direction the
+            phase sees to it (see `blend`), of a loss the guide.
     """
 
     coordinates: Coordinates
     greater_is_better: bool
     generator: torch.Generator
     metric: Callable[[EvalPrediction], float]
+    value_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,17 @@ class Round:
     Attributes:
         trajectory: all real observations so far; where the round is real, the new ones are its `last_round`.
         interpolated: observations on interpolated predictions (see `VirtualObserver`), the latest ones.
-        predictions: predictions and labels behind each of the new real ones, where the guide `wants_predictions`.
+        predictions: predictions and labels behind each of the new ones, real or interpolated, where the guide
+            `wants_predictions`.
+        scores: [n] the metric on each of `predictions`: of an interpolated one not what its observation says, as that
+            is moved (see `VirtualObserver.observe`).
         is_real: whether the round's own observations are real ones, by which the guide is judged.
     """
 
     trajectory: Trajectory
     interpolated: Trajectory = field(default_factory=Trajectory)
     predictions: Sequence[EvalPrediction] | None = None
+    scores: np.ndarray | None = None
     is_real: bool = True
 
     @property
@@ -111,14 +118,21 @@ class Guide(ABC):
         """Be judged on a real round, then learn from it."""
         if observed.is_real:
             latest = observed.trajectory.last_round
-            predicted = self.predict(latest.z)
+            predicted = self.predict_round(observed)
             if predicted is not None:
                 self.trust.update(predicted, latest.scores)
         self.learn(observed)
 
-    @abstractmethod
     def predict(self, z: np.ndarray) -> np.ndarray | None:
         """Scores expected at z: [n, k] -> [n], in any unit that rises with the metric; None before there is a fit."""
+        return None
+
+    def predict_round(self, observed: Round) -> np.ndarray | None:
+        """The same for the observations of a round that are to be judged: by default from where they were taken.
+
+        One that learns from predictions says it of these, of which there are as many, and needs no `predict`.
+        """
+        return self.predict(observed.trajectory.last_round.z)
 
     @abstractmethod
     def learn(self, observed: Round) -> None:

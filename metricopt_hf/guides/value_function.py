@@ -34,7 +34,8 @@ class ValueFunctionGuide(DirectionGuide):
         given, dim = self._given, context.coordinates.dim
         if given is not None and given.num_coordinates != dim:
             raise ConfigurationError(
-                f"The value function given has {given.num_coordinates} coordinates, this phi {dim}."
+                f"The value function given has {given.num_coordinates} coordinates, this phi {dim}: set phi_dim to "
+                f"{given.num_coordinates}, or start without it."
             )
         self.fitted = given is not None
         self.calibration = Calibration()

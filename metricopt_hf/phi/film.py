@@ -43,7 +43,7 @@ def _merged(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | 
 def _merge_saved(host_name: str, norm: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """State-dict hook of a modulated norm: whoever asks the model for its weights gets plain ones."""
     scale, shift = (state.pop(prefix + _join(host_name, part), None) for part in (SCALE, SHIFT))
-    if scale is not None:
+    if scale is not None and (scale.any() or (shift is not None and shift.any())):  # else the weights themselves
         weight, bias = prefix + "weight", prefix + "bias"
         with torch.no_grad():
             merged = _merged(state[weight], state.get(bias), scale, shift)

@@ -57,7 +57,9 @@ def adapter(model: nn.Module) -> Subset:
             'or use phi="film" or a regular expression over parameter names.'
         )
     if not any(p.requires_grad for p in model.parameters()):
-        raise PhiError("The PEFT model has no trainable parameter; was it loaded with `is_trainable=False`?")
+        raise PhiError(
+            "The PEFT model has no trainable parameter: load it with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
     return trainable(model)
 
 

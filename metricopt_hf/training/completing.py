@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 INDICES = "indices"  # in `include_for_metrics`
 POST_PROCESS = (
-    "evaluate() is overridden here: if it makes something else of the predictions before it calls compute_metrics, "
-    "hand the same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see "
-    "CompletingTrainer)."
+    "{}() is overridden here. If it makes something else of the predictions before it calls compute_metrics, hand the "
+    "same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see CompletingTrainer). "
+    "If it makes or renames metrics itself, pass the one to optimise: metric=Metric(compute_metrics, 'its name')."
 )
 
 
@@ -100,38 +100,48 @@ class CompletingTrainer(Trainer):
         if self._completes or not data.is_part(self.observation_dataset):
             return
         try:
-            other = evaluator.evaluate("check", _reordered)
-            # a metric that is never twice the same is another matter
-            if not np.isclose(other, score) and np.isclose(evaluator.evaluate("check"), score):
-                logger.warning(
-                    f"In another order of the same rows {self.metric.name} is {other:g} instead of {score:g}: does it "
-                    "look rows up by their place in eval_dataset? It is given random parts of that. Set "
-                    'include_for_metrics=["indices"] and look up prediction.indices, or pass an observation_dataset '
-                    'and a selection_dataset that it knows, with observe="predictions_on_all_rows".'
-                )
+            for order in range(3):  # of a coarse metric one may come out the same by chance
+                other = evaluator.evaluate("check", partial(_reordered, order=order))
+                if np.isclose(other, score):
+                    continue
+                if np.isclose(evaluator.evaluate("check"), score):  # else it is never twice the same
+                    logger.warning(
+                        f"In another order of the same rows {self.metric.name} is {other:g} instead of {score:g}: does "
+                        "it look rows up by their place in eval_dataset? It is given random parts of that. Set "
+                        'include_for_metrics=["indices"] and look up prediction.indices, or pass an '
+                        "observation_dataset and a selection_dataset that it knows, with "
+                        'observe="predictions_on_all_rows".'
+                    )
+                return
         except MetricError:
             pass
 
     @property
     def _hint(self) -> str:
         """What a metric that fails at its first call may lack."""
-        overridden = type(self).evaluate not in (CompletingTrainer.evaluate, Seq2SeqTrainer.evaluate)
-        return POST_PROCESS if overridden and self.post_process_function is None else ""
+        evaluates = type(self).evaluate not in (CompletingTrainer.evaluate, Seq2SeqTrainer.evaluate)
+        loops = type(self).evaluation_loop is not CompletingTrainer.evaluation_loop
+        overridden = "evaluate" if evaluates else "evaluation_loop" if loops else None
+        return POST_PROCESS.format(overridden) if overridden and self.post_process_function is None else ""
 
     def _post_process(self, examples: Any, features: Any, prediction: EvalPrediction) -> EvalPrediction:
         return self.post_process_function(examples, features, prediction.predictions)
 
 
-def _reordered(prediction: EvalPrediction) -> EvalPrediction:
-    """The same rows, sorted by their labels, or else the last first."""
-    labels = prediction.label_ids
-    sortable = isinstance(labels, np.ndarray) and labels.ndim == 1
-    order = np.argsort(labels, kind="stable") if sortable else slice(None, None, -1)
+def _reordered(prediction: EvalPrediction, order: int) -> EvalPrediction:
+    """The same rows, sorted by their labels (0), or shuffled, with `order` as the seed."""
+    labels = rows = prediction.label_ids
+    while isinstance(rows, (tuple, list)) and len(rows):
+        rows = rows[0]
+    count = len(rows) if isinstance(rows, np.ndarray) and rows.ndim else 0
+    sortable = order == 0 and isinstance(labels, np.ndarray) and labels.ndim == 1
+    places = np.argsort(labels, kind="stable") if sortable else np.random.default_rng(order).permutation(count)
 
     def turn(rows: Any) -> Any:
         if isinstance(rows, tuple):
             return tuple(map(turn, rows))
-        return rows[order].copy() if isinstance(rows, np.ndarray) and rows.ndim else rows
+        has_rows = isinstance(rows, np.ndarray) and rows.ndim and len(rows) == count
+        return rows[places].copy() if has_rows else rows
 
     fields = ("predictions", "label_ids", "inputs", "losses")
     return EvalPrediction(**{name: turn(getattr(prediction, name)) for name in fields})

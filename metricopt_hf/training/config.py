@@ -206,8 +206,9 @@ class MetricOptConfig(TrainingArguments):
     guide: str = field(
         default="value_function",
         metadata={
-            "help": "What says which way the metric improves: value_function, or a control, shuffled (a value "
-            "function fitted to shuffled scores) and random (a random direction).",
+            "help": "What says which way the metric improves: value_function; through the loss, bridge (a "
+            "network that expects the metric of a batch) and loss_alignment (a loss whose parameters are adapted); "
+            "or a control, shuffled (a value function fitted to shuffled scores) and random (a random direction).",
             "choices": GUIDES,
         },
     )

@@ -101,7 +101,10 @@ class Faults:
         if self.in_a_row >= self.max_in_a_row:
             reason = f"the metric failed {self.in_a_row} times in a row"
             if self.give_up(reason):
-                logger.warning(f"Guidance is switched off: {reason}. Training goes on with the loss alone.")
+                logger.warning(
+                    f"Guidance is switched off: {reason}. Training goes on with the loss alone. Mend what the warnings "
+                    "above name, or allow more with max_metric_failures."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": self.total, "in_a_row": self.in_a_row, "scores": list(self.scores)}

@@ -89,7 +89,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         return Evaluator(
             self.phi,
             self._predict,
-            data.in_order(*self._columns(dataset, args.eval_batch_size), num_workers=args.dataloader_num_workers),
+            self._batches_of(dataset),
             self.metric,
             ledger,
             CACHE_BYTES,
@@ -101,6 +101,38 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
             args.eval_accumulation_steps,
         )
 
+    def _batches_of(self, part: Any) -> Callable[[], Iterator[Any]]:
+        """Makes a fresh iteration over the batches of a part, as Trainer's loader for evaluation, or a user's own."""
+        if not is_trainers(self.get_eval_dataloader):
+            return partial(self._own_eval_batches, part)
+        columns = self._columns(part, self.args.eval_batch_size)
+        return data.in_order(*columns, num_workers=self.args.dataloader_num_workers)
+
+    def _own_eval_batches(self, part: Any) -> Iterator[Any]:
+        """Of `get_eval_dataloader`, where that is overridden; every rank gets all of them.
+
+        Raises:
+            ConfigurationError: they are not of the part that was asked for.
+        """
+        before, persistent = self.eval_dataset, self.args.dataloader_persistent_workers
+        self.accelerator.prepare = lambda loader, *args, **kwargs: loader  # would deal the batches out to the ranks
+        self.eval_dataset, self.args.dataloader_persistent_workers = part, False  # else the first one is kept
+        try:
+            loader = self.get_eval_dataloader(part)
+        finally:
+            del self.accelerator.prepare
+            self.eval_dataset, self.args.dataloader_persistent_workers = before, persistent
+        rows = 0
+        for batch in loader:
+            rows += find_batch_size(batch) or 0
+            yield batch
+        if hasattr(part, "__len__") and rows > len(part):
+            raise ConfigurationError(
+                f"get_eval_dataloader is overridden; asked for a loader of {len(part)} rows, it made one of {rows}. "
+                "The guidance observes parts of eval_dataset, so let it use its argument: "
+                "get_eval_dataloader(self, eval_dataset=None), with eval_dataset or self.eval_dataset."
+            )
+
     def _columns(self, dataset: Any, batch_size: int) -> tuple[Any, int, Callable]:
         """`dataset` and a collator without the columns that the model does not take, as Trainer's loaders have them."""
         if isinstance(dataset, datasets.Dataset):
@@ -109,7 +141,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
 
     def _predict(self, batch: Any) -> BatchOutput:
         with self._own_token_count():
-            loss, logits, labels = self.prediction_step(self.model, batch, False, self._ignore_keys)
+            loss, logits, labels = self.prediction_step(self.model, batch, False, ignore_keys=self._ignore_keys)
         self._unlabelled_columns = sorted(batch) if labels is None and isinstance(batch, Mapping) else None
         if self.preprocess_logits_for_metrics is not None:
             logits = self.preprocess_logits_for_metrics(logits, labels)
@@ -158,7 +190,9 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         def outputs() -> list[torch.Tensor]:
             with self._own_token_count(), torch.no_grad():
                 try:
-                    logits = self.prediction_step(self.model, copy.copy(batch), False, self._ignore_keys)[1]
+                    _, logits, _ = self.prediction_step(
+                        self.model, copy.deepcopy(batch), False, ignore_keys=self._ignore_keys
+                    )
                 except Exception:  # training batches need not be such as are predicted; then nothing can be said
                     return []
             leaves = [leaf for leaf in tree_flatten(logits)[0] if isinstance(leaf, torch.Tensor)]

@@ -246,6 +246,7 @@ class MetricPhase:
                 self.metric.greater_is_better,
                 torch.Generator().manual_seed(self.plan.seed),
                 self._call_metric,
+                self.plan.value_weight,
             )
         )
 

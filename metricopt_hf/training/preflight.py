@@ -36,6 +36,20 @@ def names_metric(given: Any, args: TrainingArguments, compute_metrics: Callable 
     return compute_metrics is not None and metric_name(args, eval_dataset) is not None
 
 
+def tell_unguided(args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> None:
+    """Warn of a run that is Trainer's own although it has something of a metric."""
+    name, why = metric_name(args, eval_dataset), None
+    if compute_metrics is not None:
+        why = "compute_metrics is given, but metric_for_best_model names none of its metrics"
+    elif name is not None:
+        why = f"metric_for_best_model={name!r} names a metric, but there is no compute_metrics that would compute it"
+    if why is not None:
+        logger.warning(
+            f"This run is Trainer's own, and nothing is guided: {why}. Set both, as in compute_metrics=..., "
+            'metric_for_best_model="f1", greater_is_better=True; or pass the metric itself, as metric=...'
+        )
+
+
 def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> Metric:
     """The metric that `names_metric` speaks of.
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
 from transformers import Trainer
 
 from ..errors import ConfigurationError, MetricOptError
 from ..evaluation.evaluator import undisturbed
 
 logger = logging.getLogger(__name__)
+
+GUIDE_STATE = "Let the guide's state_dict() hold tensors, numbers, texts, lists and dicts."
+# what trainers keep losses in until they are logged
+COLLECTIONS = (list, dict, set, deque, defaultdict, Counter, OrderedDict)
 
 
 def is_trainers(method: Callable) -> bool:
@@ -68,10 +76,13 @@ def first_that_works(
             break
     if max(reached) == 0:
         why = "the loss does not reach phi" if None in errors else f"{type(errors[0]).__name__}: {errors[0]}"
+        remedy = "If Trainer takes this step, run without a metric, and look at the error above."
+        if None in errors:
+            remedy = 'Choose a phi that it depends on: phi="a regular expression over parameter names".'
         raise ConfigurationError(
             "A training step as the metric phase takes it, with everything but phi frozen and in eval mode, was tried "
             f"on one batch and failed ({why}). Nothing was trained. It fails also without freezing, and with "
-            "dropout and batch statistics alone switched off."
+            f"dropout and batch statistics alone switched off. {remedy}"
         ) from errors[0]
     chosen = reached.index(max(reached))
     if chosen > 0:
@@ -87,8 +98,8 @@ def first_that_works(
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Inside, `what` is rehearsed: an error that nobody has explained yet says so."""
+def told(what: str, remedy: str) -> Iterator[None]:
+    """Inside, `what` is rehearsed: an error that nobody has explained yet says so, and the remedy."""
     try:
         yield
     except Exception as error:
@@ -96,8 +107,24 @@ def told(what: str) -> Iterator[None]:
             raise
         raise ConfigurationError(
             f"{what[0].upper() + what[1:]}, as the metric phase will need, was tried before training and failed "
-            f"({type(error).__name__}: {error}). Nothing was trained."
+            f"({type(error).__name__}: {error}). Nothing was trained. {remedy}"
         ) from error
+
+
+@contextmanager
+def attributes_kept(trainer: Trainer) -> Iterator[None]:
+    """On leaving, a trainer's attributes are what they were, and so is what a subclass keeps in them: numbers, tensors,
+    lists of losses to be logged, modules with buffers. Data sets are left alone, and so is what other objects hold."""
+    attributes = dict(vars(trainer))
+    others = {id(trainer.train_dataset), id(trainer.eval_dataset), id(trainer.model), id(trainer.model_wrapped)}
+    put_back = [put for value in attributes.values() if id(value) not in others and (put := _putting_back(value))]
+    try:
+        yield
+    finally:
+        vars(trainer).clear()
+        vars(trainer).update(attributes)
+        for put in put_back:
+            put()
 
 
 @contextmanager
@@ -108,23 +135,50 @@ def untouched(trainer: Trainer, weights: bool) -> Iterator[None]:
         weights: whether weights and optimizer may be written to inside, as by a training step of the user's own.
     """
     model, optimizer = trainer.model, trainer.optimizer
-    attributes = dict(vars(trainer))
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    tensors = [*model.buffers(), *(model.parameters() if weights else ())]
+    held = [p for group in optimizer.param_groups for p in group["params"]]  # also of a loss, outside the model
+    parameters = list(dict.fromkeys([*model.parameters(), *held]))
+    flags = [(p, p.requires_grad, p.grad) for p in parameters]
+    tensors = [*model.buffers(), *(parameters if weights else ())]
     before = [tensor.detach().cpu().clone() for tensor in tensors]
     state = copy.deepcopy(optimizer.state_dict()) if weights else None
-    trainer.log = lambda *args, **kwargs: None
     try:
-        with undisturbed(model), torch.enable_grad():
+        with attributes_kept(trainer), undisturbed(model), torch.enable_grad():
+            trainer.log = lambda *args, **kwargs: None
+            for parameter in parameters:
+                parameter.grad = None
             yield
     finally:
-        vars(trainer).clear()
-        vars(trainer).update(attributes)
-        for parameter, flag in flags:
+        for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
-            parameter.grad = None
+            parameter.grad = grad
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)
         if weights and (state["state"] or optimizer.state):
             optimizer.load_state_dict(state)
+
+
+def _putting_back(value: Any) -> Callable[[], None] | None:
+    """For what can change in itself: puts back, in itself, what it holds now; collections in a dict included."""
+    if isinstance(value, nn.Module):
+        put_back = [_putting_back(buffer) for buffer in value.buffers()]
+        return (lambda: [put_buffer() for put_buffer in put_back]) if put_back else None
+    if isinstance(value, Tensor):
+        return partial(_fill, value, value.detach().clone())
+    if type(value) not in COLLECTIONS:
+        return None
+    before = copy.copy(value)
+    inner = [_putting_back(item) for item in value.values()] if isinstance(value, dict) else []
+
+    def put() -> None:
+        value.clear()
+        value.update(before) if isinstance(value, (dict, set)) else value.extend(before)
+        for put_item in filter(None, inner):
+            put_item()
+
+    return put
+
+
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)

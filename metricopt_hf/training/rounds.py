@@ -138,12 +138,13 @@ class Rounds:
         pairs = int(min(self.plan.round_size, (self.ledger.remaining - 1) // 2))
         if pairs < 1:
             return
-        observed = self.virtual.observe(self.coordinates, step, pairs)
+        observed = self.virtual.observe(self.coordinates, step, pairs, self.guide.wants_predictions)
         self.faults.add(observed.errors, succeeded=len(observed.observations), same_rows=True)
         if observed.observations and self.guide.off is None:
             self.interpolated.extend(observed.observations)
             self.interpolated = self.interpolated.latest(MOST_INTERPOLATED)
-            self.guide.observe(Round(self.trajectory, self.interpolated, is_real=False))
+            told = (observed.predictions, observed.scores)
+            self.guide.observe(Round(self.trajectory, self.interpolated, *told, is_real=False))
 
     def _take(self, observed: Observed, judges: bool = True) -> None:
         """Take in real observations: faults are left out, the guide is judged by the others and learns from them."""
@@ -155,11 +156,13 @@ class Rounds:
         if usable and self.guide.off is None:
             self.faults.accept([o.score for o in usable])
             self.trajectory.extend(usable)
-            self._forget(self.faults.revoke())
-            predictions = observed.predictions if self.guide.wants_predictions else None
-            if predictions is not None:
-                predictions = [p for p, good in zip(predictions, fine, strict=True) if good]
-            self.guide.observe(Round(self.trajectory, self.interpolated, predictions, judges))
+            self._forget(revoked := self.faults.revoke())
+            predictions = scores = None
+            if self.guide.wants_predictions:
+                kept = [(p, o.score) for p, o in zip(observed.predictions, observed.observations, strict=True)]
+                kept = [pair for pair, good in zip(kept, fine, strict=True) if good and pair[1] not in revoked]
+                predictions, scores = [p for p, _ in kept], np.array([score for _, score in kept])
+            self.guide.observe(Round(self.trajectory, self.interpolated, predictions, scores, judges))
 
     def _forget(self, scores: list[float]) -> None:
         """These turned out to be faults of the metric: what was learned from them is learned anew without."""

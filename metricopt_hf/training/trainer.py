@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import guides
@@ -26,24 +25,12 @@ from .modes import pinned
 from .observing import ObservingTrainer
 from .phase import MetricPhase
 from .plan import PhasePlan
-from .rehearsal import Stillness, first_that_works, is_trainers, told, untouched
+from .rehearsal import GUIDE_STATE, Stillness, attributes_kept, first_that_works, is_trainers, told, untouched
+from .watch import CHANGED, Watch, followed, sums
 
 logger = logging.getLogger(__name__)
 
 FIRST, METRIC = "first phase", "metric phase"
-
-
-class _Watch(TrainerCallback):
-    """Sees to a guided run from where no subclass can pass by."""
-
-    def __init__(self, trainer: MetricOptTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._check_guided()
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._finish_run()  # first of all callbacks: what another one saves is the model that comes out
 
 
 class MetricOptTrainer(ObservingTrainer):
@@ -91,6 +78,8 @@ class MetricOptTrainer(ObservingTrainer):
     _stage: str | None = None  # which phase a micro-batch is in, while it is computed
     _requires_grad: dict[str, bool] | None = None  # before the run; None outside of one
     _left_out: frozenset[str] = frozenset()  # of phi, by the user's own optimizer
+    _rehearsal_due = False
+    _delivered: dict[str, float | None] | None = None  # sums of the weights that a guided run put in place
 
     # What a user reads
 
@@ -108,6 +97,7 @@ class MetricOptTrainer(ObservingTrainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         if not self.guided:
+            preflight.tell_unguided(self.args, self.compute_metrics, self.eval_dataset)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         self.settle()
         self._ignore_keys = ignore_keys_for_eval
@@ -135,10 +125,11 @@ class MetricOptTrainer(ObservingTrainer):
         self._inner = {name: getattr(self, name) for name in wrappers}
         for name, wrapper in wrappers.items():
             setattr(self, name, wrapper)
-        watch = _Watch(self)
+        watch = Watch(self)
         self.callback_handler.callbacks.insert(0, watch)
         try:
             yield
+            self._tell_changed()
         finally:
             self.callback_handler.callbacks.remove(watch)
             for name in wrappers:
@@ -176,10 +167,7 @@ class MetricOptTrainer(ObservingTrainer):
         if self._metric_start == 0 and is_trainers(self._inner["training_step"]):
             self._freeze()
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is None:
-            self._check_metric()
-        if self._metric_start < max_steps:
-            self._stillness = self._rehearsed(model)
+        self._rehearsal_due = True
         return model, train_dataloader
 
     def _guided_training_step(self, model, inputs, *args, **kwargs):
@@ -192,11 +180,13 @@ class MetricOptTrainer(ObservingTrainer):
                     self._guide_update(step)
             return loss
         if self.phase.guide.in_first_phase and not self.phase.started:
-            self.phase.start(step, before=True)
+            with attributes_kept(self):
+                self.phase.start(step, before=True)
         loss = self._staged(FIRST, model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
             if self.phase.started:
-                self.phase.advance(step)
+                with attributes_kept(self):
+                    self.phase.advance(step)
             for name in self._tuned_only:  # the first phase is Trainer's own
                 self.model.get_parameter(name).grad = None
         return loss
@@ -247,9 +237,10 @@ class MetricOptTrainer(ObservingTrainer):
         for name, parameter in self.model.named_parameters():  # by name: wrappers replace the objects
             if name not in moving:
                 parameter.grad = None  # where it could not be frozen, it is not moved
-        if not self.phase.started or self.phase.before:
-            self.phase.start(step)
-        self.phase.advance(step)
+        with attributes_kept(self):  # what a subclass keeps of losses and batches is of training
+            if not self.phase.started or self.phase.before:
+                self.phase.start(step)
+            self.phase.advance(step)
         self.phase.correct()
         self._schedule.apply(self.optimizer, self.lr_scheduler, self.phi, self.phase.moving, step)
         self._updated_at = step
@@ -268,13 +259,22 @@ class MetricOptTrainer(ObservingTrainer):
         """Put the best phi in place, and leave the model as ordinary as it came."""
         best_is_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
         if self.phase.started and not best_is_loaded:
-            self.phase.finish(self.state.global_step)
+            with attributes_kept(self):
+                self.phase.finish(self.state.global_step)
         elif not self.phase.started and self.state.global_step <= self._metric_start < self.state.max_steps:
             logger.warning(
                 f"Training ended at step {self.state.global_step}, before the metric phase (step {self._metric_start}):"
                 " the model is Trainer's, and nothing was guided."
             )
         self._put_back()
+        self._delivered = sums(self.model) if self.phase.started else None
+        if followed(self.callback_handler.callbacks):
+            self.phi.attach()  # the identity by now
+
+    def _tell_changed(self) -> None:
+        """Warn of callbacks that put other weights in place when training ends."""
+        if self._delivered is not None and self._delivered != sums(self.model):
+            logger.warning(CHANGED.format(self.metric.name))
 
     def _put_back(self) -> None:
         """However the run ended: merge phi as it is, and let train what was trainable."""
@@ -342,6 +342,15 @@ class MetricOptTrainer(ObservingTrainer):
     ) -> PhasePlan:
         return PhasePlan.from_args(self.args, observe or self.args.observe, steps, before, dim, calls)
 
+    def _rehearse(self) -> None:
+        """Before the first step, when callbacks have set up what a step needs."""
+        due, self._rehearsal_due = self._rehearsal_due, False
+        if due and self.state.global_step == 0:  # else the metric has been called in the run that is resumed
+            with attributes_kept(self):
+                self._check_metric()
+        if due and self._metric_start < self.state.max_steps:
+            self._stillness = self._rehearsed(self.model_wrapped)
+
     def _rehearsed(self, model: nn.Module) -> Stillness:
         """How to hold still what is not tuned, after a rehearsal of the metric phase on one batch.
 
@@ -373,9 +382,9 @@ class MetricOptTrainer(ObservingTrainer):
             self._stillness = chosen = first_that_works(candidates, attempt, wanted, self.args.world_size)
             self._tell_idle(batch)
             if not self.phase.started:
-                with told("computing coordinates"):
+                with told("computing coordinates", 'phi_coordinates="random" needs no gradients.'):
                     coordinates = self._make_coordinates(max_batches=1)
-                with told("saving the guide's state"), TemporaryDirectory() as folder:
+                with told("saving the guide's state", GUIDE_STATE), TemporaryDirectory() as folder:
                     checkpoint.save(self._guidance_state(self.phase.rehearse(coordinates)), folder)
         return chosen
 

@@ -10,6 +10,7 @@ from helpers import Texts, tiny_bert, worst_class_recall
 from transformers import EvalPrediction
 
 from metricopt_hf import ConfigurationError, Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.comparison.methods import measured
 from metricopt_hf.comparison.report import (
     Difference,
     MethodRun,
@@ -82,6 +83,24 @@ def test_compare_pairs_by_seed():
     assert difference.mean == pytest.approx(0.2)
     assert difference.error == pytest.approx(0.1 / math.sqrt(3))
     assert compare(runs(), "no such method", "report") == {}
+
+
+def test_a_metric_that_fails_at_the_end_costs_its_figure_and_no_more(caplog):
+    """Once: it is asked again. For good: a seed without that figure is left out of the differences."""
+    answers = iter([0.5, None, 0.6, None, None])
+
+    def fails(prediction):
+        if (answer := next(answers)) is None:
+            raise OSError("the server does not answer")
+        return answer
+
+    predictions = {name: EvalPrediction(np.eye(2), np.array([0, 1])) for name in ("observation", "selection", "report")}
+    scores = measured(Metric(fails, "f1"), predictions)
+    assert scores["observation"] == 0.5 and scores["selection"] == 0.6 and math.isnan(scores["report"])
+    assert caplog.text.count("It is asked once more") == 2 and "figure on the report split is left out" in caplog.text
+    rows = [*runs(), MethodRun("a", 3, {"report": 0.5}), MethodRun("b", 3, {"report": scores["report"]})]
+    assert compare(rows, "a", "report") == compare(runs(), "a", "report")
+    assert compare(rows[-2:], "a", "report")["b"].verdict == "no figure"
 
 
 def test_comparison_table():

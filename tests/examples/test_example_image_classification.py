@@ -72,17 +72,18 @@ def test_help_tells_the_options(script, capsys):
         assert option in text
 
 
-def test_default_run_on_a_small_scale(script, tmp_path, capsys):
+def test_worst_class_recall_of_the_digits_on_a_small_scale(script, tmp_path, capsys):
     out = tmp_path / "out"
     options = f"{TINY} --pretraining_steps 30 --seeds 5 6 --methods loss_only random metricopt --output_dir {out}"
-    runs = script.main(options.split())
-    titles = ["pretrained", "loss only", "loss only + class bias", "control: random"]
+    runs = script.main([*options.split(), "--metric", "worst_class_recall", "--diagnose", "False"])
+    titles = ["pretrained", "pretrained + class bias", "loss only", "loss only + class bias", "control: random"]
     titles += ["MetricOpt", "MetricOpt + class bias"]
 
     printed = capsys.readouterr().out
     for title in titles:
         assert re.search(f"^{re.escape(title)}  ", printed, re.MULTILINE), title
-    assert "2 seeds" in printed and "inside noise" in printed
+    assert "2 seeds" in printed and "inside noise" in printed and "Recommendation" not in printed
+    assert not (out / "groups.png").exists()
 
     document = json.loads((out / "results.json").read_text())
     stored = document["runs"]
@@ -101,7 +102,7 @@ def test_default_run_on_a_small_scale(script, tmp_path, capsys):
     assert ValueFunction.from_pretrained(out / "value_function").num_coordinates == 2
     model = AutoModelForImageClassification.from_pretrained(out).eval()
     assert not [name for name, _ in model.named_parameters() if "film" in name]
-    report = script.digits(5)[0].report
+    report = script.long_tailed(5)[0].report
     pixels = AutoImageProcessor.from_pretrained(out)([i.convert("RGB") for i in report["image"]], return_tensors="pt")
     with torch.no_grad():
         predicted = model(**pixels).logits.argmax(-1).numpy()
@@ -112,18 +113,18 @@ def test_default_run_on_a_small_scale(script, tmp_path, capsys):
 
 
 def test_digit_splits_are_disjoint_and_long_tailed(script):
-    splits, pretraining = script.digits(0)
+    splits, pretraining = script.long_tailed(0)
     counts = np.bincount(splits.train["label"], minlength=10)
     assert counts.min() >= 1 and counts.max() >= 8 * counts.min()
     assert len(splits.observation) + len(splits.selection) + len(splits.report) + len(pretraining) == 1797
-    (again, _), (other, _) = script.digits(0), script.digits(1)
+    (again, _), (other, _) = script.long_tailed(0), script.long_tailed(1)
     assert again.report["label"][:] == splits.report["label"][:] != other.report["label"][:]
 
 
 def test_local_data_and_model(script, images, vit, tmp_path):
     """Columns found by themselves, report cut from the test split, another metric, pushed as Trainer's examples do."""
     options = f"{TINY} --dataset_name {images} --model_name_or_path {vit} --metric g_mean --seeds 1 --methods metricopt"
-    (start, run, _) = script.main([*options.split(), "--output_dir", str(tmp_path / "out")])
+    (start, _, run, _) = script.main([*options.split(), "--output_dir", str(tmp_path / "out")])
     assert (start.method, run.method) == ("pretrained", "MetricOpt")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "metricopt" in card
@@ -136,14 +137,14 @@ def test_a_vit_of_timm_and_an_error_to_be_small(script, images, tmp_path):
     script.new_model("vit_tiny_patch16_224", 8, small, num_labels=3)[0].save_pretrained(tmp_path / "vit")
     options = f"{TINY} --dataset_name {images} --model_name_or_path {tmp_path / 'vit'} --seeds 1 --methods metricopt"
     runs = script.main([*options.split(), "--metric", "misclassification", "--output_dir", str(tmp_path / "out")])
-    assert runs[1].method == "MetricOpt" and runs[1].details["observations"]
+    assert runs[2].method == "MetricOpt" and runs[2].details["observations"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["greater_is_better"] is False
 
 
 def test_a_metric_of_scores(script, images, vit, tmp_path):
     options = f"{TINY} --dataset_name {images} --model_name_or_path {vit} --metric macro_auprc --seeds 1"
     runs = script.main([*options.split(), "--methods", "metricopt", "--output_dir", str(tmp_path / "out")])
-    assert len(runs[1].details["observations"]) == 8
+    assert len(runs[2].details["observations"]) == 8
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert document["metric"] == "macro_auprc" and document["greater_is_better"]
 
@@ -264,4 +265,4 @@ def test_cifar(script, tmp_path):
     options = f"{TINY} --dataset_name {CIFAR} --model_name_or_path {model} --seeds 1 --methods metricopt"
     options += f" --max_train_samples 64 --max_eval_samples 300 --output_dir {tmp_path / 'out'}"
     runs = script.main(options.split())
-    assert [run.method for run in runs][:2] == ["pretrained", "MetricOpt"]
+    assert [run.method for run in runs][:3] == ["pretrained", "pretrained + class bias", "MetricOpt"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from helpers import guide_context
 from torch import nn
+from transformers import EvalPrediction
 
 from metricopt_hf import DirectionGuide, Guide, Observation, Round, Trajectory
 from metricopt_hf.guides.trust import Trust
@@ -13,6 +15,26 @@ from metricopt_hf.phi import Coordinates, random_basis
 
 D, K = 12, 4
 SLOPE = np.array([1.0, -2.0, 0.5, 1.5], np.float32)
+
+
+ROWS, CLASSES = 60, 3
+
+
+def predictions_of(z, seed):
+    """One for each of z: [n, K], of the same examples: logits whose margin for the true class the metric is."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, ROWS)
+    noise = 0.3 * rng.normal(size=(ROWS, CLASSES))
+    margins = 0.3 * (z @ SLOPE)[:, None, None] * np.eye(CLASSES)[labels]
+    return [EvalPrediction(logits.astype(np.float32), labels) for logits in noise + margins]
+
+
+def batch(seed=0, size=16):
+    """What a guide's `loss` is given: inputs, outputs and the task's loss."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (size,), generator=generator)
+    logits = torch.randn(size, CLASSES, generator=generator, requires_grad=True)
+    return {"labels": labels}, {"loss": torch.zeros(()), "logits": logits}, F.cross_entropy(logits, labels)
 
 
 class Truth(DirectionGuide):
@@ -85,7 +107,8 @@ def taught(guide, rounds=4, first=0, trajectory=None, size=8, noise=0.1):
         z = rng.normal(size=(size, K)).astype(np.float32)
         scores = z @ SLOPE + noise * rng.normal(size=size)
         trajectory.extend([Observation(p, float(s), noise**2, step, 0.1) for p, s in zip(z, scores, strict=True)])
-        guide.observe(Round(trajectory))
+        predictions = predictions_of(z, step) if guide.wants_predictions else None
+        guide.observe(Round(trajectory, predictions=predictions, scores=scores))
     return trajectory
 
 

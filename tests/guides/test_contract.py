@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import guide_context
-from teaching import D, K, LearnedLoss, Truth, coordinates, started, taught, trusted
+from teaching import D, K, LearnedLoss, Truth, batch, coordinates, started, taught, trusted
 
 from metricopt_hf import Guide, Trajectory, ValueFunctionGuide
 from metricopt_hf.guides import GUIDES, from_spec
@@ -17,7 +17,8 @@ MAKE = {
     "user's direction": Truth,
     "user's loss": LearnedLoss,
 }
-DIRECTIONS = [name for name in MAKE if name != "user's loss"]
+LOSSES = ("bridge", "loss_alignment", "user's loss")
+DIRECTIONS = [name for name in MAKE if name not in LOSSES]
 LEARNERS = [name for name in MAKE if name not in ("shuffled", "random")]  # those that can come to know the metric
 
 every_guide = pytest.mark.parametrize("name", MAKE)
@@ -26,7 +27,7 @@ every_guide = pytest.mark.parametrize("name", MAKE)
 def answer(guide, phi=None):
     """What it answers when it is trusted: a direction, or else a loss."""
     direction = guide.direction(torch.zeros(D) if phi is None else phi)
-    return guide.loss({}, {}, torch.tensor(2.0)) if direction is None else direction.vector
+    return guide.loss(*batch()) if direction is None else direction.vector
 
 
 def assert_not_followed(guide, reason):
@@ -45,7 +46,7 @@ def test_it_is_a_guide_that_answers_in_one_way(name):
     assert isinstance(guide, Guide) and guide.scope in ("phi", "all")
     taught(guide)
     direction = trusted(guide).direction(torch.zeros(D))
-    loss = guide.loss({}, {}, torch.tensor(2.0))
+    loss = guide.loss(*batch())
     assert (direction is None) != (loss is None)
     assert (direction is None) == (name not in DIRECTIONS)
     if loss is not None:
@@ -61,8 +62,10 @@ def test_before_there_is_evidence_it_is_not_followed(name):
 def test_it_is_judged_before_it_is_told(name):
     guide = started(MAKE[name]())
     asked, learned = [], []
-    predict, learn = guide.predict, guide.learn
-    guide.predict = lambda z: asked.append((len(learned), len(z))) or predict(z)
+    predict, learn = guide.predict_round, guide.learn
+    guide.predict_round = lambda observed: (
+        asked.append((len(learned), len(observed.trajectory.last_round))) or predict(observed)
+    )
     guide.learn = lambda observed: learned.append(len(observed.trajectory)) or learn(observed)
     taught(guide, rounds=3)
     assert asked == [(0, 8), (1, 8), (2, 8)]  # of the last round, before it was fitted to it

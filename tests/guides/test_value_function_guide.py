@@ -5,7 +5,14 @@ import pytest
 import torch
 from teaching import SLOPE, D, K, Truth, Wrong, started, taught, trusted
 
-from metricopt_hf import ConfigurationError, RandomGuide, Trajectory, ValueFunctionGuide
+from metricopt_hf import (
+    BridgeGuide,
+    ConfigurationError,
+    LossAlignmentGuide,
+    RandomGuide,
+    Trajectory,
+    ValueFunctionGuide,
+)
 from metricopt_hf.guides import GUIDES, ShuffledGuide, from_spec
 from metricopt_hf.guides.trust import NOT_PREDICTIVE, PREDICTIVE
 from metricopt_hf.value import ValueNetwork
@@ -74,7 +81,13 @@ def test_a_value_function_of_another_size_is_refused():
 
 def test_a_string_names_a_guide():
     given = ValueNetwork(K)
-    kinds = {"random": RandomGuide, "shuffled": ShuffledGuide, "value_function": ValueFunctionGuide}
+    kinds = {
+        "random": RandomGuide,
+        "shuffled": ShuffledGuide,
+        "value_function": ValueFunctionGuide,
+        "bridge": BridgeGuide,
+        "loss_alignment": LossAlignmentGuide,
+    }
     assert {name: type(from_spec(name)) for name in GUIDES} == kinds
     guide = started(from_spec("value_function", given))
     assert guide.predict(np.zeros((2, K), np.float32)).shape == (2,)

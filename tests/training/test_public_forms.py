@@ -1,0 +1,475 @@
+"""Scripts in the forms in which users publish them: with the class names changed they run guided, or say what is amiss.
+
+What each is after stands beside it, as repository and number of an issue. "By Trainer" is the same script with
+Trainer itself.
+"""
+
+import collections
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import Texts, assert_equal_weights, tiny_bert, weights
+from runs import probability, text_trainer
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, WeightedRandomSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from metricopt_hf import ConfigurationError, Metric, MetricError, MetricOptTrainer
+
+STEPS, FIRST_PHASE = 8, 6  # a schedule that is constant makes the first phase a shorter run of Trainer
+BUDGETS = {"metric_call_budget": 60, "forward_pass_budget": 12, "phi_dim": 2}
+
+
+def guided(folder, cls=MetricOptTrainer, trainer_kwargs=None, **kwargs):
+    data = {"train_dataset": Texts(96, seed=1), "eval_dataset": Texts(48, seed=2), **(trainer_kwargs or {})}
+    return text_trainer(folder, cls, trainer_kwargs=data, **{"max_steps": STEPS, **BUDGETS, **kwargs})
+
+
+def by_trainer(folder, cls=Trainer, trainer_kwargs=None, **kwargs):
+    data = {"train_dataset": Texts(96, seed=1), "eval_dataset": Texts(48, seed=2), **(trainer_kwargs or {})}
+    kwargs = {"max_steps": FIRST_PHASE, **kwargs}
+    return text_trainer(folder, cls, config=TrainingArguments, trainer_kwargs=data, **kwargs)
+
+
+def assert_delivered(trainer):
+    """It was guided, and the score that was selected is that of the model that comes out, as `predict` has it."""
+    best = trainer.phase.selection.best
+    assert trainer.ledger.calls["observe"] > 0 and trainer.phase.faults.total == 0
+    assert not any("film" in name for name in weights(trainer.model))
+    out = trainer.predict(trainer.selection_dataset).metrics[f"test_{trainer.metric.name}"]
+    assert best.phi is not None and out == pytest.approx(best.score, abs=1e-6)
+
+
+# What is set up when training begins: class weights computed in a callback, a temperature per epoch
+
+
+class Weighted:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = functional.cross_entropy(outputs.logits, inputs["labels"], self.class_weights)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_begin"])
+def test_what_a_callback_sets_up_when_training_begins_is_there_whenever_the_loss_is_computed(tmp_path, event):
+    class SetUp(TrainerCallback):
+        pass
+
+    class Trains(Weighted, MetricOptTrainer):
+        pass
+
+    def set_up(self, *args, **kwargs):
+        trainer.class_weights = torch.tensor([1.0, 2.0, 1.0])
+
+    setattr(SetUp, event, set_up)
+    trainer = guided(tmp_path, Trains, {"callbacks": [SetUp()]})
+    trainer.train()
+    assert_delivered(trainer)
+
+
+# Several losses, each kept until they are logged (transformers 29972, 31081)
+
+
+class SeveralLosses:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.parts, self.total, self.count = {"train": collections.defaultdict(list)}, torch.tensor(0.0), 0
+        self.bank = nn.BatchNorm1d(3, affine=False)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        size = self.bank(outputs.logits).pow(2).mean() + outputs.logits.pow(2).mean()
+        self.parts["train"]["size"].append(size.item())
+        self.total += size.detach()
+        self.count += 1
+        return (loss + size, outputs) if return_outputs else loss + size
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            mean, seen = float(self.bank.running_mean.sum()), self.parts["train"].pop("size")
+            logs = {**logs, "sizes": seen, "total": float(self.total), "count": self.count, "mean": mean}
+        super().log(logs, start_time)
+
+
+def test_what_a_subclass_keeps_of_its_losses_is_of_training_alone(tmp_path):
+    class Ours(SeveralLosses, MetricOptTrainer):
+        pass
+
+    class Theirs(SeveralLosses, Trainer):
+        pass
+
+    common = {"lr_scheduler_type": "constant", "logging_steps": 2}
+    logged = []
+    for make, cls in ((guided, Ours), (by_trainer, Theirs)):
+        trainer = make(tmp_path / cls.__name__, cls, **common)
+        trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "sizes" in entry]
+        logged.append([[entry[name] for name in ("sizes", "total", "count", "mean")] for entry in entries])
+    ours, plain = logged
+    assert ours[:3] == plain and len(ours) == 4
+    assert len(ours[3][0]) == 2 and ours[3][2] == STEPS  # in the metric phase too
+
+
+# A loss with parameters of its own, which the optimizer holds (sentence-transformers 2872, pytorch-metric-learning 355)
+
+
+class OwnHead:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        torch.manual_seed(3)
+        self.head = nn.Linear(3, 3)
+
+    def create_optimizer(self, *args):
+        super().create_optimizer(*args)
+        self.optimizer.add_param_group({"params": list(self.head.parameters()), "lr": 1e-2})
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = functional.cross_entropy(self.head(outputs.logits), inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class Keep(TrainerCallback):
+    """What the weights were behind the first phase."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == FIRST_PHASE:
+            self.weights = {**weights(model), **{f"head.{k}": v for k, v in weights(self.trainer.head).items()}}
+
+
+def test_a_loss_with_parameters_of_its_own_is_trained_as_by_trainer(tmp_path):
+    kept = []
+    for base, make in ((MetricOptTrainer, guided), (Trainer, by_trainer)):
+        cls, keep = type("Trains", (OwnHead, base), {}), Keep()
+        keep.trainer = make(tmp_path / base.__name__, cls, {"callbacks": [keep]}, lr_scheduler_type="constant")
+        keep.trainer.train()
+        kept.append(keep.weights)
+    assert_equal_weights(*kept)
+
+
+# A loader for evaluation of one's own, beside a collator that mixes (pytorch/vision 7772)
+
+
+def mixing(rows):
+    labels = functional.one_hot(torch.stack([row["labels"] for row in rows]), 3).float()
+    mixed = 0.7 * labels + 0.3 * labels[torch.randperm(len(labels))]
+    return {"input_ids": torch.stack([row["input_ids"] for row in rows]), "labels": mixed}
+
+
+class Mixes(MetricOptTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(inputs["input_ids"])
+        loss = functional.cross_entropy(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class ByArgument(Mixes):
+    def get_eval_dataloader(self, eval_dataset=None):
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self.accelerator.prepare(DataLoader(eval_dataset, 16, collate_fn=default_data_collator))
+
+
+class ByAttribute(Mixes):
+    def get_eval_dataloader(self, eval_dataset=None):
+        return DataLoader(self.eval_dataset, 16, collate_fn=default_data_collator)
+
+
+class ByCollator(Mixes):
+    def get_eval_dataloader(self, eval_dataset=None):
+        collator, self.data_collator = self.data_collator, default_data_collator
+        loader = super().get_eval_dataloader(eval_dataset)
+        self.data_collator = collator
+        return loader
+
+
+@pytest.mark.parametrize("cls", [ByArgument, ByAttribute, ByCollator])
+def test_the_metric_is_observed_on_batches_of_a_loader_of_one_s_own(tmp_path, cls):
+    trainer = guided(tmp_path, cls, {"data_collator": mixing}, eval_strategy="steps", eval_steps=4)
+    trainer.train()
+    assert trainer.ledger.calls["observe"] > 0 and trainer.phase.faults.total == 0
+    assert len(trainer.accelerator._dataloaders) < 6  # of training, and two evaluations
+
+
+def test_a_loader_that_does_not_look_at_what_it_is_asked_for_is_refused(tmp_path):
+    class Always(Mixes):
+        def get_eval_dataloader(self, eval_dataset=None):
+            return DataLoader(Texts(48, seed=2), 16, collate_fn=default_data_collator)
+
+    with pytest.raises(ConfigurationError, match="24 rows, it made one of 48"):
+        guided(tmp_path, Always, {"data_collator": mixing}).train()
+
+
+# Predicting in a way of one's own (trl 1222, transformers 11923)
+
+
+@pytest.mark.parametrize("observe", ["predictions", "scores"])
+def test_a_prediction_step_may_take_columns_out_and_write_to_them(tmp_path, observe):
+    class Predicts(MetricOptTrainer):
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            labels = inputs.pop("labels")
+            inputs["input_ids"] += 1  # as a script does that shifts tokens
+            with torch.no_grad():
+                logits = model(**inputs).logits
+            return functional.cross_entropy(logits, labels), logits, labels
+
+    trainer = guided(tmp_path, Predicts, observe=observe)
+    trainer.train()
+    assert_delivered(trainer)
+
+
+# Averages of the weights
+
+
+class ByName(TrainerCallback):
+    """Finds the parameters by their names."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.shadow = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                self.shadow[name].lerp_(p.detach(), 0.5)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        parameters = dict(model.named_parameters())
+        for name, average in self.shadow.items():
+            parameters[name].data.copy_(average)
+
+
+class ByOrder(TrainerCallback):
+    """Finds them by their order, as `EMAModel(model.parameters())` of diffusers does."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.shadow = [p.detach().clone() for p in model.parameters()]
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for average, p in zip(self.shadow, model.parameters(), strict=True):
+            average.lerp_(p.detach(), 0.5)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for average, p in zip(self.shadow, model.parameters(), strict=True):
+            p.data.copy_(average)
+
+
+class ByState(TrainerCallback):
+    """Writes to the state dict of a copy, as `ModelEmaV2` of timm does."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.copy = tiny_bert()
+        self.copy.load_state_dict(model.state_dict())
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for average, value in zip(self.copy.state_dict().values(), model.state_dict().values(), strict=True):
+                average.lerp_(value, 0.5)
+        if state.global_step == FIRST_PHASE:
+            self.weights = weights(self.copy)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        model.load_state_dict(self.copy.state_dict())
+
+
+@pytest.mark.parametrize("average", [ByName, ByOrder, ByState])
+def test_an_average_of_the_weights_is_put_in_place_and_said_not_to_be_what_was_selected(tmp_path, average, caplog):
+    trainer = guided(tmp_path, trainer_kwargs={"callbacks": [average()]})
+    trainer.train()
+    assert trainer.ledger.calls["observe"] > 0
+    assert not any("film" in name for name in weights(trainer.model))
+    assert "A callback changed the weights in on_train_end" in caplog.text
+
+
+def test_a_copy_that_follows_the_state_dict_follows_every_weight(tmp_path):
+    class ByTimm(ByState):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.copy = copy.deepcopy(model)
+
+    kept = []
+    for make in (guided, by_trainer):
+        average = ByTimm()
+        make(tmp_path / make.__name__, trainer_kwargs={"callbacks": [average]}, lr_scheduler_type="constant").train()
+        kept.append(average.weights)
+    assert_equal_weights(*kept)
+
+
+def test_a_callback_that_changes_nothing_is_not_spoken_of(tmp_path, caplog):
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            pass
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self.weights = weights(model)
+
+    looks = Looks()
+    trainer = guided(tmp_path, trainer_kwargs={"callbacks": [looks]})
+    trainer.train()
+    assert "changed the weights" not in caplog.text
+    assert_equal_weights(looks.weights, weights(trainer.model))
+
+
+# Metrics that evaluate() makes itself (trl 5811)
+
+
+class Evaluates(MetricOptTrainer):
+    def evaluate(self, *args, **kwargs):
+        metrics = super().evaluate(*args, **kwargs)
+        return {**metrics, "eval_certainty": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        ({"compute_metrics": None}, "metric_for_best_model='certainty' names a metric, but there is no compute"),
+        ({}, "compute_metrics is given, but metric_for_best_model names none"),
+        ({"compute_metrics": None, "metric_for_best_model": None}, None),
+    ],
+)
+def test_a_run_that_has_something_of_a_metric_and_is_not_guided_says_so(tmp_path, kwargs, told, caplog):
+    names = {"metric_for_best_model": "certainty" if kwargs else None, **kwargs}
+    metrics = {"compute_metrics": names.pop("compute_metrics")} if "compute_metrics" in names else {}
+    trainer = guided(tmp_path, Evaluates, metrics, max_steps=1, greater_is_better=None, **names)
+    trainer.train()
+    assert trainer.phase is None
+    assert (told or "nothing is guided") in caplog.text if told else "nothing is guided" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["evaluate", "evaluation_loop"])
+def test_a_metric_that_compute_metrics_does_not_return_is_asked_for_by_name(tmp_path, name):
+    cls = type("Overrides", (MetricOptTrainer,), {name: lambda self, *args, **kwargs: None})
+    with pytest.raises(MetricError, match=rf"'certainty'.*\n.*{name}\(\) is overridden .*metric=Metric\("):
+        guided(tmp_path, cls, metric_for_best_model="certainty").train()
+
+
+def test_where_evaluate_renames_it_the_metric_given_is_optimised(tmp_path):
+    class Renames(MetricOptTrainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            return {**metrics, "eval_certainty": metrics.pop("eval_probability")}
+
+    names = {"metric_for_best_model": "certainty", "greater_is_better": True}
+    saves = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    metric = {"metric": Metric(probability, "probability", True)}
+    trainer = guided(tmp_path, Renames, metric, load_best_model_at_end=True, **names, **saves)
+    trainer.train()
+    assert trainer.metric.name == "probability" and trainer.state.best_metric is not None
+
+
+# Forms that were right from the start
+
+
+class SwappedAndPopped(MetricOptTrainer):  # transformers 36331
+    def compute_loss(self, model, inputs, num_items_in_batch=None, return_outputs=False):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        cross_entropy = functional.cross_entropy(outputs[0], labels, reduction="none")
+        loss = ((1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class RDrop(MetricOptTrainer):  # dropreg/R-Drop 24
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        first, second = model(**inputs), model(**inputs)
+        p, q = (functional.log_softmax(outputs.logits, -1) for outputs in (first, second))
+        distance = functional.kl_div(p, q, reduction="sum", log_target=True)
+        loss = (first.loss + second.loss) / 2 + distance
+        return (loss, first) if return_outputs else loss
+
+
+class Distils(MetricOptTrainer):  # transformers 25182, 25619
+    def __init__(self, model=None, args=None, **kwargs):
+        super().__init__(model=model, args=args, **kwargs)
+        self.student, self.teacher = model, tiny_bert(seed=5).eval()
+
+    def compute_loss(self, student, inputs, return_outputs=False, **kwargs):
+        outputs = self.student(**inputs)
+        with torch.no_grad():
+            target = functional.softmax(self.teacher(**inputs).logits / 5, -1)
+        loss = outputs.loss + functional.cross_entropy(outputs.logits / 5, target)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Oversamples(MetricOptTrainer):  # Multimodal-Toolkit 6
+    def get_train_dataloader(self):
+        labels = self.train_dataset.labels.numpy()
+        sampler = WeightedRandomSampler((1 / np.bincount(labels))[labels], len(labels))
+        return DataLoader(self.train_dataset, 8, sampler=sampler, collate_fn=self.data_collator)
+
+
+class Anneals(MetricOptTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        done = self.state.global_step / self.state.max_steps + self.state.epoch / self.args.num_train_epochs
+        loss = loss * (1 + done + self.lr_scheduler.get_last_lr()[0])
+        return (loss, outputs) if return_outputs else loss
+
+
+class SharpnessAware(MetricOptTrainer):  # davda54/sam 31
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        self.accelerator.backward(self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
+        moves = [(p, 0.05 * p.grad) for p in model.parameters() if p.grad is not None]
+        with torch.no_grad():
+            for p, move in moves:
+                p.add_(move)
+        model.zero_grad()
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        with torch.no_grad():
+            for p, move in moves:
+                p.sub_(move)
+        return loss.detach()
+
+
+class Features(MetricOptTrainer):
+    """What a hook on a frozen layer has caught is part of the prediction."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model.bert.embeddings.register_forward_hook(lambda module, x, y: setattr(self, "features", y[:, 0]))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss, (logits, self.features.detach()), labels
+
+
+def of_features(prediction):
+    (logits, features), labels = prediction.predictions, prediction.label_ids
+    chosen = torch.softmax(torch.as_tensor(logits), -1).numpy()[np.arange(len(labels)), labels]
+    return {"probability": float((chosen * (1 + features[:, 0])).mean())}
+
+
+class Unfreezes(TrainerCallback):
+    """Layer by layer (discuss.huggingface.co 5501)."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.bert.requires_grad_(False)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            model.bert.encoder.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "trainer_kwargs"),
+    [
+        (SwappedAndPopped, {}),
+        (RDrop, {}),
+        (Distils, {}),
+        (Oversamples, {}),
+        (Anneals, {}),
+        (SharpnessAware, {}),
+        (Features, {"compute_metrics": of_features}),
+        (MetricOptTrainer, {"callbacks": [Unfreezes()]}),
+    ],
+    ids=["swapped arguments", "R-Drop", "distillation", "oversampling", "annealing", "SAM", "hook", "unfreezing"],
+)
+def test_it_is_guided_and_delivers_what_was_selected(tmp_path, cls, trainer_kwargs):
+    trainer = guided(tmp_path, cls, trainer_kwargs)
+    trainer.train()
+    assert_delivered(trainer)
+    assert trainer.state.global_step == STEPS
