@@ -13,7 +13,7 @@ BENCH := $(abspath $(VENV))/.installed-bench
 DOCS := $(abspath $(VENV))/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-picture test docs check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-import bench-warm-start bench-bridge bench-ceiling bench-diagnose cards clean
+.PHONY: help demo demo-picture test docs check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-import bench-passes bench-growth bench-gpu bench-warm-start bench-bridge bench-rounding bench-constraints bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -54,6 +54,15 @@ bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
 bench-import: $(USE) ## measure what `import metricopt_hf` takes beside transformers' Trainer
 	$(IN_ROOT) $(PY) -m benchmarks.import_time $(ARGS)
 
+bench-passes: $(USE) ## measure what a pass over the observation set costs
+	$(IN_ROOT) $(PY) -m benchmarks.passes $(ARGS)
+
+bench-growth: $(USE) ## measure how a run grows with its data, and write docs/results/growth.md
+	$(IN_ROOT) OMP_NUM_THREADS=1 $(PY) -m benchmarks.growth $(ARGS)
+
+bench-gpu: $(DEV) ## all that a GPU alone can tell, in one table and some minutes
+	$(IN_ROOT) $(PY) -m benchmarks.gpu $(ARGS)
+
 bench-warm-start: $(USE) ## measure what a shared value function saves
 	$(IN_ROOT) $(PY) -m benchmarks.warm_start $(ARGS)
 
@@ -65,6 +74,12 @@ bench-ceiling: $(BENCH) ## measure what a bias could reach at most
 
 bench-diagnose: $(BENCH) ## measure what trainer.diagnose() foretells against what then happened
 	$(IN_ROOT) $(PY) -m benchmarks.diagnose $(ARGS)
+
+bench-rounding: $(BENCH) ## measure what guidance wins back of rounded weights
+	$(IN_ROOT) $(PY) -m benchmarks.rounding $(ARGS)
+
+bench-constraints: $(BENCH) ## measure a metric under a constraint, beside a threshold and a penalty
+	$(IN_ROOT) $(PY) -m benchmarks.constraints $(ARGS)
 
 cards: $(USE) ## fill the cards in model_cards/ with measured figures
 	$(IN_ROOT) $(PY) -m benchmarks.cards $(ARGS)

@@ -34,6 +34,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "optuna": ["optuna"],
     "retrieval": ["pytorch-metric-learning"],
+    "onnx": ["onnx", "onnxruntime"],
     "detection": ["torchmetrics", "faster-coco-eval"],
     "docs": ["sphinx>=8.1,<11", "myst-parser>=4", "furo>=2024.8.6", "matplotlib"],  # the newest for Python 3.10
     "bench": ["cma", "fairlearn", "matplotlib", "tabulate"],

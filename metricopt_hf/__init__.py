@@ -11,8 +11,10 @@ from .errors import (
     RankError,
     ValueFunctionError,
 )
+from .evaluation.constraints import ConstraintCheck
 from .evaluation.ledger import Ledger
 from .evaluation.metric import Metric
+from .evaluation.model_metric import ModelMetric
 from .evaluation.observation import Observation
 from .evaluation.trajectory import Trajectory
 from .guides import (
@@ -41,6 +43,7 @@ __all__ = [
     "BridgeGuide",
     "CheckpointError",
     "ConfigurationError",
+    "ConstraintCheck",
     "Diagnosis",
     "Direction",
     "DirectionGuide",
@@ -57,6 +60,7 @@ __all__ = [
     "MetricOptSeq2SeqConfig",
     "MetricOptSeq2SeqTrainer",
     "MetricOptTrainer",
+    "ModelMetric",
     "Observation",
     "PhiError",
     "PhiSpace",

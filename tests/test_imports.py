@@ -35,6 +35,7 @@ PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
 INSPECTED = {
     "benchmarks/overhead.py": {"guides", "phi"},
+    "benchmarks/passes.py": {"evaluation"},
     "benchmarks/training.py": {"phi", "training"},  # the coordinates that a run would take, and how often it evaluates
     # searchers have the trainer's evaluation, its cache and its rounds
     "benchmarks/searchers.py": {"evaluation", "phi", "training"},

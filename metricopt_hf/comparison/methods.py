@@ -18,9 +18,19 @@ import numpy as np
 from transformers import EvalPrediction
 from transformers.trainer_callback import ProgressCallback
 
-from .. import Ledger, Metric, MetricError, MetricOptTrainer
+from .. import Ledger, Metric, MetricError, MetricOptTrainer, ModelMetric
 from ..posthoc import add_bias, tune_bias
-from .report import MethodRun, compare, comparison_table, details_of, plot_groups, plot_run, save_results, table_note
+from .report import (
+    MethodRun,
+    compare,
+    comparison_table,
+    constraints_note,
+    details_of,
+    plot_groups,
+    plot_run,
+    save_results,
+    table_note,
+)
 from .splits import MEASURED
 
 logger = logging.getLogger(__name__)
@@ -64,13 +74,22 @@ def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[st
     return {name: EvalPrediction(output.predictions, output.label_ids) for name, output in outputs.items()}
 
 
-def measured(metric: Metric, outputs: Mapping[str, EvalPrediction]) -> dict[str, float]:
-    """The metric of each prediction; nan where it fails twice, so that one failure does not cost a study all it has."""
-    scores = {}
-    for name, output in outputs.items():
+def measured(
+    trainer: MetricOptTrainer, outputs: Mapping[str, EvalPrediction], splits: Mapping[str, Any]
+) -> dict[str, float]:
+    """The metric on each data set: of what the model said of it, or of the model itself.
+
+    It is nan where the metric fails twice, so that one failure does not cost a study all that it has.
+    """
+    metric, scores = trainer.metric, {}
+    for name in outputs:
         for last in (False, True):
             try:
-                scores[name] = metric(output)
+                if isinstance(metric, ModelMetric):
+                    numbers = trainer.evaluate(splits[name], metric_key_prefix=name)
+                    scores[name] = numbers[f"{name}_{metric.name.removeprefix('eval_')}"]
+                else:
+                    scores[name] = metric(outputs[name])
                 break
             except MetricError as error:
                 scores[name] = float("nan")
@@ -84,7 +103,8 @@ def by_group(metric: Metric, prediction: EvalPrediction) -> dict[int, float]:
 
     A group by which the metric cannot tell anything, such as a gap between groups, is left out.
     """
-    if not isinstance(prediction.label_ids, tuple) or len(prediction.label_ids) != 2:
+    two_columns = isinstance(prediction.label_ids, tuple) and len(prediction.label_ids) == 2
+    if isinstance(metric, ModelMetric) or not two_columns:
         return {}
     scores, outputs, groups = {}, prediction.predictions, prediction.label_ids[1]
     for group in np.unique(groups):
@@ -98,27 +118,38 @@ def by_group(metric: Metric, prediction: EvalPrediction) -> dict[int, float]:
 def rows_of(
     title: str,
     trainer: MetricOptTrainer,
-    outputs: Mapping[str, EvalPrediction],
+    splits: Mapping[str, Any],
     seconds: float,
     class_bias: bool,
     details: Mapping[str, Any],
 ) -> list[MethodRun]:
-    """The row of what a trainer's model says of each split, and, with `class_bias`, one with a bias tuned on top."""
-    metric, calls, reported = trainer.metric, dict(trainer.ledger.calls), MEASURED[-1]
+    """The row of a trainer's model, measured on each split, and, with `class_bias`, one with a bias tuned on top."""
+    metric, calls, outputs = trainer.metric, dict(trainer.ledger.calls), predictions(trainer, splits)
 
     def row(title: str, outputs: Mapping[str, EvalPrediction], **values: Any) -> MethodRun:
-        scores = measured(metric, outputs)
-        groups = by_group(metric, outputs[reported]) if reported in outputs else {}
+        scores = measured(trainer, outputs, splits)
+        groups = by_group(metric, outputs[MEASURED[-1]]) if MEASURED[-1] in outputs else {}
         return MethodRun(title, trainer.args.seed, scores, by_group=groups, **values)
 
-    rows = [row(title, outputs, calls=calls, seconds=seconds, details=dict(details))]
-    if class_bias:
+    details = dict(details)
+    if metric.constraints and details:
+        details["constraints"] = {
+            name: [asdict(check) for check in trainer.check_constraints(rows, name)] for name, rows in splits.items()
+        }
+    rows = [row(title, outputs, calls=calls, seconds=seconds, details=details)]
+    if class_bias and not isinstance(metric, ModelMetric):
         ledger, start = Ledger(), perf_counter()
         bias = tune_bias(metric, outputs["observation"], ledger)
         seconds += perf_counter() - start
         tuned = {name: add_bias(output, bias) for name, output in outputs.items()}
         calls = {**calls, "post-hoc": calls.get("post-hoc", 0) + ledger.calls["post-hoc"]}
         rows.append(row(title + WITH_BIAS, tuned, calls=calls, seconds=seconds, details={"bias": bias}))
+        if metric.constraints:
+            rows[-1].details["constraints"] = {
+                name: [asdict(check) for check in metric.checks(score.values)]
+                for name, score in rows[-1].scores.items()
+                if np.isfinite(score)
+            }
     return rows
 
 
@@ -126,7 +157,7 @@ def run_start(
     trainer: MetricOptTrainer, splits: Mapping[str, Any], seconds: float = 0.0, class_bias: bool = False
 ) -> list[MethodRun]:
     """The rows of the model as it is before tuning; `seconds` it took to train. For `class_bias` see `run_method`."""
-    return rows_of(PRETRAINED, trainer, predictions(trainer, splits), seconds, class_bias, {})
+    return rows_of(PRETRAINED, trainer, splits, seconds, class_bias, {})
 
 
 def run_method(
@@ -153,8 +184,8 @@ def run_method(
     start = perf_counter()
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     seconds = perf_counter() - start
-    outputs, with_bias = predictions(trainer, splits), class_bias and method.class_bias
-    rows = rows_of(method.title, trainer, outputs, seconds, with_bias, details_of(trainer))
+    with_bias = class_bias and method.class_bias
+    rows = rows_of(method.title, trainer, splits, seconds, with_bias, details_of(trainer))
     scores = ", ".join(f"{name} {score:.3f}" for name, score in rows[0].scores.items())
     logger.info(f"Seed {trainer.args.seed}: {method.title} took {seconds:.1f} s; {scores}.")
     return trainer, rows
@@ -173,6 +204,7 @@ def summary(runs: Sequence[MethodRun], trainer: MetricOptTrainer) -> str:
         f"\n{metric.name} ({'greater' if metric.greater_is_better else 'smaller'} is better)\n\n"
         f"{comparison_table(in_order(runs), REFERENCE, MEASURED, metric.greater_is_better)}\n\n"
         f"{table_note(len({run.seed for run in runs}))}"
+        f"{constraints_note(in_order(runs), MEASURED[1:])}"
     )
 
 

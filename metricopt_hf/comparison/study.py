@@ -166,6 +166,8 @@ def parse(
         raise ConfigurationError(
             "--resume_from_checkpoint continues one run: name it with --methods and --seeds, one of each."
         )
+    if args.metric_command is not None and not {"metric", "metric_name_or_path"} & set(given):
+        args = replace(args, metric_name_or_path=None)  # the script's default
     metric = args.metric_name_or_path or args.metric_for_best_model
     shipped = {name: shipped_metrics.greater_is_better(name) for name in shipped_metrics.names()}
     directions = {**shipped, **(directions or {})}

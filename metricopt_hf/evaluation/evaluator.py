@@ -23,14 +23,20 @@ from transformers.trainer_pt_utils import EvalLoopContainer
 
 from ..errors import ConfigurationError, MetricError
 from ..phi import PhiSpace
+from .answer import Score, values_of
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
+from .together import Together, chunk_size, worthwhile
 
 NOTHING = (
     "The set on which the metric is observed is empty, or the model returns no logits. Look at "
     'len(observation_dataset), and let forward return {"loss": loss, "logits": logits}.'
 )
+
+
+# a point's number, its score (nan where the call failed), why it failed, seconds, those of the call, its predictions
+Taken = tuple[int, float, str | None, float, float, EvalPrediction | None]
 
 
 class BatchOutput(NamedTuple):
@@ -66,6 +72,7 @@ class Scores:
 
     Attributes:
         values: [n] the metric; nan where the call failed.
+        raw: [n, m] the numbers of its `keys` beside it.
         errors: [n] why it failed; None where it did not.
         seconds: [n] that the forward pass and the call took.
         call_seconds: [n] of these, the call's; with predictions only, else all.
@@ -73,6 +80,7 @@ class Scores:
     """
 
     values: np.ndarray
+    raw: np.ndarray
     errors: Sequence[str | None]
     seconds: np.ndarray
     call_seconds: np.ndarray
@@ -96,7 +104,11 @@ class Evaluator:
         complete: what the metric is given instead of the predictions; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
+
+    `of_predictions`: whether the metric is a function of them, so that it can be asked about others than the model's.
     """
+
+    of_predictions = True
 
     def __init__(
         self,
@@ -116,7 +128,10 @@ class Evaluator:
         self.phi, self.metric, self.ledger = phi, metric, ledger
         self.rank, self.world_size, self.progress, self.concat = rank, world_size, progress, concat
         self.complete = complete
-        self._data = _Data(phi.model, predict, batches, max_bytes, concat, accumulation_steps)
+        self._data = self._make_data(phi.model, predict, batches, max_bytes, concat, accumulation_steps)
+
+    def _make_data(self, *args) -> _Data:
+        return _Data(*args)
 
     def freeze(self, moved: Callable[[], AbstractContextManager]) -> None:
         """From now on nothing outside phi changes: replay the rest (see `PrefixCache`).
@@ -124,7 +139,7 @@ class Evaluator:
         Args:
             moved: context inside which phi is another one.
         """
-        self._data.freeze(self.phi.names, moved)
+        self._data.freeze(self.phi, moved)
 
     def predictions(self) -> EvalPrediction:
         """Predictions and labels at the present phi, as numpy arrays, in the data set's order."""
@@ -141,14 +156,17 @@ class Evaluator:
             MetricError: see `Metric`; the same on every rank.
         """
         outcome: list[Any] = [None]
+        if not self._finite():
+            self.ledger.add(purpose, 1, 0.0, passes=1)
+            raise self._not_finite()
         if self.rank == 0:
             with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
                 try:
                     outcome = [self._score(complete=complete)]
                 except MetricError as error:
                     outcome = [error]
-        else:  # nobody predicts behind a test of its rank: a model's loss may wait for all of them
-            self.predictions()
+        else:
+            self._accompany()
             self.ledger.add(purpose, 1, 0.0, passes=1)
         if self.world_size > 1:
             broadcast_object_list(outcome)
@@ -160,10 +178,22 @@ class Evaluator:
         """Predictions and labels at other phi: points [n, d], on every rank all of them; nothing is charged."""
         with self.phi.restored():
             made = []
-            for point in points:
+            for point, together in zip(points, self._together(points), strict=True):
                 self.phi.write(point)
-                made.append(self.predictions())
+                made.append(self.predictions() if together is None else together)
         return made
+
+    def _together(self, points: Tensor) -> Iterator[EvalPrediction | None]:
+        """Predictions at each of the points, several of which are computed in one pass; None: not made here."""
+        done = 0
+        while done < len(points):
+            with undisturbed(self.phi.model), self.phi.restored():
+                made = self._data.predictions_at(points[done:])
+            if not made:
+                break
+            done += len(made)
+            yield from made
+        yield from [None] * (len(points) - done)
 
     def evaluate_many(self, points: Tensor, purpose: str, predictions: bool = False) -> Scores:
         """The metric at other phi, with phi left as it was.
@@ -174,43 +204,72 @@ class Evaluator:
             predictions: whether to return them too.
         """
         count = len(points)
-        taken: list[tuple[int, float, str | None, float, float, EvalPrediction | None]] = []
+        taken: list[Taken] = []
         turns = range(self.rank, count + -count % self.world_size, self.world_size)  # as many on every rank
+        together = self._together(points[[i for i in turns if i < count]])
         with self.phi.restored():
             for i in tqdm(turns, desc="observing the metric", leave=False, delay=3, disable=not self.progress):
                 self.phi.write(points[min(i, count - 1)])
                 if i >= count:
-                    self.predictions()
+                    self._accompany()
                     continue
-                score, error, prediction = float("nan"), None, None
-                start = called = perf_counter()
-                with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
-                    if predictions:  # copies, for they may be views of kept batches, or of phi itself
-                        prediction = copy.deepcopy(self._data.predictions())
-                        called = perf_counter()
-                    try:
-                        score = self._score(prediction)
-                    except MetricError as failure:
-                        error = str(failure)
-                end = perf_counter()
-                taken.append((i, score, error, end - start, end - called, prediction))
+                taken.append(self._observed(i, purpose, predictions, together))
+        return self._shared(taken, purpose, predictions)
+
+    def _observed(
+        self, i: int, purpose: str, predictions: bool, together: Iterator[EvalPrediction | None]
+    ) -> Taken:
+        """The metric at the present phi, which is point `i`; `together` has its predictions, or None."""
+        score, error = self._failed, None
+        start = called = perf_counter()
+        with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
+            prediction = next(together, None)
+            if predictions and prediction is None:  # copies, for they may be views of kept batches, or of phi itself
+                prediction = copy.deepcopy(self._data.predictions())
+            if prediction is not None:
+                called = perf_counter()
+            try:
+                if not self._finite():
+                    raise self._not_finite()
+                score = self._score(prediction)
+            except MetricError as failure:
+                error = str(failure)
+        end = perf_counter()
+        return i, score, error, end - start, end - called, prediction if predictions else None
+
+    def _shared(self, taken: list[Taken], purpose: str, predictions: bool) -> Scores:
+        """What all ranks have taken, in order."""
         if self.world_size > 1:
             others = [entry for entry in gather_object(taken) if entry[0] % self.world_size != self.rank]
             self.ledger.add(purpose, len(others), sum(entry[3] for entry in others), len(others))
-            taken += others
-        taken.sort(key=lambda entry: entry[0])
+            taken = taken + others
+        taken = sorted(taken, key=lambda entry: entry[0])
         _, values, errors, seconds, of_calls, predicted = zip(*taken, strict=True)
         predicted = predicted if predictions else None
-        return Scores(np.array(values), errors, np.array(seconds), np.array(of_calls), predicted)
+        raw = np.array([values_of(value) for value in values]).reshape(len(taken), len(self.metric.keys))
+        return Scores(np.array(values), raw, errors, np.array(seconds), np.array(of_calls), predicted)
+
+    @property
+    def _failed(self) -> Score:
+        """In place of what a call that failed did not answer."""
+        return Score("nan", [np.nan] * len(self.metric.keys))
+
+    def _accompany(self) -> None:
+        """What a rank does while another one's score is asked for: a model's loss may wait for all of them."""
+        self.predictions()
+
+    def _finite(self) -> bool:
+        return bool(self.phi.read().isfinite().all())
+
+    def _not_finite(self) -> MetricError:
+        return MetricError(
+            f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
+            "moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
+            "learning_rate and phi_learning_rate."
+        )
 
     def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
         """The metric at the present phi; `prediction`: the model's, where it is there already."""
-        if not self.phi.read().isfinite().all():
-            raise MetricError(
-                f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
-                "moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
-                "learning_rate and phi_learning_rate."
-            )
         complete = complete or self.complete
         if prediction is None and self.metric.batchwise and complete is None:
             return self.metric.over(self._data.each())
@@ -233,16 +292,39 @@ class _Data:
         self.accumulation_steps = accumulation_steps
         self._batches, self._kept = batches, None
         self._prefix: PrefixCache | None = None
+        self._many: Together | None = None
 
-    def freeze(self, phi_names: tuple[str, ...], moved: Callable[[], AbstractContextManager]) -> None:
+    def freeze(self, phi: PhiSpace, moved: Callable[[], AbstractContextManager]) -> None:
         with undisturbed(self.model):  # a loader draws its seed from the global RNG
             batches = self._kept_batches()
         if batches is not None:
-            self._prefix = PrefixCache(self.model, phi_names, self.max_bytes - nbytes(batches), moved)
+            on_cpu = next(self.model.parameters()).device.type == "cpu"  # else outputs are kept in another memory
+            room = self.max_bytes - nbytes(batches) * on_cpu
+            self._prefix = PrefixCache(self.model, phi.names, room, moved)
+            self._many = Together(phi, self._on_copy)
 
     def predictions(self) -> EvalPrediction:
+        return self._joined(self._outputs())
+
+    def predictions_at(self, points: Tensor) -> list[EvalPrediction]:
+        """At the first of the points [n, d], as many as are computed in one pass; none where that cannot be."""
+        kept = self._prefix and self._kept and self._prefix.kept_bytes(len(self._kept))
+        if not kept or len(points) < 2 or not worthwhile(points.device):
+            return []
+        batches = self._kept
+        if not self._many.works(points, lambda run: self._prefix.forward(0, run, batches)):
+            return []
+        try:
+            run = self._many.at(points[: chunk_size(kept, points.device)])
+            made = [self._prefix.forward(index, run, batches) for index in range(len(batches))]
+        except torch.OutOfMemoryError:
+            self._many.give_up()
+            return []
+        return [self._joined(outputs) for outputs in zip(*made, strict=True)]
+
+    def _joined(self, outputs: Iterable[BatchOutput]) -> EvalPrediction:
         columns = {name: EvalLoopContainer(self.concat, padding_index=-100) for name in BatchOutput._fields}
-        for count, output in enumerate(self._outputs(), 1):
+        for count, output in enumerate(outputs, 1):
             self._check_joinable(output.labels)
             for name, value in output._asdict().items():
                 if value is not None:
@@ -268,12 +350,12 @@ class _Data:
         if batches is None:
             yield from map(self.predict, self._batches())
             return
+        for index, batch in enumerate(batches):
+            yield self._on_copy(batch) if self._prefix is None else self._prefix.forward(index, self._on_copy, batches)
 
-        def run(index: int) -> BatchOutput:  # on a copy: whoever predicts may take columns out, or write to them
-            return self.predict(copy.deepcopy(batches[index]))
-
-        for index in range(len(batches)):
-            yield run(index) if self._prefix is None else self._prefix.forward(index, run, len(batches))
+    def _on_copy(self, batch: Any) -> BatchOutput:
+        """Of a kept batch: whoever predicts may take columns out, or write to them."""
+        return self.predict(copy.deepcopy(batch))
 
     def _check_joinable(self, labels: Any) -> None:
         """Batches of lists of dicts would be joined row by row, the first image with the first, and say nothing."""

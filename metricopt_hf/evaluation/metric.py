@@ -25,11 +25,11 @@ from transformers import EvalPrediction
 
 from .. import metrics as shipped_metrics
 from ..errors import ConfigurationError, MetricError, brief
+from .answer import score_of, values_of, weights_of
+from .constraints import Constraint, ConstraintCheck, shortfall
 from .direct import DirectModule
 
 INPUTS = ("auto", "argmax", "scores", "identity")
-# The value function computes in float32, up to 3.4e38: a score beyond this is as little use as an infinite one.
-LARGEST_SCORE = 1e30
 
 # Global state that a metric may change unnoticed: how to read it, and how to set it.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
@@ -81,13 +81,17 @@ class Metric:
 
     Args:
         function: `EvalPrediction -> number or dict`; what Trainer's `compute_metrics` is.
-        name: the key to read from a dict (with or without Trainer's "eval_" prefix), and the name in logs and cards.
+        name: the key to read from a dict (with or without Trainer's "eval_" prefix), and the name in logs and cards;
+            or a weighted sum of several, such as "0.7*f1+0.3*recall".
         greater_is_better: which way is better.
         timeout: seconds after which a call is given up, None for never. With it, calls run in a thread of their own,
             which cannot be killed: it is abandoned, and no other call is made until it has come back.
         exact: the dict must have that key; else a single entry will do, whatever it is called.
         batchwise: the function is written for Trainer's `batch_eval_metrics`: called with one batch after the other, as
             tensors, and `compute_result`, which is True with the last.
+
+    Attributes:
+        constraints: on other numbers of the dict, which come before the metric's own (`metric_constraints`).
 
     Example:
         >>> import numpy as np
@@ -107,7 +111,35 @@ class Metric:
     ):
         self.function, self.name, self.greater_is_better, self.timeout = function, name, greater_is_better, timeout
         self.exact, self.batchwise = exact, batchwise
+        self.constraints: tuple[Constraint, ...] = ()
         self._abandoned: threading.Thread | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the numbers that scores bring along: those of the constraints, in their order, then the sum's."""
+        return (*(constraint.key for constraint in self.constraints), *weights_of(self.name))
+
+    def merit(self, score: float) -> tuple[float, float]:
+        """By which scores are compared, greater is better: where constraints hold comes before better, and among those
+        that miss them the ones that miss by less."""
+        return (-self.shortfall(score), self.sign * score)
+
+    def shortfall(self, score: float) -> float:
+        """By how much a score's values miss the constraints, see `Constraint`; 0 where all hold."""
+        return shortfall(self.constraints, values_of(score)[: len(self.constraints)])
+
+    def checks(self, values: Sequence[float], errors: Sequence[float] | None = None) -> tuple[ConstraintCheck, ...]:
+        """Which constraints hold.
+
+        Args:
+            values: [m] of `keys`, as a score brings them along.
+            errors: [m] their standard errors, where they are known.
+        """
+        errors = [float("nan")] * len(values) if errors is None else errors
+        return tuple(
+            ConstraintCheck(str(constraint), float(value), constraint.shortfall(value) == 0, float(error))
+            for constraint, value, error in zip(self.constraints, values, errors, strict=False)
+        )
 
     @property
     def sign(self) -> int:
@@ -154,10 +186,14 @@ class Metric:
             arguments = {"compute_result": last} if self.batchwise else {}
             return self.function(prediction if complete is None else complete(prediction), **arguments)
 
+        return self._answer(ask, last)
+
+    def _answer(self, ask: Callable[[], Any], last: bool = True) -> float:
+        """What is made of what `ask` returns or raises; nan where more batches are to follow."""
         try:
             with world_kept():
                 result = ask() if self.timeout is None else self._call_apart(ask)
-                return self._number(result) if last else float("nan")
+                return score_of(result, self.name, self.exact, self.keys) if last else float("nan")
         except (MetricError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a scoring script that calls sys.exit() must not end the run
@@ -188,40 +224,6 @@ class Metric:
         if "error" in outcome:
             raise outcome["error"]
         return outcome["result"]
-
-    def _number(self, result: Any) -> float:
-        if isinstance(result, dict):
-            bare = self.name.removeprefix("eval_")
-            key = next((k for k in (self.name, bare, f"eval_{bare}") if k in result), None)
-            if key is None and len(result) == 1 and not self.exact:
-                key = next(iter(result))
-            if key is None:
-                raise MetricError(
-                    f"The metric returned the keys {brief(list(result))}, none of which is {self.name!r}: name one of "
-                    "them: metric_for_best_model does of compute_metrics, Metric(function, name) of any other."
-                )
-            result = result[key]
-        array = np.empty(0)
-        with suppress(Exception):  # nested lists of unequal lengths; sparse, quantised, meta tensors; and so on
-            one = isinstance(result, torch.Tensor) and result.numel() == 1
-            array = np.asarray(result.item() if one else result)
-        if array.size != 1 or array.dtype.kind not in "fiub" or np.ma.is_masked(result):
-            raise MetricError(
-                f"The metric {self.name!r} must return one number, got {brief(result)}. Of one number per class, "
-                'return the mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
-            )
-        value = float(array.reshape(()))
-        if not np.isfinite(value):
-            raise MetricError(
-                f"The metric {self.name!r} returned {value}, which is not a finite number. Return one also where it is "
-                "not defined, as for a class without examples or without predictions (scikit-learn: zero_division=0)."
-            )
-        if abs(value) > LARGEST_SCORE:
-            raise MetricError(
-                f"The metric {self.name!r} returned {value:g}; numbers beyond {LARGEST_SCORE:g} cannot be learned "
-                "from. Return its logarithm, or cut it off."
-            )
-        return value
 
 
 def _nothing_finite(predictions: Any) -> bool:

@@ -17,6 +17,7 @@ class Observation:
         variance: estimated variance of `score` that z does not explain (score unit squared), nan if unknown.
         step: optimizer step at which it was taken; observations of one step are one round.
         cost: seconds that the forward passes and the metric call took.
+        raw: the numbers of the metric's `keys` beside its score, each in its own unit.
     """
 
     z: np.ndarray
@@ -24,3 +25,4 @@ class Observation:
     variance: float
     step: int
     cost: float
+    raw: tuple[float, ...] = ()

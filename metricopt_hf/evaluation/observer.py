@@ -76,7 +76,14 @@ class Observer:
         variance = pair_variance(scores.values[count % 2 :].reshape(-1, 2))
         fine = [i for i, error in enumerate(scores.errors) if error is None]
         observations = [
-            Observation((z + offsets[i]).numpy(), float(scores.values[i]), variance, step, float(scores.seconds[i]))
+            Observation(
+                (z + offsets[i]).numpy(),
+                float(scores.values[i]),
+                variance,
+                step,
+                float(scores.seconds[i]),
+                tuple(scores.raw[i]),
+            )
             for i in fine
         ]
         return Observed(

@@ -2,8 +2,9 @@
 
 While phi is tuned everything else stands still, so whatever the model computes before it first touches phi is the same
 for every phi. Which modules those are is found by watching one forward pass; what they return is kept, and on the next
-pass they return it instead of computing. Whether that is right for a model is not assumed but tried, at another phi,
-against the full forward pass; where it is not, nothing is cached.
+pass they return it instead of computing. What of a batch is needed behind them, such as masks and labels, is kept where
+the model is, and the rest, such as images, is not moved there any more. Whether that is right for a model is not
+assumed but tried, at another phi, against the full forward pass; where it is not, nothing is cached.
 
 Compared is what the model itself returns, since class decisions made of it would hardly show a wrong replay, and what
 is predicted with it, since that may hold what a hook has caught of a frozen layer.
@@ -12,7 +13,7 @@ is predicted with it, since that may hold what a hook has caught of a frozen lay
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,10 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from .watched import leaves, thinned
+
 # one call of one module in a forward pass: (module name, how many-th call of it)
 Call = tuple[str, int]
 # what it returned, and whether the numbers in it, and not only their shape, are used behind the prefix
 Kept = tuple[Any, bool]
+# how a batch is run: batch -> what is made of what the model returns
+Run = Callable[[Any], Any]
 
 
 def nbytes(tree: Any) -> int:
@@ -32,6 +37,8 @@ def nbytes(tree: Any) -> int:
         tree = list(tree.values())
     if isinstance(tree, (list, tuple)):
         return sum(map(nbytes, tree))
+    if isinstance(tree, Tensor):
+        return tree.nbytes if all(tree.stride()) else tree.element_size()  # of an expanded number only that
     return getattr(tree, "nbytes", 0)
 
 
@@ -41,6 +48,19 @@ def _same(first: Any, second: Any) -> bool:
         x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
         for x, y in zip(a, b, strict=True)
     )
+
+
+def _free_bytes(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+def _placed(tensor: Tensor) -> Tensor:
+    """Where it is kept: on its device as long as half of what is free there stays free, else where it is brought there
+    from without the host's waiting."""
+    if 2 * tensor.nbytes <= _free_bytes(tensor.device):
+        return tensor
+    kept = tensor.cpu()
+    return kept.pin_memory() if torch.cuda.is_available() else kept
 
 
 def _poison(tensor: Tensor) -> Tensor:
@@ -75,6 +95,7 @@ class PrefixCache:
         self._calls: tuple[Call, ...] | None = None  # the prefix, in order; None: not tried yet, (): not cached
         self._needed: set[Call] = set()
         self._kept: dict[int, dict[Call, Kept]] = {}  # by batch; nothing where replaying would be wrong or too large
+        self._batches: dict[int, Any] = {}  # by batch, what of it is needed with the prefix replayed
         self._passes: dict[int, int] = {}  # by batch, how often the model was called
 
     @property
@@ -82,41 +103,72 @@ class PrefixCache:
         """Whether replaying was tried and found right."""
         return bool(self._calls)
 
-    def forward(self, index: int, run: Callable[[int], Any], num_batches: int) -> Any:
-        """`run(index)`, which runs the model on batch `index` of `num_batches`; the prefix is replayed if it can be."""
+    def kept_bytes(self, num_batches: int) -> int | None:
+        """Of the batch of which most is kept; None where one of them is computed in full."""
+        if not self.active or not all(self._kept.get(index) for index in range(num_batches)):
+            return None
+        return max(nbytes([output for output, needed in self._kept[i].values() if needed]) for i in range(num_batches))
+
+    def forward(self, index: int, run: Run, batches: Sequence[Any]) -> Any:
+        """`run(batches[index])`, which runs the model; the prefix is replayed if it can be."""
         if self._calls is None:
-            self._try(run, num_batches)
+            self._try(run, batches)
         if not self.active:
-            return run(index)
-        if index in self._kept:
+            return run(batches[index])
+        if self._kept.get(index):
             with self._returned() as returned, self._replayed(self._kept[index]):
-                result = run(index)
+                result = run(self._batches.get(index, batches[index]))
             # one that generates may go on for longer at this phi, without what skipped modules would have noted
-            return result if len(returned) == self._passes[index] else run(index)
+            return result if len(returned) == self._passes[index] else run(batches[index])
+        if index in self._kept:
+            return run(batches[index])
         with self._returned() as returned:
-            result, outputs = self._record(lambda: run(index))
-        self._kept[index], self._passes[index] = {}, len(returned)
+            result, outputs = self._record(lambda: run(batches[index]))
+        self._kept[index], self._passes[index], expected = {}, len(returned), [*returned, result]
         size = nbytes([outputs.get(call) for call in self._needed])
         # a batch may take another way through the model, or use what the batch that was tried did not
         if size <= self._room and tuple(outputs) == self._calls:
             kept = self._select(outputs, self._needed)
-            if self._right(kept, lambda: run(index), [*returned, result]):
-                self._kept[index] = kept
+            if self._right(kept, lambda: run(batches[index]), expected):
+                self._kept[index] = {
+                    call: (tree_map_only(Tensor, _placed, output), needed) for call, (output, needed) in kept.items()
+                }
                 self._room -= size
+                if self._moves(batches[index]):
+                    self._thin_out(index, run, batches[index], expected)
         return result
 
-    def _try(self, run: Callable[[int], Any], num_batches: int) -> None:
+    def _moves(self, batch: Any) -> bool:
+        """Whether a batch has to be brought to where the model is, at every pass."""
+        device = next(self.model.parameters()).device
+        return any(isinstance(leaf, Tensor) and leaf.device != device for leaf in leaves(batch))
+
+    def _thin_out(self, index: int, run: Run, batch: Any, expected: list[Any]) -> None:
+        """Keep what of a batch is needed with its prefix replayed, where the model is, if there is room."""
+        device = next(self.model.parameters()).device
+        try:
+            with self._replayed(self._kept[index]):
+                thin = thinned(batch, device, run)
+            with self._returned() as returned, self._replayed(self._kept[index]):
+                again = run(thin)
+        except Exception:
+            return  # say, it is not handed over as what it came as
+        if nbytes(thin) <= self._room and _same([*returned, again], expected):
+            self._batches[index] = thin
+            self._room -= nbytes(thin)
+
+    def _try(self, run: Run, batches: Sequence[Any]) -> None:
         """Find the prefix, and which of its outputs are needed behind it, with batch 0."""
-        _, outputs = self._record(lambda: run(0))
+        _, outputs = self._record(lambda: run(batches[0]))
         self._calls = ()
         with self._moved():
             with self._returned() as returned:
-                result = run(0)
+                result = run(batches[0])
             expected = [*returned, result]
-            run(num_batches - 1)  # what modules leave behind on themselves is now another batch's
+            run(batches[-1])  # what modules leave behind on themselves is now another batch's
 
             def right(needed: set[Call]) -> bool:
-                return self._right(self._select(outputs, needed), lambda: run(0), expected)
+                return self._right(self._select(outputs, needed), lambda: run(batches[0]), expected)
 
             every = set(outputs)
             if not every or not right(every):
@@ -186,17 +238,21 @@ class PrefixCache:
     @contextmanager
     def _replayed(self, kept: dict[Call, Kept]) -> Iterator[None]:
         """Inside, each of the prefix's modules returns what is kept of it, call by call, and then computes again."""
+        device = next(self.model.parameters()).device
         outputs: dict[str, list[Kept]] = defaultdict(list)
         for (name, _), answer in kept.items():
             outputs[name].append(answer)
         patched = []
+
+        def brought(tensor: Tensor) -> Tensor:  # a copy, as it may be changed in place
+            return tensor.clone() if tensor.device == device else tensor.to(device, non_blocking=True)
 
         def stub(original: Callable, answers: Iterator[Kept]) -> Callable:
             def forward(*args, **kwargs):
                 answer = next(answers, None)
                 if answer is None:
                     return original(*args, **kwargs)
-                return tree_map_only(Tensor, torch.clone, answer[0]) if answer[1] else answer[0]
+                return tree_map_only(Tensor, brought, answer[0]) if answer[1] else answer[0]
 
             return forward
 

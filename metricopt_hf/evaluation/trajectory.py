@@ -19,7 +19,7 @@ LARGEST = 1e15
 # column of a parquet file -> attribute, beside z
 COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs"}
 # attribute -> what its numbers are, in the order of an Observation's fields
-DTYPES = {"z": np.float32, "scores": float, "variances": float, "steps": np.int64, "costs": float}
+DTYPES = {"z": np.float32, "scores": float, "variances": float, "steps": np.int64, "costs": float, "raw": float}
 # a last column of older files, which is left out: of which part of the observation set a score was
 FOLD = ("fold", pyarrow.int64())
 
@@ -28,12 +28,13 @@ class Trajectory(Sequence[Observation]):
     """A growing list of observations, handed over round by round and read as arrays.
 
     Attributes of n observations in k coordinates: `z` [n, k] float32, `scores` [n], `variances` [n], `steps` [n] int64,
-    `costs` [n] float64. They are views: not to be written to.
+    `costs` [n] float64, and `raw` [n, m] float64, the numbers of the metric's `keys`. They are views: not to be
+    written to.
     """
 
     def __init__(self, observations: Sequence[Observation] = ()):
         self._count, self._columns = 0, {name: np.zeros(0, dtype) for name, dtype in DTYPES.items()}
-        self._columns["z"] = np.zeros((0, 0), np.float32)
+        self._columns["z"], self._columns["raw"] = np.zeros((0, 0), np.float32), np.zeros((0, 0))
         self.extend(observations)
 
     def __len__(self) -> int:
@@ -43,8 +44,8 @@ class Trajectory(Sequence[Observation]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         index = range(len(self))[index]
-        z, score, variance, step, cost = (column[index] for column in self._columns.values())
-        return Observation(z.copy(), float(score), float(variance), int(step), float(cost))
+        z, score, variance, step, cost, raw = (column[index] for column in self._columns.values())
+        return Observation(z.copy(), float(score), float(variance), int(step), float(cost), tuple(raw.tolist()))
 
     def __iter__(self) -> Iterator[Observation]:
         return (self[i] for i in range(len(self)))
@@ -53,13 +54,13 @@ class Trajectory(Sequence[Observation]):
         """Append; takes the same time whatever is there already, but for a doubling of the memory now and then."""
         if not len(observations):
             return
-        rows = [(o.z, o.score, o.variance, o.step, o.cost) for o in observations]
+        rows = [(o.z, o.score, o.variance, o.step, o.cost, o.raw) for o in observations]
         start, self._count = self._count, self._count + len(rows)
         for (name, column), values in zip(self._columns.items(), zip(*rows, strict=True), strict=True):
             values = np.array(values, column.dtype)
             if len(column) < self._count:
                 grown = np.zeros((max(self._count, 2 * len(column)), *values.shape[1:]), column.dtype)
-                grown[:start] = column[:start].reshape(-1, *values.shape[1:])
+                grown[:start] = column[:start].reshape(start, *values.shape[1:])
                 self._columns[name] = column = grown
             column[start : self._count] = values
 
@@ -82,6 +83,18 @@ class Trajectory(Sequence[Observation]):
     @property
     def costs(self) -> np.ndarray:
         return self._columns["costs"][: len(self)]
+
+    @property
+    def raw(self) -> np.ndarray:
+        return self._columns["raw"][: len(self)]
+
+    def of_key(self, index: int) -> Trajectory:
+        """The same observations of another number: that of the metric's `keys[index]`, whose variance is not known."""
+        if not len(self):
+            return self
+        rows = {name: column[: len(self)] for name, column in self._columns.items()}
+        unknown = np.full(len(self), np.nan)
+        return self._of({**rows, "scores": self.raw[:, index].copy(), "variances": unknown})
 
     @property
     def last_round(self) -> Trajectory:
@@ -121,7 +134,10 @@ class Trajectory(Sequence[Observation]):
         return cls._of(columns)
 
     def to_parquet(self) -> bytes:
-        """A parquet file with one row per observation, all columns flat: z0, z1, ... (float32), and `COLUMNS`."""
+        """A parquet file with one row per observation, all columns flat: z0, z1, ... (float32), and `COLUMNS`.
+
+        `raw` stays here: what is shared predicts the score.
+        """
         columns = {f"z{i}": column for i, column in enumerate(self.z.T)}
         columns.update({one: getattr(self, many) for one, many in COLUMNS.items()})
         buffer = io.BytesIO()
@@ -161,7 +177,7 @@ class Trajectory(Sequence[Observation]):
                 parts.append([column.to_numpy(zero_copy_only=False) for column in batch.columns])
             arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
             state = dict(zip(COLUMNS.values(), arrays[num_coordinates:], strict=False))
-            state["z"] = np.stack(arrays[:num_coordinates], axis=1)
+            state["z"], state["raw"] = np.stack(arrays[:num_coordinates], axis=1), np.zeros((rows, 0))
             if not all(np.isfinite(state[name]).all() for name in state if name != "variances"):
                 raise ValueFunctionError("there are observations that are not finite.")
             if max(np.abs(state["z"]).max(), np.abs(state["scores"]).max()) > LARGEST:

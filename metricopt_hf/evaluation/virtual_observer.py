@@ -19,6 +19,7 @@ from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..phi import Coordinates
+from .answer import values_of
 from .evaluator import Evaluator
 from .interpolator import InterpolatedPredictions, Interpolator
 from .observation import Observation
@@ -81,7 +82,12 @@ class VirtualObserver:
         return Observed(
             [
                 Observation(
-                    (z + offsets[i]).numpy(), float(scores.values[i]), float("nan"), step, float(scores.seconds[i])
+                    (z + offsets[i]).numpy(),
+                    float(scores.values[i]),
+                    float("nan"),
+                    step,
+                    float(scores.seconds[i]),
+                    raw=tuple(scores.raw[i]),
                 )
                 for i in fine
             ],
@@ -111,14 +117,14 @@ class VirtualObserver:
         (whole,), errors = self._scores(self.interpolator, here[None])
         scores, more = self._scores(part, here + offsets.numpy())
         seconds = (perf_counter() - start) / (len(scores) + 1)
-        own, fine = scores, np.isfinite(scores)
-        complete = scores.reshape(-1, 2)
-        complete = complete[np.isfinite(complete).all(1)]
-        if len(complete) and np.isfinite(whole):
-            scores = scores + (whole - complete.mean())
+        own, fine = scores[:, 0], np.isfinite(scores[:, 0])
+        complete = scores.reshape(pairs, -1)
+        complete = complete[np.isfinite(complete).all(1)].reshape(-1, scores.shape[1])
+        if len(complete) and np.isfinite(whole).all():
+            scores = scores + (whole - complete.mean(0))
         observations = [
-            Observation((z + offset).numpy(), float(score), float("nan"), step, seconds)
-            for offset, score in zip(offsets, scores, strict=True)
+            Observation((z + offset).numpy(), float(score), float("nan"), step, seconds, raw=tuple(raw))
+            for offset, (score, *raw) in zip(offsets, scores, strict=True)
             if np.isfinite(score)
         ]
         if not predictions:
@@ -157,16 +163,20 @@ class VirtualObserver:
         self.directions = directions
 
     def _scores(self, interpolator: Interpolator, z: np.ndarray) -> tuple[np.ndarray, list[str]]:
-        """The metric at z: [n, k] relative to the centre, [n] nan where it failed, and why; the same on every rank."""
+        """The metric at z, [n, k] relative to the centre, and why it failed; the same on every rank.
+
+        [n, 1 + m]: its score, and the numbers of its `keys`; nan where it failed.
+        """
         evaluator = self.evaluator
         mine = np.arange(evaluator.rank, len(z), evaluator.world_size)
-        taken: list[tuple[int, float, str | None]] = []
+        taken: list[tuple[int, list[float], str | None]] = []
         start = perf_counter()
         for i, prediction in zip(mine, interpolator.at(z[mine]), strict=True):
             try:
-                taken.append((int(i), evaluator.metric(prediction, evaluator.complete), None))
+                score = evaluator.metric(prediction, evaluator.complete)
+                taken.append((int(i), [score, *values_of(score)], None))
             except MetricError as error:
-                taken.append((int(i), float("nan"), str(error)))
+                taken.append((int(i), [np.nan] * (1 + len(evaluator.metric.keys)), str(error)))
         if evaluator.world_size > 1:
             taken = sorted(gather_object(taken))
         evaluator.ledger.add("observe", len(z), perf_counter() - start)

@@ -6,6 +6,7 @@ from ..errors import ConfigurationError
 from ..value import ValueNetwork
 from .base import Direction, DirectionGuide, Guide, GuideContext, Round
 from .bridge import BridgeGuide
+from .constrained import ConstrainedGuide
 from .controls import RandomGuide, ShuffledGuide
 from .loss_alignment import LossAlignmentGuide
 from .value_function import ValueFunctionGuide
@@ -22,6 +23,7 @@ GUIDES: dict[str, Callable[[ValueNetwork | None], Guide]] = {
 __all__ = [
     "GUIDES",
     "BridgeGuide",
+    "ConstrainedGuide",
     "Direction",
     "DirectionGuide",
     "Guide",

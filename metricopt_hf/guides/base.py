@@ -81,12 +81,13 @@ class Direction:
 
     Attributes:
         vector: v, [d], in phi; a step *against* it improves the metric, as with a loss gradient. Its length is ignored.
-        trust: in [0, 1]; how far to follow the guide here.
+        trust: in [0, 1]; how far to follow the guide here. A number, or a scalar tensor where phi is, so that no step
+            waits for the device.
         reason: why the trust is what it is, in a few words.
     """
 
     vector: Tensor
-    trust: float
+    trust: float | Tensor
     reason: str
 
 
@@ -200,6 +201,10 @@ class DirectionGuide(Guide):
         trust, reason = self.standing
         if trust == 0:
             return Direction(torch.zeros_like(phi), 0.0, reason)
-        ascent = self.ascent(phi)
+        ascent, agreement = self.ascent_and_agreement(phi)
         vector = -ascent if self.context.greater_is_better else ascent
-        return Direction(vector, trust * self.gradient_agreement(phi), reason)
+        return Direction(vector, trust * agreement, reason)
+
+    def ascent_and_agreement(self, phi: Tensor) -> tuple[Tensor, float | Tensor]:
+        """`ascent` and `gradient_agreement`, for a guide that has both from one computation."""
+        return self.ascent(phi), self.gradient_agreement(phi)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..value.model import rescaled
 
 
-def correction(task_grad: Tensor, value_grad: Tensor, trust: float, weight: float) -> Tensor:
+def correction(task_grad: Tensor, value_grad: Tensor, trust: float | Tensor, weight: float) -> Tensor:
     """What is added to the task gradient: weight * trust * (|g| / |v|) * v.
 
     Matching norms makes `weight` (the paper's lambda) independent of both units, and immune to loss scaling, gradient
@@ -16,7 +17,7 @@ def correction(task_grad: Tensor, value_grad: Tensor, trust: float, weight: floa
     Args:
         task_grad: g, [d].
         value_grad: v, [d]; a step against it improves the metric.
-        trust: in [0, 1].
+        trust: in [0, 1]; a number or a scalar tensor.
         weight: >= 0.
 
     Returns:
@@ -28,7 +29,8 @@ def correction(task_grad: Tensor, value_grad: Tensor, trust: float, weight: floa
         tensor([0., 5.])
     """
     value_grad = rescaled(value_grad)
-    norm = value_grad.norm()
-    if not 0 < norm < float("inf"):  # a direction that is no direction is not followed
-        return task_grad.new_zeros(task_grad.shape)
-    return value_grad * (weight * trust * task_grad.norm() / norm)
+    norm, factor = value_grad.norm(), weight * trust
+    factor = factor.to(norm.dtype) if isinstance(factor, Tensor) else factor
+    added = value_grad * (factor * task_grad.norm() / norm)
+    # a direction that is no direction is not followed; chosen where the tensors are, without waiting for them
+    return torch.where((norm > 0) & norm.isfinite(), added, 0.0)

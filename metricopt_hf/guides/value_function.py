@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +40,7 @@ class ValueFunctionGuide(DirectionGuide):
             )
         self.fitted = given is not None
         self.calibration = Calibration()
+        self._there: ValueNetwork | None = None  # a copy where phi is, until the next fit
         if given is None:
             self._network = ValueNetwork(dim)
             self._network.reset_parameters(context.generator)
@@ -80,20 +82,32 @@ class ValueFunctionGuide(DirectionGuide):
             standardise=self._given is None,
         )
         self.calibration.apply(self._network)
+        self._there = None
         self.fitted = True
 
     def ascent(self, phi: Tensor) -> Tensor:
-        coordinates = self.context.coordinates
-        gradient = self._network.gradient(coordinates.encode(phi).cpu())
-        return coordinates.lift(gradient.to(phi.device))
+        return self.ascent_and_agreement(phi)[0]
 
     def gradient_agreement(self, phi: Tensor) -> float:
         """How far the networks of the ensemble agree on the direction.
 
         Blending ignores a direction's length, and near an optimum of the metric nothing but noise is left of it.
         """
-        z = self.context.coordinates.encode(phi).cpu()
-        return float(self._network.agreement(z))
+        return float(self.ascent_and_agreement(phi)[1])
+
+    def ascent_and_agreement(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """Both where phi is: asked at every step, it must not wait for a device."""
+        coordinates = self.context.coordinates
+        gradient, agreement = self._network_on(phi.device).gradient_and_agreement(coordinates.encode(phi))
+        return coordinates.lift(gradient), agreement.double()
+
+    def _network_on(self, device: torch.device) -> ValueNetwork:
+        """What was fitted, on the CPU, where the model is."""
+        if self._network.z_mean.device == device:
+            return self._network
+        if self._there is None or self._there.z_mean.device != device:
+            self._there = copy.deepcopy(self._network).to(device)
+        return self._there
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -108,3 +122,4 @@ class ValueFunctionGuide(DirectionGuide):
         self.fitted = state["fitted"]
         self.calibration = Calibration(**state["calibration"])
         self._network.load_state_dict(state["network"])
+        self._there = None

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .space import PhiSpace, whole
+from .space import PhiSpace, is_sharded, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +132,36 @@ def make_coordinates(
 def loss_gradients(
     phi: PhiSpace, batches: Iterable[Any], loss: Callable[[Any], Tensor], rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """Gradients of the loss with respect to phi, [batches, d] on the CPU, computed by the ranks in turn."""
-    rows = []
+    """Gradients of the loss with respect to phi, [batches, d] on the CPU, computed by the ranks in turn.
+
+    Of a sharded model all ranks compute each of them.
+    """
+    sharded, rows = is_sharded(phi.model), []
     for i, batch in enumerate(batches):
-        if i % world_size == rank:
+        if sharded:
+            rows.append((i, _sharded_gradient(phi, batch, loss).cpu()))
+        elif i % world_size == rank:
             parameters = phi.parameters
             gradients = torch.autograd.grad(loss(batch), parameters, allow_unused=True)
             full = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-            rows.append((i, torch.cat([whole(g).reshape(-1).float() for g in full]).cpu()))
-    if world_size > 1:
+            rows.append((i, torch.cat([g.reshape(-1).float() for g in full]).cpu()))
+    if world_size > 1 and not sharded:
         rows = sorted(gather_object(rows), key=lambda row: row[0])
     return torch.stack([row for _, row in rows]) if rows else torch.zeros(0, phi.dim)
+
+
+def _sharded_gradient(phi: PhiSpace, batch: Any, loss: Callable[[Any], Tensor]) -> Tensor:
+    """The gradient of the loss on a batch that all ranks have: [d]. FSDP2 leaves it in `.grad`, and nowhere else.
+
+    What stands there is put back afterwards.
+    """
+    reshard(phi.model)
+    before = [(parameter, parameter.grad) for parameter in phi.model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        loss(batch).backward()
+        return phi.read_grad()
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient

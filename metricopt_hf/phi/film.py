@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PhiError
-from .space import PhiSpace, whole
+from .space import PhiSpace, reshard, whole
 
 SCALE, SHIFT = "film_scale", "film_shift"
 
@@ -241,6 +242,7 @@ class FiLM(PhiSpace):
         )
 
     def merge(self) -> None:
+        reshard(self.model)
         with torch.no_grad():
             for site in self._sites:
                 if not hasattr(site.host, SCALE):
@@ -250,14 +252,20 @@ class FiLM(PhiSpace):
                 for tensor, value in zip((weight, bias), merged, strict=True):
                     if tensor is not None:
                         tensor.copy_(value)
+                if isinstance(getattr(site.host, SCALE), DTensor):  # FSDP2 would put it in again, so it stays
+                    for part in (SCALE, SHIFT):
+                        if hasattr(site.host, part):
+                            getattr(site.host, part).zero_()
+                    continue
                 for part in (SCALE, SHIFT):
                     if hasattr(site.host, part):
                         self._taken_out[_join(site.host_name, part)] = getattr(site.host, part)
                         delattr(site.host, part)
                 del site.host.film_dim
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if not self.inserted:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
 
     def attach(self) -> None:
         for site in self._sites:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import PhiError
@@ -22,6 +23,24 @@ from ..errors import PhiError
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that FSDP2 may have sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model: then all ranks take part in every forward pass and every read of phi."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """FSDP2 leaves some parameters whole behind a pass without a backward: what is written to those is lost."""
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def model_class(model: nn.Module) -> str:
+    """The name of a model's class, as it was before FSDP2 made one of its own of it."""
+    return type(model).__bases__[1].__name__ if isinstance(model, FSDPModule) else type(model).__name__
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
@@ -46,6 +65,7 @@ class PhiSpace(ABC):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        reshard(self.model)
         return [self.model.get_parameter(name) for name in self.names]
 
     @property
@@ -97,6 +117,7 @@ class PhiSpace(ABC):
         try:
             yield
         finally:
+            reshard(self.model)
             with torch.no_grad():
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
@@ -107,7 +128,7 @@ class PhiSpace(ABC):
         generator = torch.Generator().manual_seed(0)
         for name, parameter in zip(self.names, self.parameters, strict=True):
             with self.restored(), torch.no_grad():
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
+                parameter.add_(_like(torch.randn(parameter.shape, generator=generator), parameter))
                 after = outputs()
             if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True)):
                 idle.append(name)

@@ -15,8 +15,9 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigurationError, brief
-from ..evaluation import direction
+from ..evaluation import constraints, direction
 from ..evaluation.metric import INPUTS
+from ..evaluation.model_metric import words_of
 from ..guides import GUIDES
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,21 @@ def without_secrets(value: Any, name: str = "") -> Any:
     return "<SECRET>" if isinstance(value, str) and SECRET_VALUE.match(value) else value
 
 
+def command_without_secrets(command: str) -> str:
+    """The same for the words of a command line, and what options of such names are given.
+
+    Example:
+        >>> command_without_secrets("score.py --token abc --key=abc {model}")
+        'score.py --token <TOKEN> --key=<KEY> {model}'
+    """
+    shown, name = [], ""
+    for word in command.split(" "):
+        option, equals, value = word.rpartition("=")
+        shown.append(option + equals + without_secrets(value, option.lstrip("-") if equals else name))
+        name = word.lstrip("-") if word.startswith("-") and not equals else ""
+    return " ".join(shown)
+
+
 def _number(least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], bool]:
     """Whether it is a finite number from `least` (above: beyond it) to below `most`."""
 
@@ -93,6 +109,8 @@ def _one_of(names: Collection[str]) -> Callable[[Any], bool]:
 # field -> whether a value will do, and what it must be
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (_whole(0, 2**32), "a whole number from 0 to 4294967295"),
+    "metric_command": (_unset(lambda value: isinstance(value, str)), 'a command line, "python score.py {model}"'),
+    "metric_constraints": (_unset(lambda value: isinstance(value, str)), 'text, such as "precision>=0.6, ece<=0.05"'),
     "metric_kwargs": (_unset(lambda value: isinstance(value, dict)), 'JSON, such as \'{"average": "macro"}\''),
     "phi": (
         lambda value: isinstance(value, str) and bool(value),
@@ -151,6 +169,21 @@ class MetricOptConfig(TrainingArguments):
     )
     metric_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a metric call is given up. Default: never."}
+    )
+    metric_command: str | None = field(
+        default=None,
+        metadata={
+            "help": 'A command that is the metric, such as "python score.py {model}": the model is saved into a '
+            "folder, the command run on it without a shell, and the last line that it prints is the number. {split}, "
+            "if it stands there, is observation, selection, or the prefix of evaluate()'s metrics."
+        },
+    )
+    metric_constraints: str | None = field(
+        default=None,
+        metadata={
+            "help": 'What must hold before the metric counts, of other numbers of the same dict: "precision>=0.6, '
+            'ece<=0.05".'
+        },
     )
     metric_start_ratio: float = field(
         default=0.75,
@@ -252,18 +285,30 @@ class MetricOptConfig(TrainingArguments):
         for name, (fine, expected) in CHECKS.items():
             if not fine(value := getattr(self, name)):
                 raise ConfigurationError(f"{name}={brief(value)} must be {expected}.")
+        constraints.parse(self.metric_constraints)
+        if self.metric_command is not None:
+            words_of(self.metric_command)
 
     def __str__(self) -> str:
-        """As of `TrainingArguments`, which hides tokens; secrets in `metric_kwargs` are hidden too."""
+        """As of `TrainingArguments`, which hides tokens; secrets of the metric are hidden too."""
         shown = copy.copy(self)
-        shown.__dict__["metric_kwargs"] = without_secrets(self.metric_kwargs)
+        shown.__dict__.update(self._shown)
         return super(MetricOptConfig, shown).__str__()
 
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        """As of `TrainingArguments`, for logs and files; secrets in `metric_kwargs` are hidden too."""
-        return {**super().to_dict(), "metric_kwargs": without_secrets(self.metric_kwargs)}
+        """As of `TrainingArguments`, for logs and files; secrets of the metric are hidden too."""
+        return {**super().to_dict(), **self._shown}
+
+    @property
+    def _shown(self) -> dict[str, Any]:
+        """What stands in logs and files in place of fields that may hold secrets."""
+        command = self.metric_command
+        return {
+            "metric_kwargs": without_secrets(self.metric_kwargs),
+            "metric_command": command and command_without_secrets(command),
+        }
 
     def direction_of(self, name: str, description: str = "") -> bool:
         """Whether greater values of a metric are better: as given, else by its description or its name, and said aloud.

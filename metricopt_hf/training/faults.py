@@ -18,7 +18,9 @@ MIN_SCORES_FOR_OUTLIERS = 16
 ODD_RANGES = 6
 # the first scores, up to so many, cannot be judged at once: all are judged again as more come in
 EARLY_SCORES = 4 * MIN_SCORES_FOR_OUTLIERS
-# the largest share of these that may be faults
+# accepted scores that are kept, the latest ones
+MOST_SCORES = 4096
+# the largest share of the first scores that may be faults
 OUTLIER_SHARE = 1 / 8
 
 
@@ -38,7 +40,7 @@ class Faults:
 
     def accept(self, scores: Sequence[float]) -> None:
         """Take scores, of either split, for what the metric usually answers."""
-        self.scores += scores
+        self.scores = [*self.scores, *scores][-MOST_SCORES:]
         self._lowest, self._highest = min([self._lowest, *scores]), max([self._highest, *scores])
 
     def is_outlier(self, score: float) -> bool:
@@ -107,11 +109,16 @@ class Faults:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "in_a_row": self.in_a_row, "scores": list(self.scores)}
+        return {
+            "total": self.total,
+            "in_a_row": self.in_a_row,
+            "scores": list(self.scores),
+            "extremes": [self._lowest, self._highest],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
-        self._keep(state["scores"])
+        self.scores, (self._lowest, self._highest) = list(state["scores"]), state["extremes"]
 
     def _keep(self, scores: Sequence[float]) -> None:
         self.scores, self._lowest, self._highest = [], float("inf"), float("-inf")

@@ -6,62 +6,114 @@ it, and some models (torchvision's detectors) have no loss in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+MISSING = object()
 
-@contextmanager
-def pinned(model: nn.Module, everything: bool = True) -> Iterator[None]:
-    """Inside, `model.train()`, whoever calls it, wakes neither dropout nor drop path nor batch statistics.
+
+class Pins:
+    """What `model.train()`, whoever calls it, is kept from: waking dropout, drop path and batch statistics.
 
     Attention modules and others drop by their own mode, without a dropout module, so every module stays in eval mode,
     but for those that must not: RNNs, whose dropout is 0 meanwhile, and layers with gradient checkpointing, which are
-    in train mode as far as that needs it. On leaving, modes and all else are what they were.
+    in train mode as far as that needs it.
+
+    The modules are gone through once, when this is made, as `inside` is entered at every micro-batch.
 
     Args:
         everything: False: only modules of dropout, drop path and batch statistics, for a model whose loss comes out in
             train mode alone.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as put_back:
-        for module in model.modules():
+
+    def __init__(self, model: nn.Module, everything: bool = True):
+        self._modules = list(model.modules())
+        # attributes of modules and configs, whatever their class says: (those of the object, name, value inside)
+        self._changes: list[tuple[dict[str, Any], str, Any]] = []
+        for module in self._modules:
             if isinstance(module, nn.RNNBase):
-                put_back.enter_context(_changed(module, "dropout", 0.0))
+                self._changes.append((vars(module), "dropout", 0.0))
             elif _is_noise(module):
-                _pin(module, put_back)
+                self._pin(module)
             elif everything:
                 if not getattr(module, "gradient_checkpointing", False):
-                    _pin(module, put_back)
+                    self._pin(module)
                 elif isinstance(module, GradientCheckpointingLayer):
                     checkpoint = partial(_checkpoint, module, module._gradient_checkpointing_func)
-                    put_back.enter_context(_changed(module, "_gradient_checkpointing_func", checkpoint))
+                    self._changes.append((vars(module), "_gradient_checkpointing_func", checkpoint))
                 else:
-                    _pin(module, put_back)
+                    self._pin(module)
                     config = getattr(module, "config", None)
                     if getattr(config, "use_cache", False):  # as in train mode: layers would fill it once more
-                        put_back.enter_context(_changed(config, "use_cache", False))
+                        self._changes.append((vars(config), "use_cache", False))
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """On leaving, modes and all else are what they were."""
+        modes = [module.training for module in self._modules]
+        before = []
         try:
+            for attributes, name, value in self._changes:
+                before.append(attributes.get(name, MISSING))
+                attributes[name] = value
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for (attributes, name, _), value in reversed(list(zip(self._changes, before, strict=False))):
+                if value is MISSING:
+                    del attributes[name]
+                else:
+                    attributes[name] = value
+            for module, mode in zip(self._modules, modes, strict=True):
+                if module.training != mode:
+                    module.training = mode
+
+    def _pin(self, module: nn.Module) -> None:
+        """Let `module.train` go on to its children and leave it in eval mode."""
+        self._changes += [
+            (vars(module), "train", partial(_train_children, module)),
+            (vars(module), "training", False),
+        ]
+
+
+def pinned(model: nn.Module, everything: bool = True) -> AbstractContextManager[None]:
+    """See `Pins`, where it is for once."""
+    return Pins(model, everything).inside()
+
+
+class Rest:
+    """The parameters of a model beside some: what is not tuned.
+
+    They are found once, and asked for by name again whenever they are needed, as wrappers such as FSDP2 replace them.
+
+    Args:
+        names: of the parameters that are tuned.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str]):
+        tuned = set(names)
+        places = (name.rpartition(".") for name, _ in model.named_parameters() if name not in tuned)
+        self._places = [(model.get_submodule(owner)._parameters, part) for owner, _, part in places]
+
+    def freeze(self) -> None:
+        """From now on they need no gradients."""
+        for parameters, part in self._places:
+            if parameters[part].requires_grad:
+                parameters[part].requires_grad_(False)
+
+    def drop_gradients(self) -> None:
+        for parameters, part in self._places:
+            parameters[part].grad = None
 
 
 def _is_noise(module: nn.Module) -> bool:
     """Dropout, drop path, or a norm with batch statistics; the former by name, as every library has its own."""
     name = type(module).__name__.lower()
     return isinstance(module, nn.modules.batchnorm._NormBase) or "drop" in name or "stochasticdepth" in name
-
-
-def _pin(module: nn.Module, put_back: ExitStack) -> None:
-    """Let `module.train` go on to its children and leave it in eval mode."""
-    put_back.enter_context(_changed(module, "train", partial(_train_children, module)))
-    module.training = False
 
 
 def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -82,18 +134,3 @@ def _in_eval_mode(layer: nn.Module, function: Callable, *args: Any, **kwargs: An
         return function(*args, **kwargs)
     finally:
         layer.training = before
-
-
-@contextmanager
-def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, the attribute is `value`, on the object itself, whatever its class says."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    vars(owner)[name] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del vars(owner)[name]
-        else:
-            vars(owner)[name] = before

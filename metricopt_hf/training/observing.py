@@ -5,21 +5,27 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import IterableDataset
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..errors import ConfigurationError, MetricError
 from ..evaluation import data
+from ..evaluation.answer import values_of, weights_of
+from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from ..evaluation.ledger import Ledger
+from ..evaluation.model_metric import CommandMetric, ModelEvaluator, ModelMetric
+from ..evaluation.noise import checked_constraints
+from ..evaluation.sharded import ShardedEvaluator
 from ..extras import require
 from ..phi import Coordinates, make_coordinates
 from . import diagnosis
@@ -62,6 +68,11 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
                 "There is no metric to diagnose: give the trainer one (metric=..., or compute_metrics and "
                 "metric_for_best_model in the config)."
             )
+        if isinstance(self.metric, ModelMetric):
+            raise ConfigurationError(
+                f"The metric {self.metric.name!r} is one of the model: what phi and a bias reach cannot be told from "
+                "predictions, so there is nothing to diagnose."
+            )
         if not worthwhile > 0:
             raise ConfigurationError(f"worthwhile={worthwhile!r} must be positive: a gain, in the metric's unit.")
         require("tabulate", "report")
@@ -84,12 +95,63 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
             print(found)
         return found
 
-    def _evaluator(self, dataset: Any, ledger: Ledger, progress: bool = False) -> Evaluator:
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """As of Trainer; with a metric of the model, and a weighted sum of several, among the numbers."""
+        found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        name = f"{metric_key_prefix}_{self.metric.name.removeprefix('eval_')}" if self.guided else None
+        if name is None or name in found or isinstance(dataset, dict):
+            return found
+        weights = weights_of(self.metric.name)
+        if isinstance(self.metric, ModelMetric):
+            found[name] = float(self._score_of_model(dataset, metric_key_prefix))
+        elif weights and all(f"{metric_key_prefix}_{key}" in found for key in weights):
+            found[name] = sum(weight * found[f"{metric_key_prefix}_{key}"] for key, weight in weights.items())
+        if name in found:
+            self.log({name: found[name]})
+        return found
+
+    def check_constraints(self, dataset: Any, split: str = "report") -> tuple[ConstraintCheck, ...]:
+        """Which of `metric_constraints` hold for the model as it is now, with their noise; on all ranks.
+
+        Args:
+            split: what the data set is called, for a metric that wants to know.
+
+        Raises:
+            MetricError: the metric fails there.
+        """
+        values = values_of(self._score_of_model(dataset, split)) if isinstance(self.metric, ModelMetric) else None
+        on_all_rows = self.args.observe == "predictions_on_all_rows"
+        return checked_constraints(self._evaluator(dataset, Ledger()), on_all_rows, values)
+
+    def _score_of_model(self, dataset: Any, split: str) -> float:
+        """Of a metric of the model, at the model as it is now; the same on every rank."""
+        with nullcontext() if self._phi is None else self._phi.merged():
+            model = copy.deepcopy(self.model)
+        outcome: list[Any] = [None]
+        if self.args.process_index == 0 or not isinstance(self.metric, CommandMetric):
+            try:
+                outcome = [self.metric(model.eval().requires_grad_(False), dataset, split)]
+            except MetricError as error:
+                outcome = [error]
+        if self.args.world_size > 1:
+            broadcast_object_list(outcome)
+        if isinstance(outcome[0], MetricError):
+            raise outcome[0]
+        return outcome[0]
+
+    def _evaluator(
+        self, dataset: Any, ledger: Ledger, progress: bool = False, split: str = "observation"
+    ) -> Evaluator:
         args = self.args
-        return Evaluator(
+        if isinstance(self.metric, ModelMetric):
+            make = partial(ModelEvaluator, dataset=dataset, split=split)
+        else:
+            make = ShardedEvaluator if self._sharded else Evaluator
+        return make(
             self.phi,
             self._predict,
-            self._batches_of(dataset),
+            tuple if dataset is None else self._batches_of(dataset),
             self.metric,
             ledger,
             CACHE_BYTES,
@@ -165,10 +227,13 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
 
     def _check_metric(self) -> None:
         """The metric's first call, before any training time is spent."""
+        evaluator = self.phase.evaluator
         try:
-            score = self.phase.evaluator.evaluate("check")
+            score = evaluator.evaluate("check")
         except MetricError as error:
-            hint = ""
+            hint, asked = "", "a copy of the model"
+            if evaluator.of_predictions:
+                asked = "an EvalPrediction of all of that set (predictions, label_ids as numpy arrays), or of a part,"
             if self._unlabelled_columns is not None:
                 hint = (
                     f"\nIt was given no labels: of the columns {', '.join(self._unlabelled_columns)} none is among "
@@ -176,11 +241,11 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
                 )
             raise MetricError(
                 f"{error}{hint}\nThis was the first call of the metric, on the observation set, before training; "
-                "nothing was trained. The metric is called with an EvalPrediction of all of that set (predictions, "
-                "label_ids as numpy arrays), or of a part, and must return one finite number, or a dict that holds "
-                f"one. {self._hint}".rstrip()
+                f"nothing was trained. The metric is called with {asked} and must return one finite number, or a dict "
+                f"that holds one. {self._hint}".rstrip()
             ) from error
-        self._tell_of_places(self.phase.evaluator, score)
+        if evaluator.of_predictions:
+            self._tell_of_places(evaluator, score)
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")
 

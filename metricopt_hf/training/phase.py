@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
+from ..evaluation.answer import values_of
+from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.evaluator import Evaluator
+from ..evaluation.noise import checked_constraints
 from ..guides import Direction, Guide, GuideContext, blend
 from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace
+from ..phi.space import model_class
 from ..value import Signature
 from .plan import PhasePlan
 from .polish import polish
@@ -30,6 +34,9 @@ from .rounds import MakePlan, Rounds
 from .selection import Selection
 
 logger = logging.getLogger(__name__)
+
+# entries of the curve, of which every second goes when there are more
+MOST_ENTRIES = 4096
 
 
 class MetricPhase:
@@ -67,6 +74,7 @@ class MetricPhase:
         self.start_phi: Tensor | None = None
         self.last_phi: Tensor | None = None  # where training ended, whichever phi was selected
         self.direction: Direction | None = None  # of the last update
+        self.constraints: tuple[ConstraintCheck, ...] = ()  # at the best phi on the selection split
         self.curve: list[dict[str, Any]] = []  # one entry per round, for plots and logs
 
     @property
@@ -116,10 +124,13 @@ class MetricPhase:
         if self.plan.value_weight == 0:
             return
         self.direction = self.guide.direction(self.phi.read())
-        if self.direction is not None and self.direction.trust > 0:
+        if self.direction is None:
+            return
+        trust = self.direction.trust
+        if isinstance(trust, Tensor) or trust > 0:  # a tensor is not asked: that would wait for the device
             task_grad = self.phi.read_grad()
             self.phi.add_grad(
-                blend.correction(task_grad, self.direction.vector, self.direction.trust, self.plan.value_weight)
+                blend.correction(task_grad, self.direction.vector, trust, self.plan.value_weight)
             )
 
     def loss(self, inputs: dict[str, Any], outputs: Any, task_loss: Tensor) -> Tensor:
@@ -134,7 +145,7 @@ class MetricPhase:
         """The last phi is a candidate too; then the best is put in place, or `last_phi` where there is none."""
         self.last_phi = self.moving.read()
         self._record(step, self.selection.consider(step))
-        if self.plan.tune_bias and self.moving is self.phi:
+        if self.plan.tune_bias and self.moving is self.phi and self.evaluator.of_predictions:
             polish(self.evaluator, self.selection, self.start_phi, step)
         self.selection.confirm()
         best = self.selection.best
@@ -147,6 +158,11 @@ class MetricPhase:
                 f"Best {self.metric.name} on the selection split: {best.score:.4f} at step {best.step}{tuned}; this "
                 "phi is kept."
             )
+        if self.metric.constraints and best.phi is not None:
+            on_all_rows = self.plan.observe == "predictions_on_all_rows"
+            self.constraints = checked_constraints(self.selection.evaluator, on_all_rows, best.raw)
+            for check in self.constraints:
+                logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
 
     def result(self) -> RunResult:
         """What can be told of the phase by now; it must have begun."""
@@ -161,6 +177,8 @@ class MetricPhase:
             bias_tuned=best.bias_tuned,
             last_phi=self.last_phi,
             curve=self.curve,
+            constraints=self.constraints,
+            keys=self.metric.keys,
             trajectory=self.rounds.trajectory,
             ledger=self.ledger,
             failed_calls=self.faults.total,
@@ -179,7 +197,7 @@ class MetricPhase:
             return None
         coordinates = self.coordinates
         signature = Signature(
-            type(self.phi.model).__name__,
+            model_class(self.phi.model),
             self.phi_description,
             coordinates.kind,
             self.metric.name,
@@ -264,7 +282,8 @@ class MetricPhase:
         self.curve.append(
             {
                 "step": step,
-                "selection": selection,
+                "selection": None if selection is None else float(selection),
+                "constraints": None if selection is None else list(values_of(selection)),
                 "trust": trust,
                 "reason": reason,
                 "gradient_agreement": self.guide.gradient_agreement(self.phi.read()) if trust > 0 else None,
@@ -277,3 +296,5 @@ class MetricPhase:
                 "interpolation_error": None if virtual is None else virtual.error,
             }
         )
+        if len(self.curve) > MOST_ENTRIES:
+            del self.curve[1::2]

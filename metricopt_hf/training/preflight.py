@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -16,7 +17,9 @@ from transformers import TrainingArguments
 from ..errors import ConfigurationError
 from ..evaluation import data
 from ..evaluation import metric as metrics
+from ..evaluation.constraints import parse
 from ..evaluation.metric import Metric
+from ..evaluation.model_metric import CommandMetric
 from ..hub import ValueFunction
 from ..phi import PhiSpace
 from .config import MetricOptConfig
@@ -25,13 +28,14 @@ logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {
     DistributedType.DEEPSPEED: "its engine steps inside the backward pass, before gradients can be blended",
-    DistributedType.FSDP: "ranks observe different phi at once, which a sharded model cannot compute",
+    DistributedType.FSDP: "a model that torch's fully_shard has sharded can be, but saving it through accelerate "
+    "was not seen to work",
 }
 
 
 def names_metric(given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> bool:
     """Whether there is a metric to optimise: one given, one that `args` names, or Trainer's own."""
-    if given is not None or getattr(args, "metric_name_or_path", None) is not None:
+    if given is not None or any(getattr(args, name, None) for name in ("metric_name_or_path", "metric_command")):
         return True
     return compute_metrics is not None and metric_name(args, eval_dataset) is not None
 
@@ -50,8 +54,13 @@ def tell_unguided(args: TrainingArguments, compute_metrics: Callable | None, eva
         )
 
 
-def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> Metric:
-    """The metric that `names_metric` speaks of.
+def resolve_metric(
+    given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any, processor: Any = None
+) -> Metric:
+    """The metric that `names_metric` speaks of, with its constraints.
+
+    Args:
+        processor: saved beside the model, for a command.
 
     Raises:
         ConfigurationError: `args` is no `MetricOptConfig`; the metric cannot be loaded; or nothing says which way it is
@@ -62,6 +71,14 @@ def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callabl
             f"MetricOptTrainer needs its arguments as MetricOptConfig, got {type(args).__name__}: "
             "change the class name there too; all fields stay."
         )
+    constraints = parse(args.metric_constraints)
+    if args.metric_command is not None:
+        if given is not None or args.metric_name_or_path is not None:
+            raise ConfigurationError("metric_command is given beside another metric: name one of them.")
+        name = metric_name(args, eval_dataset) or "metric_command"
+        metric = CommandMetric(args.metric_command, name, args.direction_of(name), args.metric_timeout, processor)
+        metric.constraints = constraints
+        return metric
     given = args.metric_name_or_path if given is None else given
     description = ""
     if isinstance(given, (str, os.PathLike)):
@@ -76,6 +93,9 @@ def resolve_metric(given: Any, args: TrainingArguments, compute_metrics: Callabl
         metric = metrics.resolve(given, True, args.metric_inputs, args.metric_kwargs, args.metric_timeout)
     if not isinstance(given, Metric):  # a user's knows its direction
         metric.greater_is_better = args.direction_of(metric.name, description)
+    if constraints:
+        metric = copy.copy(metric)  # the user's stays as it is
+        metric.constraints = constraints
     return metric
 
 
@@ -129,7 +149,7 @@ def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
 
 
 def check_supported(args: MetricOptConfig, distributed_type: DistributedType) -> None:
-    """Refuse by name what cannot work or was never tested.
+    """Refuse by name what cannot work or was never seen to.
 
     Raises:
         ConfigurationError: with the reason and what to do instead.

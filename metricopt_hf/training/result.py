@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.ledger import Ledger
 from ..evaluation.trajectory import Trajectory
 from ..hub import ValueFunction
@@ -28,7 +29,10 @@ class RunResult:
         last_phi: [d] where training ended, whichever phi was selected; None before its end.
         curve: one entry per round or selection: step, selection (or None), trust, reason, gradient_agreement,
             rank_correlation, observation_mean, predicted (mean and standard deviation, or None), coverage, calls.
-        trajectory: all observations.
+            Of a run with more than some thousand of them, every second of the earlier ones.
+        constraints: which of the metric's constraints hold at the best phi on the selection split; empty without any.
+        keys: of the numbers in `trajectory.raw`.
+        trajectory: the real observations, the latest 4,096.
         ledger: metric calls and seconds by purpose.
         failed_calls: metric calls that failed or gave an impossible answer.
         phi: `PhiSpace.description` of what was tuned.
@@ -47,6 +51,8 @@ class RunResult:
     bias_tuned: bool
     last_phi: Tensor | None
     curve: list[dict[str, Any]]
+    constraints: tuple[ConstraintCheck, ...]
+    keys: tuple[str, ...]
     trajectory: Trajectory
     ledger: Ledger
     failed_calls: int

@@ -25,6 +25,7 @@ class ResumingTrainer(SharingTrainer):
 
     guided: bool
     phi: PhiSpace
+    _sharded: bool
     ledger: Ledger
     _metric_start: int
     _kind_of_coordinates: str
@@ -38,6 +39,7 @@ class ResumingTrainer(SharingTrainer):
             "guide": type(self.phase.guide).__name__,
             "metric": self.phase.metric.name,
             "greater_is_better": self.phase.metric.greater_is_better,
+            "metric_constraints": args.metric_constraints,
             "coordinates": self._kind_of_coordinates,
             "phi_dim": args.phi_dim,
             "observe": args.observe,
@@ -45,10 +47,13 @@ class ResumingTrainer(SharingTrainer):
         }
 
     def _save_checkpoint(self, model, trial):
-        saves = self.guided and self.args.should_save and not self.args.save_only_model
+        guided = self.guided and not self.args.save_only_model
+        saves = guided and self.args.should_save
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        if saves or (guided and self._sharded):  # of a sharded model all ranks are needed to put phi together
+            state = self._guidance_state(self.phase.state_dict() if self.phase.started else None)
         if saves:
-            checkpoint.save(self._guidance_state(self.phase.state_dict() if self.phase.started else None), folder)
+            checkpoint.save(state, folder)
         super()._save_checkpoint(model, trial)
         if saves and os.path.isdir(folder):  # a limit on checkpoints may have removed it again
             checkpoint.vouch(folder)

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # the latest observations on interpolated predictions that are kept, and fitted to
 MOST_INTERPOLATED = 256
+# the same of real observations: more than a run of the default budget has, and older ones are from far away
+MOST_REAL = 4096
 # an interpolator that was further off where the next one was made (see `Interpolator.error`) was used for too long
 LARGE_ERROR = 0.5
 
@@ -156,6 +158,8 @@ class Rounds:
         if usable and self.guide.off is None:
             self.faults.accept([o.score for o in usable])
             self.trajectory.extend(usable)
+            if len(self.trajectory) > MOST_REAL:
+                self.trajectory = self.trajectory.latest(MOST_REAL)
             self._forget(revoked := self.faults.revoke())
             predictions = scores = None
             if self.guide.wants_predictions:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import MetricError
+from ..evaluation.answer import Score, values_of
 from ..evaluation.evaluator import Evaluator
 from ..phi import PhiSpace
 from .faults import Faults
@@ -22,12 +23,15 @@ class Candidate:
         score: the metric on the selection split.
         step: optimizer steps taken before it.
         bias_tuned: whether its output bias was tuned, behind the last step.
+        raw: the numbers of the metric's `keys` beside its score; where they miss constraints, any that miss them by
+            less come first.
     """
 
     phi: Tensor | None = None
     score: float = float("nan")
     step: int = -1
     bias_tuned: bool = False
+    raw: tuple[float, ...] = ()
 
 
 # so many of the best candidates are kept, in case that the first turns out to be a fault of the metric
@@ -61,9 +65,11 @@ class Selection:
             self.faults.add([self.faults.outlier_message(score)], succeeded=0)
             return None
         self.faults.accept([score])
-        place = sum(not self._better(score, candidate.score) for candidate in self.candidates)
+        merit = self.evaluator.metric.merit
+        place = sum(merit(score) <= merit(Score(other.score, other.raw)) for other in self.candidates)
         if place < KEPT:
-            self.candidates.insert(place, Candidate(self.space.read(), score, step, bias_tuned))
+            candidate = Candidate(self.space.read(), float(score), step, bias_tuned, values_of(score))
+            self.candidates.insert(place, candidate)
             del self.candidates[KEPT:]
         return score
 
@@ -89,12 +95,11 @@ class Selection:
             self.faults.add([str(error)], succeeded=0)
             return None
 
-    def _better(self, score: float, other: float) -> bool:
-        return self.evaluator.metric.sign * (score - other) > 0
-
     def state_dict(self) -> dict[str, Any]:
         return {"candidates": [vars(candidate) for candidate in self.candidates]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.space.read().device
-        self.candidates = [Candidate(**{**c, "phi": c["phi"].to(device)}) for c in state["candidates"]]
+        self.candidates = [
+            Candidate(**{**c, "phi": c["phi"].to(device), "raw": tuple(c["raw"])}) for c in state["candidates"]
+        ]

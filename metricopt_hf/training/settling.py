@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from .. import guides
 from .. import phi as spaces
 from ..errors import ConfigurationError, brief
 from ..evaluation.metric import Metric
+from ..evaluation.model_metric import ModelMetric
 from ..guides import Guide
 from ..hub import ValueFunction
 from ..phi import PhiSpace
 from ..phi.coordinates import KINDS
+from ..phi.space import is_sharded
 from . import preflight
 from .resuming import ResumingTrainer
 
@@ -63,7 +67,11 @@ class SettlingTrainer(ResumingTrainer):
         """The metric that is optimised; None where there is none."""
         if self._metric is None and self.guided:
             self._metric = preflight.resolve_metric(
-                self._given_metric, self.args, self.compute_metrics, self.eval_dataset
+                self._given_metric,
+                self.args,
+                self.compute_metrics,
+                self.eval_dataset,
+                self.processing_class or getattr(self.data_collator, "tokenizer", None),
             )
         return self._metric
 
@@ -83,6 +91,11 @@ class SettlingTrainer(ResumingTrainer):
         if self.guided and (self._phi is None or self._phi.model is not self.model):
             self._phi = self._build_phi(self.model)
         return self._phi
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether FSDP2 has sharded the model: then every rank takes part in whatever touches it."""
+        return is_sharded(self.model)
 
     def settle(self) -> None:
         """Find out what a run needs, and refuse what cannot work, before anything is trained; `train` does it itself.
@@ -113,7 +126,7 @@ class SettlingTrainer(ResumingTrainer):
         preflight.check_value_function(self._given_value_function, phi, self.metric, dim)
 
     def _split(self) -> tuple[Any, Any]:
-        if not self.guided:
+        if not self.guided or (isinstance(self.metric, ModelMetric) and not self.metric.takes_dataset):
             return self._given_sets
         if self._sets is None:
             self._sets = preflight.split(*self._given_sets, self.eval_dataset, self.args, self._label_name)
@@ -137,3 +150,13 @@ class SettlingTrainer(ResumingTrainer):
                 "function that builds it: phi=lambda model: FiLM(model, layers=...)."
             )
         return phi
+
+    def _make_guide(self) -> Guide:
+        """The one given, or named; where there are constraints, one like it for each of them too."""
+        args, constraints = self.args, self.metric.constraints
+        guide = self._given_guide or guides.from_spec(args.guide, self._given_value_function)
+        if not constraints:
+            return guide
+        given = self._given_guide
+        guards = [guides.from_spec(args.guide) if given is None else copy.deepcopy(given) for _ in constraints]
+        return guides.ConstrainedGuide(guide, constraints, guards)

@@ -17,6 +17,7 @@ from transformers.modelcard import TrainingSummary, make_markdown_table
 from transformers.trainer_utils import HubStrategy
 
 from ..hub import ValueFunction, cards, client
+from ..phi.space import model_class
 from ..value.serialization import replace_file
 from .phase import MetricPhase
 from .result import RunResult
@@ -132,6 +133,7 @@ class SharingTrainer(Trainer):
             before=selections[0] if selections else None,
             candidates=len(selections),
             bias_tuned=result.bias_tuned,
+            constraints=[str(check) for check in result.constraints],
             evaluation={k: v for k, v in (summary.eval_results or {}).items() if isinstance(v, float)},
             comparison=comparison,
             calls={purpose: count for purpose, count in result.ledger.calls.items() if count},
@@ -144,7 +146,7 @@ class SharingTrainer(Trainer):
             coordinates=result.coordinates.kind,
             is_peft=_is_peft(self.model),
             is_transformers=type(self.model).__module__.startswith("transformers."),
-            model_class=type(self.model).__name__,
+            model_class=model_class(self.model),
             has_value_function=result.value_function is not None,
             hyperparameters=summary.hyperparameters or {},
             training_results=make_markdown_table(summary.eval_lines) if summary.eval_lines else None,

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from .. import guides
 from .. import phi as spaces
 from ..errors import ConfigurationError
 from ..evaluation.ledger import Ledger
+from ..evaluation.model_metric import ModelMetric
 from ..evaluation.observation import Observation
 from ..guides import Guide
 from . import checkpoint, optimization, preflight, ranks
-from .modes import pinned
+from .modes import Pins, Rest
 from .observing import ObservingTrainer
 from .phase import MetricPhase
 from .plan import PhasePlan
@@ -47,7 +47,8 @@ class MetricOptTrainer(ObservingTrainer):
 
     Args:
         metric: what to optimise: an `evaluate` module, its name or path, a callable `EvalPrediction -> number or dict`,
-            or a `Metric`. Default: `args.metric_name_or_path`, else `compute_metrics` and `metric_for_best_model`;
+            a `Metric`, or a `ModelMetric` for a black box that wants the model. Default: `args.metric_command`,
+            `args.metric_name_or_path`, else `compute_metrics` and `metric_for_best_model`;
             where neither names a metric (or only the loss), nothing is done.
         observation_dataset: where the metric is observed; default: cut from `eval_dataset` with `args.seed`.
         selection_dataset: where the best phi is chosen; default: likewise, disjoint.
@@ -85,7 +86,7 @@ class MetricOptTrainer(ObservingTrainer):
 
     @property
     def observations(self) -> list[Observation]:
-        """All observations of the last run."""
+        """The real observations of the last run, the latest 4,096."""
         return [] if self.phase is None else list(self.phase.rounds.trajectory)
 
     @property
@@ -163,9 +164,10 @@ class MetricOptTrainer(ObservingTrainer):
             )
         self._schedule = optimization.PhiSchedule(self.args, self._metric_start, max_steps)
         self.phase = self._build_phase(max_steps)
+        self._rest, self._pins = Rest(self.model, self.phase.moving.names), None
         self._updated_at = -1
         if self._metric_start == 0 and is_trainers(self._inner["training_step"]):
-            self._freeze()
+            self._rest.freeze()
         model, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._rehearsal_due = True
         return model, train_dataloader
@@ -202,9 +204,10 @@ class MetricOptTrainer(ObservingTrainer):
     def _still(self) -> Iterator[None]:
         """Inside, what is not tuned stands still, whoever calls `model.train()`."""
         if self._stillness.frozen:
-            self._freeze()
-        tunes_phi = self.phase.guide.scope == "phi"
-        with pinned(self.model, self._stillness.eval_mode) if tunes_phi else nullcontext():
+            self._rest.freeze()
+        if self._pins is None:
+            self._pins = Pins(self.model, self._stillness.eval_mode)
+        with self._pins.inside() if self.phase.guide.scope == "phi" else nullcontext():
             yield
 
     def _guided_compute_loss(self, model, inputs, *args, **kwargs):
@@ -233,10 +236,7 @@ class MetricOptTrainer(ObservingTrainer):
 
     def _guide_update(self, step: int) -> None:
         """Between backward and optimizer step: the whole of the method, on the reduced gradient."""
-        moving = set(self.phase.moving.names)
-        for name, parameter in self.model.named_parameters():  # by name: wrappers replace the objects
-            if name not in moving:
-                parameter.grad = None  # where it could not be frozen, it is not moved
+        self._rest.drop_gradients()  # where it could not be frozen, it is not moved
         with attributes_kept(self):  # what a subclass keeps of losses and batches is of training
             if not self.phase.started or self.phase.before:
                 self.phase.start(step)
@@ -320,18 +320,21 @@ class MetricOptTrainer(ObservingTrainer):
 
     def _build_phase(self, max_steps: int) -> MetricPhase:
         args, metric_steps = self.args, max_steps - self._metric_start
-        guide = self._given_guide or guides.from_spec(args.guide, self._given_value_function)
+        guide = self._make_guide()
         before = self._metric_start if guide.in_first_phase else 0
         given = self._given_value_function
         dim = self.phi.dim if self._kind_of_coordinates == "identity" else min(args.phi_dim, self.phi.dim)
         dim = dim if given is None else given.num_coordinates
         ledger, selection = Ledger(), self.selection_dataset
-
+        of_model = isinstance(self.metric, ModelMetric)
+        if of_model and args.observe != "scores":
+            logger.warning(f"Scores are observed, not predictions: {self.metric.name} is a metric of the model.")
+        selects = selection is not None or of_model
         return MetricPhase(
             phi=self.phi,
             moving=self.phi if guide.scope == "phi" else spaces.trainable(self.model),
             evaluator=self._evaluator(self.observation_dataset, ledger, progress=True),
-            selector=None if selection is None else self._evaluator(selection, ledger),
+            selector=self._evaluator(selection, ledger, split="selection") if selects else None,
             guide=guide,
             make_coordinates=self._make_coordinates,
             make_plan=partial(self._make_plan, metric_steps, before, dim),
@@ -340,7 +343,8 @@ class MetricOptTrainer(ObservingTrainer):
     def _make_plan(
         self, steps: int, before: int, dim: int, observe: str | None = None, calls: int | None = None
     ) -> PhasePlan:
-        return PhasePlan.from_args(self.args, observe or self.args.observe, steps, before, dim, calls)
+        observe = "scores" if isinstance(self.metric, ModelMetric) else observe or self.args.observe
+        return PhasePlan.from_args(self.args, observe, steps, before, dim, calls)
 
     def _rehearse(self) -> None:
         """Before the first step, when callbacks have set up what a step needs."""
@@ -367,11 +371,13 @@ class MetricOptTrainer(ObservingTrainer):
             self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
 
             def attempt(stillness: Stillness) -> int:
-                self._stillness = stillness
+                self._stillness, self._pins = stillness, None
                 for name, parameter in self.model.named_parameters():
                     parameter.requires_grad_(name in self.phi.names or self._requires_grad[name])
                     parameter.grad = None
-                with self._still(), self.accelerator.no_sync(model):
+                # FSDP2 has no gradient where it does not share it
+                alone = nullcontext() if self._sharded else self.accelerator.no_sync(model)
+                with self._still(), alone:
                     self._staged(METRIC, model, copy.copy(inputs[0]), num_items)
                 return sum(p.grad is not None for p in self.phase.moving.parameters)
 
@@ -387,9 +393,3 @@ class MetricOptTrainer(ObservingTrainer):
                 with told("saving the guide's state", GUIDE_STATE), TemporaryDirectory() as folder:
                     checkpoint.save(self._guidance_state(self.phase.rehearse(coordinates)), folder)
         return chosen
-
-    def _freeze(self) -> None:
-        moving = set(self.phase.moving.names)
-        for name, parameter in self.model.named_parameters():
-            if name not in moving:
-                parameter.requires_grad_(False)

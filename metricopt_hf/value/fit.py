@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ValueFunctionError
-from .model import ValueNetwork
+from .model import ValueNetwork, one_thread
 
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.1
@@ -50,6 +50,7 @@ def _fit_linear_part(network: ValueNetwork, inputs: Tensor, targets: Tensor, wei
         network.intercepts.copy_(solution[:, -1:, None])
 
 
+@one_thread()
 def fit(
     network: ValueNetwork,
     z: np.ndarray,

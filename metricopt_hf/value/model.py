@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,21 @@ def rescaled(vectors: Tensor) -> Tensor:
     A metric may be of any size, and where only a direction counts, float32 must not decide how large it may be.
     """
     return torch.ldexp(vectors, -torch.frexp(vectors.abs().max()).exponent)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch uses one thread of the CPU.
+
+    Networks of this size gain nothing by more, and lose by a factor of ten or more where others, such as the workers of
+    a data loader, want the cores too: each product then waits for the last of its threads.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class ValueNetwork(nn.Module):
@@ -79,6 +97,7 @@ class ValueNetwork(nn.Module):
                 h = F.silu(h)  # measured: ranks new observations better than tanh, softplus or gelu
         return (linear + h).squeeze(-1)
 
+    @one_thread()
     @torch.no_grad()
     def predict(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the metric expected at z: [n, k] (or [k]) -> [n] and [n] (or scalars)."""
@@ -100,26 +119,38 @@ class ValueNetwork(nn.Module):
         """Gradient of the predicted mean, in units of the metric per unit of z. z: [n, k] (or [k]) -> same shape."""
         return self._gradients(z).mean(0)
 
+    @one_thread()
+    def gradient_and_agreement(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`gradient` and `agreement` from one pass through the networks, which never waits for a device."""
+        gradients = self._gradients(z)
+        return gradients.mean(0), _agreement(gradients)
+
     def agreement(self, z: Tensor) -> Tensor:
         """How far the members agree on the gradient at z: [n, k] (or [k]) -> [n] (or a scalar), in [0, 1].
 
         The intraclass correlation of their gradients: which share of a member's squared gradient all have in common. 1
         where they are the same, 0 where they have no more in common than random ones would, as at an optimum.
         """
-        gradients = rescaled(self._gradients(z))
-        squared = gradients.square().sum(-1).mean(0)
-        if self.num_members == 1:
-            return torch.ones_like(squared)
-        share = gradients.mean(0).square().sum(-1) / squared.clamp_min(torch.finfo(squared.dtype).tiny)
-        return ((self.num_members * share - 1) / (self.num_members - 1)).clamp(0, 1)
+        return _agreement(self._gradients(z))
 
+    @one_thread()
+    @torch.no_grad()
     def _gradients(self, z: Tensor) -> Tensor:
-        """Every member's gradient. z: [n, k] (or [k]) -> [members, n, k] (or [members, k])."""
-        points = self._checked(z).detach().expand(self.num_members, *z.shape).clone().requires_grad_()
-        with torch.enable_grad():
-            total = self(points.reshape(self.num_members, -1, self.num_coordinates)).sum()
-            (gradients,) = torch.autograd.grad(total, points)
-        return gradients * self.score_std
+        """Every member's gradient. z: [n, k] (or [k]) -> [members, n, k] (or [members, k]).
+
+        Step by step what autograd would do, to the same bits, in a third of the time: it is needed at every step.
+        """
+        points = self._checked(z).reshape(-1, self.num_coordinates)
+        h = ((points - self.z_mean) / self.z_std).expand(self.num_members, *points.shape)
+        inner = []
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            inner.append(torch.baddbmm(bias, h, weight))
+            h = F.silu(inner[-1])
+        gradients = self.weights[-1].mT.expand(-1, len(points), -1)
+        for before, weight in zip(reversed(inner), reversed(self.weights[:-1]), strict=True):
+            gradients = torch.bmm(torch.ops.aten.silu_backward(gradients, before), weight.mT)
+        gradients = (gradients + self.slopes.mT) / self.z_std * self.score_std
+        return gradients.reshape(self.num_members, *z.shape)
 
     def _checked(self, z: Tensor) -> Tensor:
         if z.dim() not in (1, 2) or z.shape[-1] != self.num_coordinates:
@@ -127,3 +158,13 @@ class ValueNetwork(nn.Module):
                 f"z must be [n, {self.num_coordinates}] or [{self.num_coordinates}], got {list(z.shape)}."
             )
         return z
+
+
+def _agreement(gradients: Tensor) -> Tensor:
+    """See `ValueNetwork.agreement`. gradients: [members, n, k] (or [members, k]) -> [n] (or a scalar)."""
+    gradients, members = rescaled(gradients), len(gradients)
+    squared = gradients.square().sum(-1).mean(0)
+    if members == 1:
+        return torch.ones_like(squared)
+    share = gradients.mean(0).square().sum(-1) / squared.clamp_min(torch.finfo(squared.dtype).tiny)
+    return ((members * share - 1) / (members - 1)).clamp(0, 1)

@@ -12,6 +12,7 @@ from transformers import BatchEncoding
 from metricopt_hf.errors import ConfigurationError, MetricError
 from metricopt_hf.evaluation import data
 from metricopt_hf.evaluation import evaluator as evaluator_module
+from metricopt_hf.evaluation.answer import Score
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from metricopt_hf.evaluation.ledger import Ledger
 from metricopt_hf.evaluation.metric import Metric
@@ -342,7 +343,7 @@ def test_ranks_predict_equally_often(monkeypatch, count):
     """Where there are fewer points than ranks need, one predicts for nothing: no rank waits for another in vain."""
     predicted = []
     for rank in range(2):
-        others = [(i, 0.0, None, 0.0, None) for i in range(count) if i % 2 != rank]
+        others = [(i, Score(0.0), None, 0.0, 0.0, None) for i in range(count) if i % 2 != rank]
         monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
         taken = evaluator(rank=rank, world_size=2)
         predictions, calls = taken._data.predictions, []

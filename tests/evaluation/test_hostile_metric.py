@@ -13,7 +13,8 @@ import torch
 from transformers import EvalPrediction
 
 from metricopt_hf.errors import MetricError, brief
-from metricopt_hf.evaluation.metric import LARGEST_SCORE, Metric, world_kept
+from metricopt_hf.evaluation.answer import LARGEST_SCORE
+from metricopt_hf.evaluation.metric import Metric, world_kept
 
 PREDICTION = EvalPrediction(np.eye(3, dtype=np.float32), np.arange(3))
 

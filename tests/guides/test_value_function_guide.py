@@ -1,5 +1,7 @@
 """What is particular to our guides: how the value function is followed, and by whom it is judged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,9 @@ from metricopt_hf import (
     ValueFunctionGuide,
 )
 from metricopt_hf.guides import GUIDES, ShuffledGuide, from_spec
+from metricopt_hf.guides.blend import correction
 from metricopt_hf.guides.trust import NOT_PREDICTIVE, PREDICTIVE
+from metricopt_hf.phi import Coordinates
 from metricopt_hf.value import ValueNetwork
 
 
@@ -102,3 +106,30 @@ def test_what_it_has_fitted_is_told_once_it_is_fitted():
     taught(guide, rounds=1)
     assert guide.network.num_coordinates == K
     assert started(Truth()).network is None
+
+
+def test_a_step_waits_for_no_device():
+    """On the meta device nothing can be asked for its numbers, as on an accelerator nothing should be."""
+    guide = trusted(started(ValueFunctionGuide()))
+    taught(guide)
+    expected = guide.direction(torch.zeros(D))
+    here = guide.context.coordinates
+    there = Coordinates(here.origin.to("meta"), here.basis.to("meta"))
+    guide.context = replace(guide.context, coordinates=there)
+    direction = guide.direction(torch.zeros(D, device="meta"))
+    added = correction(torch.ones(D, device="meta"), direction.vector, direction.trust, 3.0)
+    assert added.device.type == "meta" and added.shape == (D,)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(direction.trust)
+    guide.context = replace(guide.context, coordinates=here)
+    again = guide.direction(torch.zeros(D))
+    assert torch.equal(again.vector, expected.vector) and torch.equal(again.trust, expected.trust)
+
+
+def test_the_copy_on_another_device_is_of_the_last_fit():
+    guide = started(ValueFunctionGuide())
+    taught(guide)
+    first = guide._network_on(torch.device("meta"))
+    assert guide._network_on(torch.device("meta")) is first
+    taught(guide)
+    assert guide._network_on(torch.device("meta")) is not first

@@ -19,6 +19,8 @@ OTHERS = {
     "metric_inputs": "scores",
     "metric_kwargs": {"average": "macro", "k": 3},
     "metric_timeout": 2.5,
+    "metric_command": "python score.py {model}",
+    "metric_constraints": "precision>=0.6, ece<=0.05",
     "metric_start_ratio": 0.0,
     "observe": "scores",
     "forward_pass_budget": 10,

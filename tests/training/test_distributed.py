@@ -12,12 +12,12 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def launch(folder, ranks):
+def launch(folder, ranks, script="distributed_script.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])  # the helpers of the tests, and the library
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
     done = subprocess.run(
-        [*command, str(HERE / "distributed_script.py"), str(folder)],
+        [*command, str(HERE / script), str(folder)],
         cwd=HERE,
         env=environment,
         capture_output=True,

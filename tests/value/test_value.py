@@ -1,5 +1,7 @@
 """The value network and its fit: what it must recover, and what must not matter."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -88,12 +90,28 @@ def test_the_gradient_is_that_of_the_predicted_mean():
 def with_slopes(*slopes):
     """A value function whose members all are linear, with these gradients; standardised scores have a spread of 3."""
     network = ValueNetwork(K, num_members=len(slopes))
-    network.forward = lambda z: (z * torch.as_tensor(np.stack(slopes), dtype=torch.float32)[:, None]).sum(-1)
+    with torch.no_grad():  # what is behind the linear part is zero before there is a fit
+        network.slopes.copy_(torch.as_tensor(np.stack(slopes), dtype=torch.float32)[..., None])
     network.score_std.fill_(3.0)
     return network
 
 
 ONE, TWO = np.eye(K)[:2]
+
+
+def test_the_gradient_is_what_autograd_makes_of_the_same_network():
+    generator = torch.Generator().manual_seed(3)
+    network = ValueNetwork(K, num_members=3)
+    with torch.no_grad():
+        for tensor in [*network.parameters(), network.z_mean, network.score_std]:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        network.z_std.fill_(1.5)
+    for z in (torch.randn(K, generator=generator), torch.randn(4, K, generator=generator)):
+        points = z.expand(3, *z.shape).clone().requires_grad_()
+        (by_autograd,) = torch.autograd.grad(network(points.reshape(3, -1, K)).sum(), points)
+        gradient, agreement = network.gradient_and_agreement(z)
+        assert torch.equal(gradient, (by_autograd * network.score_std).mean(0))
+        assert torch.equal(gradient, network.gradient(z)) and torch.equal(agreement, network.agreement(z))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +244,7 @@ def test_data_without_any_spread_gives_finite_predictions(constant):
 
 
 def test_very_many_observations_are_taken_in_batches(monkeypatch):
-    monkeypatch.setitem(fit.__globals__, "BATCH_SIZE", 64)
+    monkeypatch.setitem(inspect.unwrap(fit).__globals__, "BATCH_SIZE", 64)
     network, sizes = ValueNetwork(K), []
     network.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
     fit(network, *observed(n=400), generator(), steps=200)

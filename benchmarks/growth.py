@@ -1,0 +1,186 @@
+"""How the seconds and the memory of a guided run grow with the data, the outputs, phi, the coordinates and the calls.
+
+    python -m benchmarks.growth              (make bench-growth), some minutes; writes docs/results/growth.md
+    python -m benchmarks.growth --calls 100 1000 10000 100000
+
+One thing is varied at a time, the others stay as in the first row. Every run is a process of its own: seconds are its
+processor time, in one thread, and memory is what its peak has beyond the process that it was forked from. The model is
+a linear layer with phi as a layer beside it, so that little of either is the model's own. Needs no data.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import process_time
+
+import numpy as np
+import torch
+import transformers
+from tabulate import tabulate
+from torch import nn
+from transformers import HfArgumentParser
+
+from metricopt_hf import MetricOptConfig, MetricOptTrainer
+
+FEATURES = 8
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "growth.md"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of one run."""
+
+    rows: int = 1000
+    logits: int = 10
+    phi: int = 1000
+    coordinates: int = 16
+    calls: int = 1000
+
+
+@dataclass
+class GrowthArguments:
+    """Which sizes to measure; the first of each is not the base, which is `Size()`."""
+
+    rows: list[int] = field(default_factory=lambda: [10_000, 100_000])
+    logits: list[int] = field(default_factory=lambda: [2, 100, 1000])
+    phi: list[int] = field(default_factory=lambda: [100, 10_000, 100_000, 1_000_000])
+    coordinates: list[int] = field(default_factory=lambda: [32, 64])
+    calls: list[int] = field(default_factory=lambda: [100, 10_000])
+    page: str = field(default=str(PAGE), metadata={"help": "Where the table is written to."})
+
+
+class Adapter(nn.Module):
+    """Logits of a linear layer, with phi [p, logits] beside it on p random features."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        width = size.phi // size.logits
+        self.base = nn.Linear(FEATURES, size.logits)
+        self.register_buffer("project", torch.randn(FEATURES, width) / FEATURES**0.5)
+        self.phi = nn.Parameter(torch.zeros(width, size.logits))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.base(x) + torch.tanh(x @ self.project) @ self.phi / len(self.phi) ** 0.5
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random features and classes."""
+
+    def __init__(self, count: int, logits: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(count, FEATURES, generator=generator)
+        self.labels = torch.randint(logits, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[i], "labels": self.labels[i]}
+
+
+def loss_of_the_worst_half(prediction) -> float:
+    """Of the classes: a metric that costs little, and that the loss does not hold."""
+    logits = prediction.predictions - prediction.predictions.max(1, keepdims=True)
+    right = logits[np.arange(len(logits)), prediction.label_ids] - np.log(np.exp(logits).sum(1))
+    sums = np.bincount(prediction.label_ids, right) / np.maximum(np.bincount(prediction.label_ids), 1)
+    return float(-np.sort(sums)[: max(1, len(sums) // 2)].mean())
+
+
+def run(size: Size, told: Connection) -> None:
+    """One guided run; sends its seconds and its peak memory (bytes of this process)."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start = process_time()
+    rounds = max(1, size.calls // 33)
+    with TemporaryDirectory() as folder:
+        trainer = MetricOptTrainer(
+            Adapter(size),
+            MetricOptConfig(
+                folder,
+                max_steps=2 * rounds,
+                per_device_train_batch_size=16,
+                per_device_eval_batch_size=1000,
+                metric_start_ratio=0,
+                phi="^phi$",
+                phi_dim=size.coordinates,
+                metric_call_budget=size.calls,
+                forward_pass_budget=3 * (2 * size.coordinates + 1) + 8,
+                greater_is_better=False,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=True,
+            ),
+            train_dataset=Rows(1000, size.logits, 1),
+            observation_dataset=Rows(size.rows, size.logits, 2),
+            selection_dataset=Rows(1000, size.logits, 3),
+            metric=loss_of_the_worst_half,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    told.send((process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def measured(size: Size) -> tuple[float, float]:
+    """Seconds and bytes of a run, in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    process = context.Process(target=run, args=(size, theirs))
+    process.start()
+    theirs.close()
+    try:
+        seconds, peak = ours.recv()
+    except EOFError:
+        raise SystemExit(f"The run of {size} ended without a result.") from None
+    process.join()
+    return seconds, max(0, peak - before)
+
+
+def sizes(args: GrowthArguments) -> Iterator[tuple[str, Size]]:
+    """What is varied, and the run; the base comes first."""
+    yield "", Size()
+    for name in ("rows", "logits", "phi", "coordinates", "calls"):
+        for value in getattr(args, name):
+            yield name, replace(Size(), **{name: value})
+
+
+def page(rows: list[list[str]]) -> str:
+    """The page with the table."""
+    headers = ["observation rows", "logits", "phi", "coordinates", "metric calls", "seconds", "MiB"]
+    table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=["right"] * len(headers))
+    return (
+        "# Growth\n\n"
+        "Seconds (processor time in one thread) and memory (peak beyond the libraries) of a guided run, by the size of "
+        "what it is about. One thing is varied at a time, in bold; the first row is what the others differ from. "
+        "`make bench-growth` writes this page.\n\n"
+        f"{table}\n\n"
+        "Steps come with calls, two for every 33 of them. Nothing is kept per step: real observations and entries of "
+        "the curve are bounded, and so is what a checkpoint holds.\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    (args,) = HfArgumentParser(GrowthArguments).parse_args_into_dataclasses(argv)
+    transformers.logging.set_verbosity_error()
+    rows = []
+    for name, size in sizes(args):
+        seconds, memory = measured(size)
+        cells = {key: f"**{value:,}**" if key == name else f"{value:,}" for key, value in vars(size).items()}
+        rows.append([*cells.values(), f"{seconds:.1f}", f"{memory / 2**20:,.0f}"])
+        print(*rows[-1], flush=True)
+    Path(args.page).write_text(page(rows))
+    print(f"Written to {args.page}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

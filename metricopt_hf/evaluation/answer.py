@@ -1,0 +1,125 @@
+"""From whatever a metric answers to a finite number, and to those that are wanted beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import MetricError, brief
+
+# The value function computes in float32, up to 3.4e38: a score beyond this is as little use as an infinite one.
+LARGEST_SCORE = 1e30
+
+# "0.7*f1 - 0.3*ece": each weight and the sign in front of it; what stands between two of them is a key
+_WEIGHT = re.compile(r"([+-]?)\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*")
+
+
+class Score(float):
+    """A metric's number with others beside it; where none are wanted, scores are plain floats.
+
+    Attributes:
+        values: the numbers that were wanted beside it, in the order of the metric's `keys`.
+    """
+
+    values: tuple[float, ...]
+
+    def __new__(cls, score: float, values: Sequence[float] = ()):
+        made = super().__new__(cls, score)
+        made.values = tuple(values)
+        return made
+
+
+def values_of(score: float) -> tuple[float, ...]:
+    """The numbers beside a score."""
+    return getattr(score, "values", ())
+
+
+def weights_of(name: str) -> dict[str, float]:
+    """The weights of several metrics, where a name is a weighted sum; else nothing.
+
+    Example:
+        >>> weights_of("0.7*f1 - 0.3*top-1"), weights_of("f1")
+        ({'f1': 0.7, 'top-1': -0.3}, {})
+    """
+    found = list(_WEIGHT.finditer(name))
+    if not found or found[0].start():
+        return {}
+    ends = [match.start() for match in found[1:]] + [len(name)]
+    return {
+        name[match.end() : end].strip(): float(match[1] + match[2]) for match, end in zip(found, ends, strict=True)
+    }
+
+
+def score_of(result: Any, name: str, exact: bool, keys: Sequence[str] = ()) -> float:
+    """The number that `name` says, of what a metric called so answered, with those of `keys` beside it.
+
+    Args:
+        exact: whether a dict must have that key; else its only one will do.
+
+    Raises:
+        MetricError: there is no such number, or it is not finite.
+    """
+    if keys and not isinstance(result, dict):
+        raise MetricError(
+            f"The metric {name!r} returned {brief(result)}, and {', '.join(keys)} is wanted too: return a dict of "
+            "numbers by name."
+        )
+    values = [number(look_up(result, key, True), key) for key in keys]
+    weights = weights_of(name)
+    if weights and isinstance(result, dict) and _key_in(result, name) is None:
+        parts = [weight * number(look_up(result, key, True), key) for key, weight in weights.items()]
+        score = number(sum(parts), name)
+    else:
+        score = number(look_up(result, name, exact), name)
+    return Score(score, values) if keys else score
+
+
+def look_up(result: Any, name: str, exact: bool) -> Any:
+    """What a dict has under `name`, with or without Trainer's prefix; anything else is what it is."""
+    if not isinstance(result, dict):
+        return result
+    key = _key_in(result, name)
+    if key is None and len(result) == 1 and not exact:
+        key = next(iter(result))
+    if key is None:
+        raise MetricError(
+            f"The metric returned the keys {brief(list(result))}, none of which is {name!r}: name one of "
+            "them: metric_for_best_model does of compute_metrics, Metric(function, name) of any other. Several are "
+            "weighed as in 0.7*f1+0.3*recall; metric_constraints names keys too."
+        )
+    return result[key]
+
+
+def _key_in(result: dict, name: str) -> Any:
+    bare = name.removeprefix("eval_")
+    return next((k for k in (name, bare, f"eval_{bare}") if k in result), None)
+
+
+def number(result: Any, name: str) -> float:
+    """One finite number. Raises MetricError for anything else."""
+    array = np.empty(0)
+    with suppress(Exception):  # nested lists of unequal lengths; sparse, quantised, meta tensors; and so on
+        one = isinstance(result, torch.Tensor) and result.numel() == 1
+        array = np.asarray(result.item() if one else result)
+    if array.size != 1 or array.dtype.kind not in "fiub" or np.ma.is_masked(result):
+        raise MetricError(
+            f"The metric {name!r} must return one number, got {brief(result)}. Of one number per class, return the "
+            'mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
+        )
+    value = float(array.reshape(()))
+    if not np.isfinite(value):
+        raise MetricError(
+            f"The metric {name!r} returned {value}, which is not a finite number. Return one also where it is not "
+            "defined, as for a class without examples or without predictions (scikit-learn: zero_division=0)."
+        )
+    if abs(value) > LARGEST_SCORE:
+        raise MetricError(
+            f"The metric {name!r} returned {value:g}; numbers beyond {LARGEST_SCORE:g} cannot be learned from. Return "
+            "its logarithm, or cut it off."
+        )
+    return value

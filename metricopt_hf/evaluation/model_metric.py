@@ -1,0 +1,228 @@
+"""Black boxes that want the model itself: what it comes to once it is exported, rounded, or on another machine.
+
+Such a number is no function of predictions that could be interpolated, so every observation of it is a real one. What
+the black box is given is a copy of the model, plain and in eval mode: it may round its weights or take it apart, and
+the model in training does not notice.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+
+from safetensors.torch import save_model
+from torch import nn
+from transformers import EvalPrediction
+
+from ..errors import ConfigurationError, MetricError, brief
+from .evaluator import Evaluator
+from .metric import Metric
+
+MODEL, SPLIT = "{model}", "{split}"  # in a command
+TAIL_BYTES = 2**16  # of a command's output, its last, that are looked at
+
+
+class ModelMetric(Metric):
+    """A black box on the model.
+
+    Args:
+        function: `nn.Module -> number or dict`. It gets a copy of the model as it would be saved now, in eval mode,
+            where the model is, and without gradients. With a second parameter, it gets the data set too: the
+            observation set, the selection set, or the one that `evaluate` is called with. One that takes the model
+            alone answers the same number on all of these, so what is selected is then not held out.
+        name: see `Metric`, as for the rest.
+
+    Example:
+        >>> size = ModelMetric(lambda model: sum(p.numel() for p in model.parameters()), "parameters", False)
+        >>> size(nn.Linear(3, 2))
+        8.0
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        greater_is_better: bool = True,
+        timeout: float | None = None,
+        exact: bool = False,
+    ):
+        super().__init__(function, name, greater_is_better, timeout, exact)
+        self.takes_dataset = _takes_two(function)
+
+    def __call__(self, model: nn.Module, dataset: Any = None, split: str = "") -> float:
+        """The metric of `model`, which the function may change.
+
+        Args:
+            dataset: given to a function that takes one.
+            split: what that set is called.
+
+        Raises:
+            MetricError: see `Metric`.
+        """
+        if isinstance(model, EvalPrediction):
+            raise MetricError(f"The metric {self.name!r} is one of the model, and cannot be asked about predictions.")
+        return self._answer(lambda: self._ask(model, dataset, split))
+
+    def _ask(self, model: nn.Module, dataset: Any, split: str) -> Any:
+        return self.function(model, dataset) if self.takes_dataset else self.function(model)
+
+
+class CommandMetric(ModelMetric):
+    """A command as the black box: the model is saved into a folder, and the command's last line is the number.
+
+    It is run without a shell, where the training script was started; a time-out ends it with all that it has started.
+
+    Args:
+        command: such as "python score.py {model}": `{model}` is the folder; where it says `{split}`, that is
+            "observation", "selection", or the prefix that `evaluate` is called with. The last line that it prints is a
+            number, or a JSON object of numbers by name; its exit status must be 0.
+        processor: tokenizer or the like, saved beside the model.
+
+    Raises:
+        ConfigurationError: there is no `{model}` in it, or no such program.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        name: str,
+        greater_is_better: bool = True,
+        timeout: float | None = None,
+        processor: Any = None,
+    ):
+        super().__init__(lambda model: None, name, greater_is_better, timeout)
+        self.command, self.processor = command, processor
+        words = words_of(command)
+        if shutil.which(words[0]) is None:
+            raise ConfigurationError(
+                f"metric_command={brief(command)}: there is no program {words[0]!r} that can be run from here "
+                f"({os.getcwd()}). Give its path, or put it into PATH."
+            )
+
+    def _call_apart(self, ask: Callable[[], Any]) -> Any:
+        return ask()  # a process can be ended; no thread has to be abandoned
+
+    def _ask(self, model: nn.Module, dataset: Any, split: str) -> Any:
+        with TemporaryDirectory(prefix="metricopt-") as folder:
+            saved = os.path.join(folder, "model")
+            _save(model, saved)
+            if hasattr(self.processor, "save_pretrained"):
+                self.processor.save_pretrained(saved)
+            words = [word.replace(MODEL, saved).replace(SPLIT, split) for word in words_of(self.command)]
+            with open(os.path.join(folder, "out"), "w+b") as out, open(os.path.join(folder, "err"), "w+b") as err:
+                status = self._run(words, out, err)
+                told, complaint = _last_line(out), _last_line(err)
+        if status:
+            raise MetricError(
+                f"The metric {self.name!r} failed: {brief(words[0])} ended with exit status {status}"
+                + (f" and said {brief(complaint)}." if complaint else ".")
+            )
+        try:
+            return json.loads(told)
+        except (ValueError, RecursionError):
+            raise MetricError(
+                f"The last line that the command of the metric {self.name!r} printed must be a number, or a JSON "
+                f"object of numbers by name; it was {brief(told)}."
+            ) from None
+
+    def _run(self, words: Sequence[str], out: BinaryIO, err: BinaryIO) -> int:
+        """The exit status."""
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=os.name == "posix"
+        )
+        try:
+            return process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            raise MetricError(f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s.") from None
+        finally:
+            if process.poll() is None:  # out of time, or interrupted
+                with suppress(OSError):
+                    if os.name == "posix":
+                        os.killpg(process.pid, signal.SIGKILL)  # what it has started too
+                    process.kill()
+                process.wait()
+
+
+class ModelEvaluator(Evaluator):
+    """Gives a `ModelMetric` at points of phi. Predictions are still to be had, for guides that want them.
+
+    Every rank makes as many calls of a function, so that one may wait for the others. A command waits for nobody, and
+    is run where its answer is needed.
+
+    Args:
+        dataset: given to a function that takes one.
+        split: what that set is called.
+    """
+
+    of_predictions = False
+
+    def __init__(self, *args, dataset: Any, split: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.dataset, self.split = dataset, split
+
+    def freeze(self, moved) -> None:
+        """Nothing to be replayed: the metric runs the model itself."""
+
+    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
+        with self.phi.merged():
+            model = copy.deepcopy(self.phi.model)
+        return self.metric(model.eval().requires_grad_(False), self.dataset, self.split)
+
+    def _accompany(self) -> None:
+        if not isinstance(self.metric, CommandMetric):
+            with suppress(MetricError):
+                self._score()
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command line, the program first.
+
+    Raises:
+        ConfigurationError: it cannot be read as one, or there is no place in it for the model.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigurationError(f"metric_command={brief(command)} is no command line: {error}.") from None
+    if not any(MODEL in word for word in words[1:]):
+        raise ConfigurationError(
+            f"metric_command={brief(command)} must say where the folder of the model goes, as in "
+            f'"python score.py {MODEL}".'
+        )
+    return words
+
+
+def _takes_two(function: Callable) -> bool:
+    """Whether it must be given a second argument."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of some builtins nothing can be told
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return sum(p.default is p.empty for p in positional) > 1
+
+
+def _save(model: nn.Module, folder: str) -> None:
+    """As `Trainer.save_model` would: what transformers reads again, else `model.safetensors`."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        os.makedirs(folder)
+        save_model(model, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+
+
+def _last_line(file: BinaryIO) -> str:
+    """The last one that is not empty, of what was written to a file."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+    lines = file.read().decode("utf-8", "replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

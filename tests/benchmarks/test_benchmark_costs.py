@@ -1,0 +1,46 @@
+"""The commands that measure what guidance costs: each runs, and says what it should."""
+
+import pytest
+import torch
+
+from benchmarks import gpu, growth, overhead, passes
+
+
+def test_a_guided_step_is_measured_with_one_thread_and_with_all_beside_workers(monkeypatch):
+    args = overhead.OverheadArguments(models=["tiny"], pairs=1, steps=2, workers=1)
+    monkeypatch.setitem(overhead.MODELS, "tiny", overhead.Setting(overhead.timm_model("test_resnet"), 4))
+    table = overhead.step_rows(args)
+    assert [len(row) for row in table] == [len(overhead.HEADERS)] * 2
+    assert [row[3] for row in table] == ["0", "1"] and table[0][2] == "1"
+    assert all(float(row[4]) > 0 and float(row[6]) > 0 for row in table)
+
+
+def test_a_pass_is_measured_against_evaluation():
+    args = passes.PassArguments(models=["BERT"], rows=24, batch_size=12, repeats=1, points=2)
+    found = passes.measure("BERT", args)
+    assert 0 < found.one_pass < found.evaluate and found.together > 0
+    assert len(passes.row("BERT", args)) == len(passes.HEADERS)
+
+
+def test_growth_writes_a_page_with_every_size(tmp_path, monkeypatch):
+    args = growth.GrowthArguments(
+        rows=[2000], logits=[2], phi=[], coordinates=[], calls=[], page=str(tmp_path / "growth.md")
+    )
+    measured = []
+    monkeypatch.setattr(growth, "measured", lambda size: measured.append(size) or (1.5, 3 * 2**20))
+    monkeypatch.setattr(growth.HfArgumentParser, "parse_args_into_dataclasses", lambda self, argv: (args,))
+    assert growth.main([]) == 0
+    page = (tmp_path / "growth.md").read_text()
+    assert [size.rows for size in measured] == [1000, 2000, 1000] and [size.logits for size in measured] == [10, 10, 2]
+    assert "**2,000**" in page and "**2**" in page and page.count("1.5 |") == page.count("3 |\n") == 3
+
+
+def test_a_run_of_a_size_is_measured_in_a_process_of_its_own():
+    seconds, memory = growth.measured(growth.Size(rows=40, logits=3, phi=30, coordinates=2, calls=40))
+    assert seconds > 0 and memory >= 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu.main([]) == 1
+    assert "no GPU" in capsys.readouterr().err

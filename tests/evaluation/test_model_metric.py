@@ -1,0 +1,172 @@
+"""A black box that wants the model: it gets a plain copy, and a command's last line is read as a number."""
+
+import os
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_equal_weights, tiny_bert, weights
+from torch import nn
+from transformers import BertForSequenceClassification, EvalPrediction
+
+from metricopt_hf import ConfigurationError, FiLM, Ledger, MetricError, ModelMetric
+from metricopt_hf.evaluation import evaluator as evaluator_module
+from metricopt_hf.evaluation.answer import Score
+from metricopt_hf.evaluation.model_metric import CommandMetric, ModelEvaluator
+
+IDS = torch.arange(2, 6)[None]
+
+
+def command(code, **options):
+    return CommandMetric(f"{sys.executable} -c '{code}' {{model}} {{split}}", "quality", **options)
+
+
+def evaluator(metric, model, dataset=None, split="observation"):
+    return ModelEvaluator(FiLM(model), None, tuple, metric, Ledger(), 0, dataset=dataset, split=split)
+
+
+def test_it_gets_a_plain_copy_in_eval_mode_of_the_model_at_each_phi():
+    seen = []
+
+    def spoil(model):
+        seen.append(model)
+        logits = model(input_ids=IDS).logits
+        for parameter in model.parameters():
+            parameter.zero_()
+        return float(logits[0, 0])
+
+    model = tiny_bert().train()
+    taken = evaluator(ModelMetric(spoil, "first logit"), model)
+    phi = taken.phi
+    points = phi.read() + 0.1 * torch.randn(2, phi.dim, generator=torch.Generator().manual_seed(0))
+    before, modes = weights(model), [module.training for module in model.modules()]
+    scores = taken.evaluate_many(points, "observe")
+    assert_equal_weights(before, weights(model))
+    assert modes == [module.training for module in model.modules()] and phi.inserted
+    for copied, point, score in zip(seen, points, scores.values, strict=True):
+        assert copied is not model and not copied.training
+        assert not [name for name, _ in copied.named_parameters() if "film" in name]
+        with phi.restored(), torch.no_grad():
+            phi.write(point)
+            expected = float(model.eval()(input_ids=IDS).logits[0, 0])
+        assert score == pytest.approx(expected, rel=1e-5)
+    assert scores.values[0] != scores.values[1] and taken.ledger.calls["observe"] == 2
+
+
+def test_one_with_two_parameters_gets_the_data_set_too():
+    assert evaluator(ModelMetric(lambda model, rows: len(rows), "rows"), tiny_bert(), [1, 2]).evaluate("check") == 2
+    assert not ModelMetric(lambda model, scale=1.0: 0.5, "alone").takes_dataset
+
+
+@pytest.mark.parametrize("answer", [float("nan"), "text", [1.0, 2.0], None])
+def test_garbage_is_a_failed_call(answer):
+    with pytest.raises(MetricError):
+        evaluator(ModelMetric(lambda model: answer, "quality"), tiny_bert()).evaluate("check")
+
+
+def test_an_error_and_a_time_out_are_failed_calls():
+    with pytest.raises(MetricError, match="ZeroDivisionError"):
+        ModelMetric(lambda model: 1 / 0, "quality")(nn.Linear(1, 1))
+    with pytest.raises(MetricError, match="metric_timeout=0.05"):
+        ModelMetric(lambda model: time.sleep(0.3), "quality", timeout=0.05)(nn.Linear(1, 1))
+
+
+def test_it_says_so_when_it_is_asked_about_predictions():
+    with pytest.raises(MetricError, match="one of the model"):
+        ModelMetric(lambda model: 1.0, "quality")(EvalPrediction(np.zeros((2, 2)), np.zeros(2)))
+
+
+def test_a_command_reads_the_saved_model_and_its_last_line_is_the_number(tmp_path):
+    class Processor:
+        def save_pretrained(self, folder):
+            open(os.path.join(folder, "processor.txt"), "w").close()
+
+    keep = f'import sys, os, shutil; shutil.copytree(sys.argv[1], "{tmp_path}/kept"); '
+    say = 'print("1.5 of chatter"); print(0.25 if sys.argv[2] == "selection" else 0.5); print()'
+    model = tiny_bert()
+    taken = evaluator(command(keep + say, processor=Processor()), model, split="selection")
+    phi = taken.phi
+    phi.write(phi.read() + 0.1)
+    assert taken.evaluate("check") == 0.25
+    kept = BertForSequenceClassification.from_pretrained(tmp_path / "kept")
+    with phi.merged():
+        torch.testing.assert_close(kept(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+    assert (tmp_path / "kept" / "processor.txt").exists()
+
+
+def test_a_model_that_is_none_of_transformers_is_saved_as_trainer_would():
+    load = "import sys; from safetensors.numpy import load_file as load; "
+    code = load + 'print(load(sys.argv[1] + "/model.safetensors")["bias"].item())'
+    linear = nn.Linear(1, 1)
+    linear.bias.data.fill_(0.75)
+    assert command(code)(linear) == 0.75
+
+
+def test_a_command_may_answer_several_numbers_by_name():
+    metric = command('print({1: 2}); print("{\\"quality\\": 0.5, \\"size\\": 2}")')
+    assert metric(nn.Linear(1, 1)) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; print(0.5); sys.exit(3)", "exit status 3"),
+        ("raise ValueError(5)", "said 'ValueError: 5'"),
+        ("print(0.5, 0.6)", "it was '0.5 0.6'"),
+        ("pass", "it was ''"),
+        ("print(float(chr(110) + chr(97) + chr(110)))", "must be a number|not a finite"),
+        ("print(chr(91) * 100000)", "must be a number"),
+        ("import os; os.write(1, bytes([255, 254]))", "must be a number"),
+        ("import os; os.kill(os.getpid(), 9)", "exit status -9"),
+    ],
+)
+def test_a_command_that_fails_or_talks_garbage_is_a_failed_call(code, message):
+    with pytest.raises(MetricError, match=message):
+        command(code)(nn.Linear(1, 1))
+
+
+def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+    late = f"import time, os; time.sleep(1.0); open(\"{tmp_path}/late\", \"w\")"
+    start = f'subprocess.Popen([sys.executable, "-c", """{late}"""])'
+    code = f"import subprocess, sys, time; {start}; time.sleep(9)"
+    begun = time.monotonic()
+    with pytest.raises(MetricError, match=r"metric_timeout=0\.6 s"):
+        CommandMetric(f"{sys.executable} -c '{code}' {{model}}", "quality", timeout=0.6)(nn.Linear(1, 1))
+    assert time.monotonic() - begun < 5
+    time.sleep(0.9)
+    assert not (tmp_path / "late").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("score.py", "where the folder"),
+        ("'unbalanced {model}", "no command line"),
+        ("nowhere_to_be_found {model}", "PATH"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused(line, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CommandMetric(line, "quality")
+
+
+@pytest.mark.parametrize(("of_command", "expected"), [(False, [3, 3]), (True, [3, 1])])
+def test_ranks_call_a_function_equally_often_and_a_command_where_it_is_needed(monkeypatch, of_command, expected):
+    """A function may wait for the other ranks, so none lies behind a test of the rank; a command waits for nobody."""
+    called = []
+    monkeypatch.setattr(evaluator_module, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, Score(0.5)))
+    for rank in range(2):
+        others = [(i, Score(0.0), None, 0.0, 0.0, None) for i in range(3) if i % 2 != rank]
+        monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
+        calls = []
+        metric = command("print(0.5)") if of_command else ModelMetric(lambda model: 0.5, "quality")
+        metric._ask = lambda model, dataset, split, calls=calls: calls.append(0) or 0.5
+        taken = evaluator(metric, tiny_bert())
+        taken.rank, taken.world_size = rank, 2
+        taken.evaluate_many(taken.phi.read().expand(3, -1), "observe")
+        assert taken.evaluate("check") == 0.5
+        assert taken.ledger.calls["observe"] == 3 and taken.ledger.calls["check"] == 1
+        called.append(len(calls))
+    assert called == expected
