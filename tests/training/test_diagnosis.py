@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, assert_equal_weights, tiny_bert, true_class_probability, weights
+from helpers import assert_equal_weights, tiny_bert, true_class_probability, weights
 from runs import bert_trainer
 from torch import nn
 
@@ -219,17 +219,6 @@ def test_refusals(tmp_path):
     with pytest.raises(MetricError, match="no such column"):
         asked.diagnose()
     assert_equal_weights(before, weights(asked.model))
-
-
-def test_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    (code,) = (block.partition("```")[0] for block in blocks if "diagnose()" in block)
-    small = 'output_dir="out", use_cpu=True, phi="linear", report_to=[], max_steps=4, metric_start_ratio=0'
-    names = {"model": Scores([0.6, 0.8]), "train": Examples(200, 1, 0.95), "validation": Examples(800, 2)}
-    exec(code.replace('output_dir="out"', small), names)
-    assert names["trainer"].metric.name == "worst_group_accuracy" and names["trainer"].observations
-    assert "Recommendation: " in capsys.readouterr().out
 
 
 # By hand

@@ -1,0 +1,117 @@
+"""What to use for which metric, as the records say: a table for the README and a page of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .comparing import OURS, Result, groups
+from .measure import PLAIN, POST_HOC
+from .methods import RIVALS
+from .statistics import Paired
+from .tables import markdown
+
+# Kind of task -> the metrics and data that are of this kind, as somebody would say who does not know it yet
+YOURS = {
+    "threshold": ("F1, G-mean, MCC, a cost, the worst class", "the loss is right about the order, not where to decide"),
+    "beyond threshold": (
+        "the worst group, fairness, recall at a precision",
+        "groups, cameras or sources differ, or the model ranks poorly at the top: no one threshold is right for all",
+    ),
+    "no conflict": ("accuracy, average precision, a correlation", "train is drawn like the data to be judged on"),
+}
+WORTHWHILE = 0.02  # of a score between 0 and 1; the default of `diagnose`
+OURS_PAYS = "**MetricOpt**"
+THRESHOLD = "**a threshold**: `posthoc.tune_bias` on held-out data"
+NOTHING = "**the loss alone**: nothing to gain"
+BEGIN, END = "<!-- decision table, written by make bench-report -->", "<!-- end of the decision table -->"
+
+
+def worth_having(difference: Paired | None) -> bool:
+    """Whether a gain is real, and as great as `trainer.diagnose()` asks for."""
+    return difference is not None and difference.low > 0 and difference.mean >= WORTHWHILE
+
+
+def bias_pays(results: Sequence[Result]) -> tuple[list[str], int]:
+    """The tasks where a bias per logit makes the model better as it came, untrained; and how many have one."""
+    found = {result.task.name: result.difference(("start", POST_HOC), ("start", PLAIN)) for result in results}
+    found = {name: difference for name, difference in found.items() if difference is not None}
+    return [name for name, difference in found.items() if worth_having(difference)], len(found)
+
+
+def ours_pays(results: Sequence[Result]) -> tuple[list[str], int]:
+    """The tasks where MetricOpt is better than loss only at its best, with a bias tuned on both sides; and how many.
+
+    Where the outputs are numbers there is no such bias.
+    """
+    found = {}
+    for result in results:
+        entry = result.compared.get((OURS, POST_HOC)) or result.compared.get((OURS, PLAIN))
+        if entry is not None:
+            found[result.task.name] = entry.difference
+    return [name for name, difference in found.items() if worth_having(difference)], len(found)
+
+
+def advice(pays: int, of: int, bias: int, of_bias: int) -> str:
+    """What to use, by what pays on at least half of the tasks; "" where nothing was run."""
+    if of and 2 * pays >= of:
+        return OURS_PAYS
+    if of_bias and 2 * bias >= of_bias:
+        return THRESHOLD
+    return NOTHING if of else ""
+
+
+def specialists(results: Sequence[Result]) -> str:
+    """The methods that may see more than the metric, where their interval lies above that of their reference."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        for (method, variant), entry in result.compared.items():
+            rival = RIVALS[method]
+            special = rival.reads_labels or rival.reads_groups or rival.knows_formula
+            if special and variant == PLAIN and worth_having(entry.difference):
+                found.setdefault(rival.title, []).append(result.task.name)
+    return "; ".join(f"{title} ({_named(names)})" for title, names in found.items())
+
+
+def table(results: Sequence[Result], to_results: str) -> str:
+    """A row per kind of task. `to_results`: the way from the page to docs/results/, such as "docs/results/"."""
+    rows = []
+    for kind, members in groups(results).items():
+        (pays, of), (bias, of_bias) = ours_pays(members), bias_pays(members)
+        metric, data = YOURS.get(kind, (kind, ""))
+        measured = [
+            f"MetricOpt better on {len(pays)} of {of}" + (f" ({_named(pays, to_results)})" if pays else ""),
+            f"a bias alone on {len(bias)} of {of_bias}",
+        ]
+        special = specialists(members)
+        rows.append([metric, data, advice(len(pays), of, len(bias), of_bias), "; ".join(measured), special])
+    headers = ["your metric", "your data", "use", "measured", "or, with observation labels, groups or the formula"]
+    return markdown(headers, rows)
+
+
+def page(results: Sequence[Result]) -> str:
+    return (
+        "# What to use\n\n"
+        f"{table(results, '')}\n\n"
+        "A row is a kind of task, and says what paid on at least half of its tasks. MetricOpt is compared with loss "
+        "only at its best, with a bias per logit tuned on both sides; a bias alone, with the model as it came. Better "
+        f"means that the interval excludes zero, and that the gain is at least {WORTHWHILE}, as `trainer.diagnose()` "
+        "asks by default. The last column names methods that are better than their reference and see more than a "
+        "metric's answers: they train on the labels of the observation split, are told its groups, or know the "
+        "metric's formula. Which row is yours, `trainer.diagnose()` measures.\n\n"
+        "Written by `make bench-report` from the records in `benchmarks/results/`; do not edit.\n"
+    )
+
+
+def write_into(path: Path, results: Sequence[Result]) -> None:
+    """Renew the table between its marks in a page at the project's root, where it has such marks."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if BEGIN not in text:
+        return
+    block = f"{BEGIN}\n{table(results, 'docs/results/')}\n{END}"
+    path.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.S), encoding="utf-8")
+
+
+def _named(names: Sequence[str], to_results: str | None = None) -> str:
+    return ", ".join(name if to_results is None else f"[{name}]({to_results}{name}.md)" for name in names)
