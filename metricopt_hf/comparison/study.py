@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from .. import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
+from .. import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer, ModelMetric
 from .. import metrics as shipped_metrics
 from .methods import VALUE_FUNCTION, Method, run_method, run_start, summary, write
 from .report import MethodRun, require
@@ -292,7 +292,8 @@ def run_study(
         begin = prepare(replace(args, seed=seed, push_to_hub=False))
         first = begin.trainer(push_to_hub=args.push_to_hub and not runs)  # makes the repository, or fails early
         first.settle()  # what would be refused later is refused now
-        if study.diagnose and not runs:
+        diagnoses = study.diagnose and not isinstance(first.metric, ModelMetric)  # which reads no predictions
+        if diagnoses and not runs:
             found = first.diagnose()
             if first.is_world_process_zero():
                 os.makedirs(args.output_dir, exist_ok=True)
@@ -322,7 +323,7 @@ def run_study(
         print(summary(runs, kept))
         if note is not None:
             print(note)
-        written = ", ".join(["the model", f"{VALUE_FUNCTION}/", *[DIAGNOSIS] * study.diagnose, *written])
+        written = ", ".join(["the model", f"{VALUE_FUNCTION}/", *[DIAGNOSIS] * diagnoses, *written])
         print(f"{perf_counter() - since:.0f} s in all. {args.output_dir} holds {written}.")
     source, dataset = arguments.get("model_name_or_path"), arguments.get("dataset_name")
     card = {**card, "tags": [*card.get("tags", ()), "metricopt"], "finetuned_from": source}

@@ -126,7 +126,7 @@ class Rounds:
             if self.plan.follows_time:
                 self._fit_into_time()
             for _ in range(FIRST_ROUNDS):
-                self._observe_virtually(step)
+                self._observe_virtually(step, reserved=self.plan.checks)
             count = self.plan.checks
             self._take(self.observer.observe(self.coordinates, step, count, self.guide.wants_predictions))
         elif self.virtual.error > LARGE_ERROR:
@@ -136,8 +136,9 @@ class Rounds:
         self.next_expansion = step + self.expand_steps
         return True
 
-    def _observe_virtually(self, step: int) -> None:
-        pairs = int(min(self.plan.round_size, (self.ledger.remaining - 1) // 2))
+    def _observe_virtually(self, step: int, reserved: int = 0) -> None:
+        """One round of the metric on interpolated predictions; `reserved` calls of the budget are left."""
+        pairs = int(min(self.plan.round_size, (self.ledger.remaining - reserved - 1) // 2))
         if pairs < 1:
             return
         observed = self.virtual.observe(self.coordinates, step, pairs, self.guide.wants_predictions)

@@ -35,7 +35,7 @@ def test_a_metric_of_the_model_is_asked_about_it_on_every_split(tmp_path):
 
     kwargs = {"metric": ModelMetric(rows, "rows"), "compute_metrics": None}
     make = maker(tmp_path, kwargs)
-    start = run_start(make(), SPLITS)
+    (start,) = run_start(make(), SPLITS, class_bias=True)
     trainer, runs = run_method(METHODS["loss_only"], make, SPLITS, class_bias=True)
     assert len(runs) == 1  # a bias cannot be tuned on predictions that the metric does not read
     for scores in (start.scores, runs[0].scores):

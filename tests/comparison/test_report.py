@@ -3,6 +3,7 @@
 import builtins
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def test_a_metric_that_fails_at_the_end_costs_its_figure_and_no_more(caplog):
         return answer
 
     predictions = {name: EvalPrediction(np.eye(2), np.array([0, 1])) for name in ("observation", "selection", "report")}
-    scores = measured(Metric(fails, "f1"), predictions)
+    scores = measured(SimpleNamespace(metric=Metric(fails, "f1")), predictions, {})
     assert scores["observation"] == 0.5 and scores["selection"] == 0.6 and math.isnan(scores["report"])
     assert caplog.text.count("It is asked once more") == 2 and "figure on the report split is left out" in caplog.text
     rows = [*runs(), MethodRun("a", 3, {"report": 0.5}), MethodRun("b", 3, {"report": scores["report"]})]
@@ -159,7 +160,7 @@ def test_results_are_strict_json(trainer, tmp_path):
     (stored,) = document["runs"]
     assert stored["scores"] == {"report": None} and document["differences"] == {"b": None}
     assert stored["details"]["bias"] == [1.0, 1.0]
-    assert [row["step"] for row in stored["details"]["curve"]] == [0, 2, 4, 6]
+    assert [row["step"] for row in stored["details"]["curve"]] == list(range(7))
 
 
 def test_plot(trainer, tmp_path):

@@ -257,7 +257,7 @@ def test_kwargs_reach_the_module_and_of_several_numbers_one_must_be_named():
     assert named(INTEGERS(), "other")(PREDICTION) == 2.0
     assert named(INTEGERS(), kwargs={"scale": 0.5})(PREDICTION) == 2.0
     with pytest.raises(MetricError, match=r"echo.*other.*metric_for_best_model"):
-        from_evaluate(INTEGERS())(PREDICTION)
+        named(INTEGERS(), "third")(PREDICTION)
 
 
 def test_texts_need_a_function_and_unknown_inputs_are_listed():

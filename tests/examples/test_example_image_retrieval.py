@@ -96,7 +96,7 @@ def test_another_specialist_and_another_metric(script, images, model, tmp_path):
     options += "--specialist SupConLoss --images_per_class 2 --methods specialist metricopt --metric_start_ratio 0"
     runs = script.main([*options.split(), "--output_dir", str(out)])
     assert [run.method for run in runs] == ["pretrained", "specialist: SupConLoss", "MetricOpt"]
-    assert len(runs[2].details["observations"]) == 8
+    assert len(runs[2].details["observations"]) == 13
     document = json.loads((out / "results.json").read_text())
     assert document["metric"] == "recall_at_k" and document["greater_is_better"]
 

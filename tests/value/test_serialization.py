@@ -99,7 +99,7 @@ def test_one_that_was_written_with_folds_is_read_without_them(folder):
 
 def test_the_config_tells_people_what_it_is_of(folder):
     told, normalised = json.loads((folder / "config.json").read_text()), shared()
-    assert told["format_version"] == 4 and told["signature"]["phi"] == PHI
+    assert told["format_version"] == 5 and told["signature"]["phi"] == PHI
     assert told["signature"]["coordinates"] == {"kind": "random", "identity": False}
     assert told["signature"]["metric"] == {"name": "f1", "greater_is_better": True}
     assert told["normalisation"]["z_mean"] == normalised.z_mean.tolist()
