@@ -14,6 +14,7 @@ from transformers.trainer_utils import denumpify_detensorize
 from ..errors import MetricError
 from ..evaluation import data
 from ..evaluation.evaluator import Evaluator
+from .rehearsal import is_trainers
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +54,11 @@ class CompletingTrainer(Trainer):
         if eval_examples is not None:
             self.eval_examples = eval_examples
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **gen_kwargs):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, dict) or self.compute_metrics is None or not self._completes:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # a dict comes here part by part
+            # a dict comes here part by part
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         compute_metrics, complete, called = self.compute_metrics, partial(self._complete, dataset), []
 
@@ -66,7 +68,7 @@ class CompletingTrainer(Trainer):
 
         self.compute_metrics, self._unlabelled = completed, lambda: not called
         try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
         finally:
             self.compute_metrics, self._unlabelled = compute_metrics, None
 
@@ -119,7 +121,7 @@ class CompletingTrainer(Trainer):
     @property
     def _hint(self) -> str:
         """What a metric that fails at its first call may lack."""
-        evaluates = type(self).evaluate not in (CompletingTrainer.evaluate, Seq2SeqTrainer.evaluate)
+        evaluates = not is_trainers(self.evaluate) and type(self).evaluate is not Seq2SeqTrainer.evaluate
         loops = type(self).evaluation_loop is not CompletingTrainer.evaluation_loop
         overridden = "evaluate" if evaluates else "evaluation_loop" if loops else None
         return POST_PROCESS.format(overridden) if overridden and self.post_process_function is None else ""

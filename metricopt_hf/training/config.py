@@ -136,7 +136,8 @@ class MetricOptConfig(TrainingArguments):
 
     Without a metric (see `MetricOptTrainer`) these do nothing:
 
-    - the metric: `metric_name_or_path`, `metric_inputs`, `metric_kwargs`, `metric_timeout`
+    - the metric: `metric_name_or_path`, `metric_inputs`, `metric_kwargs`, `metric_timeout`, `metric_command`,
+      `metric_constraints`
     - the metric phase, and what is tuned in it: `metric_start_ratio`, `phi`, `phi_dim`, `phi_learning_rate`,
       `tune_output_bias`
     - observations: `observe`, `forward_pass_budget`, `metric_call_budget`, `observation_size`

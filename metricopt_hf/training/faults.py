@@ -105,7 +105,7 @@ class Faults:
             if self.give_up(reason):
                 logger.warning(
                     f"Guidance is switched off: {reason}. Training goes on with the loss alone. Mend what the warnings "
-                    "above name, or allow more with max_metric_failures."
+                    "above name."
                 )
 
     def state_dict(self) -> dict[str, Any]:

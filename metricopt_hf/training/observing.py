@@ -95,15 +95,20 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
             print(found)
         return found
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As of Trainer; with a metric of the model, and a weighted sum of several, among the numbers."""
-        found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **gen_kwargs):
+        """As of Trainer; with a metric of the model, and a weighted sum of several, among the numbers.
+
+        Args:
+            gen_kwargs: for `Seq2SeqTrainer`, of generation.
+        """
+        found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        name = f"{metric_key_prefix}_{self.metric.name.removeprefix('eval_')}" if self.guided else None
+        metric = self._reported_metric
+        name = None if metric is None else f"{metric_key_prefix}_{metric.name.removeprefix('eval_')}"
         if name is None or name in found or isinstance(dataset, dict):
             return found
-        weights = weights_of(self.metric.name)
-        if isinstance(self.metric, ModelMetric):
+        weights = weights_of(metric.name)
+        if isinstance(metric, ModelMetric):
             found[name] = float(self._score_of_model(dataset, metric_key_prefix))
         elif weights and all(f"{metric_key_prefix}_{key}" in found for key in weights):
             found[name] = sum(weight * found[f"{metric_key_prefix}_{key}"] for key, weight in weights.items())
@@ -126,12 +131,13 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
 
     def _score_of_model(self, dataset: Any, split: str) -> float:
         """Of a metric of the model, at the model as it is now; the same on every rank."""
+        metric = self._reported_metric
         with nullcontext() if self._phi is None else self._phi.merged():
             model = copy.deepcopy(self.model)
         outcome: list[Any] = [None]
-        if self.args.process_index == 0 or not isinstance(self.metric, CommandMetric):
+        if self.args.process_index == 0 or not isinstance(metric, CommandMetric):
             try:
-                outcome = [self.metric(model.eval().requires_grad_(False), dataset, split)]
+                outcome = [metric(model.eval().requires_grad_(False), dataset, split)]
             except MetricError as error:
                 outcome = [error]
         if self.args.world_size > 1:

@@ -55,12 +55,18 @@ def tell_unguided(args: TrainingArguments, compute_metrics: Callable | None, eva
 
 
 def resolve_metric(
-    given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any, processor: Any = None
+    given: Any,
+    args: TrainingArguments,
+    compute_metrics: Callable | None,
+    eval_dataset: Any,
+    processor: Any = None,
+    directed: bool = True,
 ) -> Metric:
     """The metric that `names_metric` speaks of, with its constraints.
 
     Args:
         processor: saved beside the model, for a command.
+        directed: whether it must be known which way the metric is better, as it need not be to report it.
 
     Raises:
         ConfigurationError: `args` is no `MetricOptConfig`; the metric cannot be loaded; or nothing says which way it is
@@ -76,7 +82,8 @@ def resolve_metric(
         if given is not None or args.metric_name_or_path is not None:
             raise ConfigurationError("metric_command is given beside another metric: name one of them.")
         name = metric_name(args, eval_dataset) or "metric_command"
-        metric = CommandMetric(args.metric_command, name, args.direction_of(name), args.metric_timeout, processor)
+        greater = args.direction_of(name) if directed else True
+        metric = CommandMetric(args.metric_command, name, greater, args.metric_timeout, processor)
         metric.constraints = constraints
         return metric
     given = args.metric_name_or_path if given is None else given
@@ -91,7 +98,7 @@ def resolve_metric(
         metric = Metric(compute_metrics, name, True, args.metric_timeout, exact=True, batchwise=batchwise)
     else:
         metric = metrics.resolve(given, True, args.metric_inputs, args.metric_kwargs, args.metric_timeout)
-    if not isinstance(given, Metric):  # a user's knows its direction
+    if directed and not isinstance(given, Metric):  # a user's knows its direction
         metric.greater_is_better = args.direction_of(metric.name, description)
     if constraints:
         metric = copy.copy(metric)  # the user's stays as it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..phi import PhiSpace
 from ..phi.coordinates import KINDS
 from ..phi.space import is_sharded
 from . import preflight
+from .config import MetricOptConfig
 from .resuming import ResumingTrainer
 
 
@@ -66,14 +68,29 @@ class SettlingTrainer(ResumingTrainer):
     def metric(self) -> Metric | None:
         """The metric that is optimised; None where there is none."""
         if self._metric is None and self.guided:
-            self._metric = preflight.resolve_metric(
-                self._given_metric,
-                self.args,
-                self.compute_metrics,
-                self.eval_dataset,
-                self.processing_class or getattr(self.data_collator, "tokenizer", None),
-            )
+            self._metric = self._resolve_metric()
         return self._metric
+
+    @property
+    def _reported_metric(self) -> Metric | None:
+        """The metric, as far as `evaluate` may add it to Trainer's numbers: no direction is asked for, none is loaded.
+
+        None where it adds nothing.
+        """
+        loads = isinstance(self._given_metric, (str, os.PathLike)) or getattr(self.args, "metric_name_or_path", None)
+        if self._metric is not None or not self.guided or loads or not isinstance(self.args, MetricOptConfig):
+            return self._metric
+        return self._resolve_metric(directed=False)
+
+    def _resolve_metric(self, directed: bool = True) -> Metric:
+        return preflight.resolve_metric(
+            self._given_metric,
+            self.args,
+            self.compute_metrics,
+            self.eval_dataset,
+            self.processing_class or getattr(self.data_collator, "tokenizer", None),
+            directed,
+        )
 
     @property
     def observation_dataset(self) -> Any:

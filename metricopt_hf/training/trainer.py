@@ -388,7 +388,7 @@ class MetricOptTrainer(ObservingTrainer):
             self._stillness = chosen = first_that_works(candidates, attempt, wanted, self.args.world_size)
             self._tell_idle(batch)
             if not self.phase.started:
-                with told("computing coordinates", 'phi_coordinates="random" needs no gradients.'):
+                with told("computing coordinates", 'coordinates="random" needs no gradients.'):
                     coordinates = self._make_coordinates(max_batches=1)
                 with told("saving the guide's state", GUIDE_STATE), TemporaryDirectory() as folder:
                     checkpoint.save(self._guidance_state(self.phase.rehearse(coordinates)), folder)

@@ -254,6 +254,6 @@ def test_remove_unused_columns(tmp_path):
 
 
 def test_group_gradients_read_the_labels_of_the_training_set(tmp_path):
-    trainer = make(tmp_path, coordinates="group_gradients", save_strategy="no")
+    trainer = make(tmp_path, {"coordinates": "group_gradients"}, save_strategy="no")
     trainer.train()
     assert trainer.result.coordinates.dim == 3

@@ -6,6 +6,7 @@ from helpers import (
     OPTIMUM,
     Quadratic,
     Targets,
+    Texts,
     assert_equal_weights,
     weights,
 )
@@ -241,7 +242,7 @@ def test_with_all_parameters_the_best_of_all_is_put_in_place(tmp_path):
 
     def metric(prediction):
         """Best when the selection set is seen for the sixth time."""
-        selects.append(len(prediction.label_ids) == 60)
+        selects.append(len(prediction.label_ids) == 50)
         return -abs(sum(selects) - 6)
 
     path, selects = [], []
@@ -253,6 +254,7 @@ def test_with_all_parameters_the_best_of_all_is_put_in_place(tmp_path):
         phi="classifier",
         optim="sgd",
         select_steps=1,
+        selection_dataset=Texts(50, seed=4),
     )
     trainer.train()
     assert trainer.result.best_score == 0 and trainer.result.best_step == 5

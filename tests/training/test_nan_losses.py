@@ -32,13 +32,14 @@ class Odd(nn.Module):
 
 
 class Begin(TrainerCallback):
-    """The passes of the rehearsal are not of the run."""
+    """The passes of the rehearsal, at the beginning of the first step, are not of the run."""
 
     def __init__(self, model):
         self.model = model
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.model.passes = 0
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.model.passes = 0
 
 
 def hits(prediction):

@@ -92,7 +92,7 @@ class Box:
         return distance_to_optimum(prediction)
 
 
-def run(folder, metric, observed=32, selected=32, **kwargs):
+def run(folder, metric, observed=16, selected=32, **kwargs):
     defaults = {
         "max_steps": 40,
         "per_device_train_batch_size": 8,

@@ -76,14 +76,17 @@ def test_the_metric_sees_what_is_generated(tmp_path, beams):
         ),
         train_dataset=Copy(200, 1),
         observation_dataset=Copy(40, 3),
-        selection_dataset=Copy(40, 4),
+        selection_dataset=Copy(24, 4),
         compute_metrics=metric,
     )
     assert all(name.endswith("film_scale") for name in trainer.phi.names)  # T5's norms have no bias to take a shift
     trainer.train()
     assert {p.dtype.kind for p in seen} == {"i"}
-    assert {len(p) for p in seen} == {20, 40}
+    assert {len(p) for p in seen} == {24, 40}  # tokens are not interpolated: all of each set
     assert not any(p[:, 6:].any() for p in seen)  # generation_max_length holds; behind it Seq2SeqTrainer pads
     assert len(trainer.observations) == 16
     assert trainer.ledger.calls["observe"] == 16
     assert trainer.predict(Copy(20, 5)).metrics["test_token_match"] >= 0
+    del seen[:]
+    assert "eval_token_match" in trainer.evaluate(Copy(20, 5), max_length=4, num_beams=1)  # of Seq2SeqTrainer
+    assert not seen[0][:, 4:].any()

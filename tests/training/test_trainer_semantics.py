@@ -70,7 +70,8 @@ def points(size, seed):
     return [{"points": row, "labels": (row.sum() > 0).long()} for row in x]
 
 
-def test_losses_come_for_every_row_whatever_the_inputs_are_called(tmp_path):
+@pytest.mark.parametrize(("observe", "seen"), [("scores", {41}), ("predictions", {41, 20})])
+def test_losses_come_for_every_row_whatever_the_inputs_are_called(tmp_path, observe, seen):
     sizes = set()
 
     def with_losses(prediction):
@@ -78,10 +79,12 @@ def test_losses_come_for_every_row_whatever_the_inputs_are_called(tmp_path):
         return {**accuracy(prediction), "nll": float(prediction.losses.mean())}
 
     model, sets = Points(), {"train": points(160, 0), "evaluation": points(ROWS, 1)}
-    trainer = make(tmp_path, with_losses, model, include_for_metrics=["loss"], **sets)
+    given = {"observe": observe, "metric_call_budget": None, "max_steps": 8}
+    trainer = make(tmp_path, with_losses, model, include_for_metrics=["loss"], **given, **sets)
     trainer.train()
     assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
-    assert sizes == {(rows, rows) for rows in (20, 21, 41)}
+    assert trainer.phase.plan.observe == observe
+    assert sizes == {(rows, rows) for rows in seen}
 
 
 # ---- batches
@@ -106,15 +109,15 @@ class Batchwise:
 
 def test_batch_metrics_are_called_batch_by_batch(tmp_path):
     compute_metrics = Batchwise()
-    trainer = make(tmp_path, compute_metrics, batch_eval_metrics=True)
+    sets = {"observation_dataset": Texts(44, seed=3), "selection_dataset": Texts(45, seed=4)}
+    trainer = make(tmp_path, compute_metrics, batch_eval_metrics=True, **sets)
     trainer.train()
-    whole = make(tmp_path)
+    whole = make(tmp_path, **sets)
     whole.train()
     assert [o.score for o in trainer.observations] == [o.score for o in whole.observations]
     assert trainer.result.best_score == whole.result.best_score
-    in_order = [rows for rows, last in compute_metrics.calls if rows < 20]
-    assert max(in_order) == 8 and (8, False) in compute_metrics.calls and (8, True) not in compute_metrics.calls
-    assert {rows for rows, last in compute_metrics.calls if last and rows < 20} == {4, 5, 1}  # of 20, 21 and 41
+    assert {rows for rows, last in compute_metrics.calls if not last} == {8}
+    assert {rows for rows, last in compute_metrics.calls if last} == {4, 5}  # of 44 and 45
     del compute_metrics.calls[:]
     assert trainer.evaluate()["eval_accuracy"] > 0  # Trainer's own, as ever
     assert [rows for rows, _ in compute_metrics.calls] == [8] * 10 + [3]
