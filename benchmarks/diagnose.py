@@ -167,7 +167,7 @@ def diagnosis_page(diagnoses: Sequence[dict[str, Any]], results: Sequence[Result
         "lies above the start; else there was nothing to gain. The last column is not what the diagnosis speaks of: "
         "the loss alone may reach as much as guidance does.",
         f"A diagnosis takes {passes:.0f} forward passes and {seconds:.0f} s on average, on one thread. Written by "
-        "`make bench-diagnose` from the records in `benchmarks/results/`; do not edit.",
+        "`python -m benchmarks.diagnose` from the records in `benchmarks/results/`; do not edit.",
     )
 
 

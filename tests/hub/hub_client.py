@@ -23,12 +23,11 @@ from metricopt_hf import HubError, MetricOptConfig, MetricOptTrainer, Observatio
 from metricopt_hf import ValueFunctionError as Refused
 from metricopt_hf.value import fit
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 
 torch.set_num_threads(1)
 sleep = time.sleep
-time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the client's waits between attempts
 
 
 def faults(**times):
@@ -236,7 +235,7 @@ def failed_push_along_the_way(folder):
 
 def published_cards(folder):
     """By the Hub's own check of what is pushed."""
-    cards = sorted((README.parent / "model_cards").glob("*.md"))
+    cards = [path for path in sorted((ROOT / "model_cards").glob("*.md")) if path.stem != "README"]
     for path in cards:
         ModelCard.load(path).validate()
     broken = cards[0].read_text().replace("- task:", "- no_task:").encode()
@@ -295,18 +294,21 @@ def loads(name):
     return load
 
 
-def readme(folder):
-    """The README's own words, with the repository that the first user pushed."""
-    section = README.read_text().partition("\n## Share what was learned\n")[2].partition("\n## ")[0]
-    snippets = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names = {"trainer": trainer(folder / "readme", hub_model_id="user/name")}
-    names["trainer"].train()
-    names |= {k: getattr(names["trainer"], k) for k in ("model", "train_dataset")}
-    names |= {"metric": probability, "observation": Squares(48, 1), "selection": Squares(48, 2)}
-    names["train"] = names.pop("train_dataset")
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
-    return {"snippets": len(snippets), "same": same(names["value_function"], names["trainer"].value_function)}
+def documentation(folder):
+    """The page's own words, with the repository that the first user pushed instead of a folder."""
+    first, second, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sharing.md").read_text(), re.DOTALL)
+    options = "use_cpu=True, report_to=[], disable_tqdm=True"
+    first = first.replace('trainer.save_model("shared")  # or ', "").replace(
+        '"out"', '"out", hub_model_id="user/name", ' + options
+    )
+    second = second.replace('"shared"', '"user/name"').replace('"out"', '"again", ' + options)
+    names = {"model": trainer(folder / "unused").model, "metric": probability}
+    names |= {"train": Squares(48, 0), "validation": Squares(96, 1)}
+    os.chdir(folder)
+    exec(compile(first, "sharing.md", "exec"), names)
+    pushed = names["trainer"].value_function
+    exec(compile(second, "sharing.md", "exec"), names)
+    return {"same": same(names["value_function"], pushed), "calls": names["trainer"].ledger.calls["observe"]}
 
 
 def starts_from_it(folder):
@@ -328,12 +330,13 @@ def starts_from_a_private_one(folder):
 
 
 def use(folder):
-    steps = {f.__name__: f for f in (starts_from_it, starts_from_a_private_one, readme)}
+    steps = {f.__name__: f for f in (starts_from_it, starts_from_a_private_one, documentation)}
     return steps | {name: loads(name) for name in STRATEGIES}
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the client's waits between attempts
     who, folder = sys.argv[1], Path(sys.argv[2])
     results = {}
     for name, step in {"publish": publish, "use": use}[who](folder).items():

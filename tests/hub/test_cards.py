@@ -15,7 +15,7 @@ from metricopt_hf import MetricOptConfig, MetricOptTrainer
 from metricopt_hf.hub import cards
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLISHED = sorted((ROOT / "model_cards").glob("*.md"))
+PUBLISHED = [path for path in sorted((ROOT / "model_cards").glob("*.md")) if path.stem != "README"]
 
 GIVEN = {
     "language": "en",
