@@ -40,7 +40,8 @@ def test_with_a_checkpoint_at_every_step_one_rank_writes(tmp_path):
 def test_a_killed_rank_is_named_with_the_checkpoint_to_resume_from(tmp_path):
     done = launch(tmp_path, 5)
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if "RankError" in line]
+    # it is logged, and raised; torchrun may end the process in between
+    told = [line for line in done.stderr.splitlines() if "has gone" in line]
     assert told and "Rank 1 of 2 has gone, so rank 0 cannot go on" in told[-1], done.stderr[-6000:]
     # the checkpoint of that step was not begun by all
     assert any(f"resume_from_checkpoint='{tmp_path / f'checkpoint-{step}'}'" in told[-1] for step in (4, 5)), told
