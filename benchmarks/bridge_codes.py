@@ -20,6 +20,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from metricopt_hf import Bridge
 from metricopt_hf.comparison.report import mean_and_error, require
 
+from .training import SILENT
+
 HIDDEN, CENTRES = 16, 12
 PRETRAINED_STEPS, TUNED_STEPS, BATCH = 150, 300, 64
 LEARNING_RATE = 3e-3
@@ -79,11 +81,7 @@ def trained(model: Net, rows: list[dict], steps: int, seed: int) -> Net:
             per_device_train_batch_size=BATCH,
             learning_rate=LEARNING_RATE,
             seed=seed,
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
+            **SILENT,
         )
         trainer = Trainer(model, args, train_dataset=rows)
         trainer.remove_callback(PrinterCallback)

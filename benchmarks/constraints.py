@@ -13,7 +13,6 @@ the penalty by its own number.
 
 from __future__ import annotations
 
-import copy
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from transformers import EvalPrediction, HfArgumentParser
 
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.comparison.report import mean_and_error
+from metricopt_hf.comparison.study import Start
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import tabular
@@ -38,7 +38,7 @@ from .problem import Problem, joined, no_data
 from .run import quiet
 from .tables import markdown
 from .tasks import TABULAR, TABULAR_SMOKE
-from .training import NO_GUIDE, PREDICTIONS
+from .training import NO_GUIDE, PREDICTIONS, SILENT
 
 PAGE = ROOT / "docs" / "results" / "constraints.md"
 PENALTY = 10.0  # of recall, for each unit of precision that is lacking
@@ -100,8 +100,6 @@ def metric(bound: float, constrained: bool) -> Metric:
 
 def trainer_of(title: str, problem: Problem, seed: int, args: ConstraintsArguments, folder: str) -> MetricOptTrainer:
     constrained, changes = METHODS[title]
-    options = {name: changes[name] for name in ("coordinates",) if name in changes}
-    changes = {name: change for name, change in changes.items() if name not in options}
     config = MetricOptConfig(
         folder,
         max_steps=args.max_steps,
@@ -112,23 +110,11 @@ def trainer_of(title: str, problem: Problem, seed: int, args: ConstraintsArgumen
         metric_constraints=f"precision>={args.bound}" if constrained else None,
         greater_is_better=True,
         seed=seed,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        **{**PREDICTIONS, **changes},
+        **SILENT,
+        **PREDICTIONS,
     )
-    trainer = MetricOptTrainer(
-        copy.deepcopy(problem.model),
-        config,
-        train_dataset=problem.train,
-        observation_dataset=problem.observation,
-        selection_dataset=problem.selection,
-        metric=metric(args.bound, constrained),
-        phi=problem.phi,
-        **options,
-    )
+    options = {"metric": metric(args.bound, constrained), "phi": problem.phi}
+    trainer = Start(problem.model, config, problem, options).trainer(**changes)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser
 
-from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer, ModelMetric
+from metricopt_hf import Ledger, Metric, MetricOptConfig, ModelMetric
 from metricopt_hf.comparison.report import MethodRun, comparison_table, table_note
+from metricopt_hf.comparison.splits import MEASURED, Splits
+from metricopt_hf.comparison.study import Start
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import cifar
@@ -38,7 +40,7 @@ from .bench_report import ROOT
 from .pages import page
 from .problem import Rows, Sizes, cached, no_data
 from .run import quiet
-from .training import NO_GUIDE
+from .training import NO_GUIDE, SILENT
 
 PAGE = ROOT / "docs" / "results" / "rounding.md"
 SIZES, SMOKE = Sizes(10_000, 3_000, None, 1_000), Sizes(120, 80, 200, 60)
@@ -154,8 +156,6 @@ def measured(
 
 def run(title: str, seed: int, net: nn.Module, splits, args: RoundingArguments, folder: str) -> list[MethodRun]:
     through, numbers = METHODS[title]
-    options = {name: numbers[name] for name in ("coordinates",) if name in numbers}
-    numbers = {name: number for name, number in numbers.items() if name not in options}
     model = copy.deepcopy(net)
 
     def metric(model: nn.Module, rows: Rows) -> float:
@@ -168,23 +168,15 @@ def run(title: str, seed: int, net: nn.Module, splits, args: RoundingArguments, 
         per_device_train_batch_size=64,
         metric_start_ratio=0,
         observe="scores",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
+        metric_call_budget=args.metric_calls,
+        value_weight=64.0,
         seed=seed,
-        **{"metric_call_budget": args.metric_calls, "value_weight": 64.0, **numbers},
+        **SILENT,
     )
-    trainer = MetricOptTrainer(
-        rounded(model, args.bits) if through else model,
-        config,
-        train_dataset=splits[through]["train"],
-        observation_dataset=splits[True]["observation"],
-        selection_dataset=splits[True]["selection"],
-        metric=ModelMetric(metric, "accuracy"),
-        **options,
-    )
+    data = Splits(splits[through]["train"], *(splits[True][name] for name in MEASURED))
+    net_of_run, options = rounded(model, args.bits) if through else model, {"metric": ModelMetric(metric, "accuracy")}
+    begin = Start(net_of_run, config, data, options)
+    trainer = begin.trainer(**numbers)
     trainer.remove_callback(transformers.PrinterCallback)
     begun = process_time()
     trainer.train()

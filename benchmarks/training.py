@@ -26,6 +26,14 @@ from .problem import Problem, Task
 
 NO_GUIDE = {name: value for name, value in LOSS_ONLY.changes.items() if name != "tune_output_bias"}
 # What the library does by default, whatever the metric's time; all that trains and is not MetricOpt observes scores.
+# What no run of a benchmark says or keeps, and where it computes
+SILENT = {
+    "use_cpu": True,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
 PREDICTIONS = {
     "observe": "predictions",
     "forward_pass_budget": 60,
@@ -114,11 +122,7 @@ def make_trainer(
         greater_is_better=task.greater_is_better,
         label_names=problem.label_names,
         seed=seed,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
+        **SILENT,
     )
     metric = Metric(task.metric, task.metric_name, task.greater_is_better)
     start = Start(problem.model, args, problem, {"metric": metric, "phi": problem.phi, **options})

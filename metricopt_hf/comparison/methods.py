@@ -18,7 +18,7 @@ import numpy as np
 from transformers import EvalPrediction
 from transformers.trainer_callback import ProgressCallback
 
-from .. import Ledger, Metric, MetricError, MetricOptTrainer, ModelMetric
+from .. import Ledger, Metric, MetricError, MetricOptTrainer
 from ..posthoc import add_bias, tune_bias
 from .report import (
     MethodRun,
@@ -68,8 +68,7 @@ VALUE_FUNCTION, RESULTS, PLOT, GROUPS_PLOT = "value_function", "results.json", "
 
 
 def predictions(trainer: MetricOptTrainer, splits: Mapping[str, Any]) -> dict[str, EvalPrediction]:
-    """The predictions of the trainer's model on each data set, without a progress bar for each."""
-    trainer.remove_callback(ProgressCallback)
+    """The predictions of the trainer's model on each data set."""
     outputs = {name: trainer.predict(dataset) for name, dataset in splits.items()}
     return {name: EvalPrediction(output.predictions, output.label_ids) for name, output in outputs.items()}
 
@@ -82,14 +81,14 @@ def measured(
     It is nan where the metric fails twice, so that one failure does not cost a study all that it has.
     """
     metric, scores = trainer.metric, {}
-    for name in outputs:
+    for name in splits:
         for last in (False, True):
             try:
-                if isinstance(metric, ModelMetric):
+                if metric.of_predictions:
+                    scores[name] = metric(outputs[name])
+                else:
                     numbers = trainer.evaluate(splits[name], metric_key_prefix=name)
                     scores[name] = numbers[f"{name}_{metric.name.removeprefix('eval_')}"]
-                else:
-                    scores[name] = metric(outputs[name])
                 break
             except MetricError as error:
                 scores[name] = float("nan")
@@ -103,8 +102,7 @@ def by_group(metric: Metric, prediction: EvalPrediction) -> dict[int, float]:
 
     A group by which the metric cannot tell anything, such as a gap between groups, is left out.
     """
-    two_columns = isinstance(prediction.label_ids, tuple) and len(prediction.label_ids) == 2
-    if isinstance(metric, ModelMetric) or not two_columns:
+    if not isinstance(prediction.label_ids, tuple) or len(prediction.label_ids) != 2:
         return {}
     scores, outputs, groups = {}, prediction.predictions, prediction.label_ids[1]
     for group in np.unique(groups):
@@ -124,7 +122,9 @@ def rows_of(
     details: Mapping[str, Any],
 ) -> list[MethodRun]:
     """The row of a trainer's model, measured on each split, and, with `class_bias`, one with a bias tuned on top."""
-    metric, calls, outputs = trainer.metric, dict(trainer.ledger.calls), predictions(trainer, splits)
+    trainer.remove_callback(ProgressCallback)  # no bar for each split
+    metric, calls = trainer.metric, dict(trainer.ledger.calls)
+    outputs = predictions(trainer, splits) if metric.of_predictions else {}
 
     def row(title: str, outputs: Mapping[str, EvalPrediction], **values: Any) -> MethodRun:
         scores = measured(trainer, outputs, splits)
@@ -137,7 +137,7 @@ def rows_of(
             name: [asdict(check) for check in trainer.check_constraints(rows, name)] for name, rows in splits.items()
         }
     rows = [row(title, outputs, calls=calls, seconds=seconds, details=details)]
-    if class_bias and not isinstance(metric, ModelMetric):
+    if class_bias and metric.of_predictions:
         ledger, start = Ledger(), perf_counter()
         bias = tune_bias(metric, outputs["observation"], ledger)
         seconds += perf_counter() - start

@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from .. import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer, ModelMetric
+from .. import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from .. import metrics as shipped_metrics
 from .methods import VALUE_FUNCTION, Method, run_method, run_start, summary, write
 from .report import MethodRun, require
@@ -292,7 +292,7 @@ def run_study(
         begin = prepare(replace(args, seed=seed, push_to_hub=False))
         first = begin.trainer(push_to_hub=args.push_to_hub and not runs)  # makes the repository, or fails early
         first.settle()  # what would be refused later is refused now
-        diagnoses = study.diagnose and not isinstance(first.metric, ModelMetric)  # which reads no predictions
+        diagnoses = study.diagnose and first.metric.of_predictions
         if diagnoses and not runs:
             found = first.diagnose()
             if first.is_world_process_zero():

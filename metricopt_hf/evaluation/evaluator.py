@@ -104,11 +104,7 @@ class Evaluator:
         complete: what the metric is given instead of the predictions; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
-
-    `of_predictions`: whether the metric is a function of them, so that it can be asked about others than the model's.
     """
-
-    of_predictions = True
 
     def __init__(
         self,

@@ -90,6 +90,8 @@ class Metric:
         batchwise: the function is written for Trainer's `batch_eval_metrics`: called with one batch after the other, as
             tensors, and `compute_result`, which is True with the last.
 
+    `of_predictions`: whether it is a function of predictions, so that it can be asked about others than the model's.
+
     Attributes:
         constraints: on other numbers of the dict, which come before the metric's own (`metric_constraints`).
 
@@ -99,6 +101,8 @@ class Metric:
         >>> accuracy(EvalPrediction(predictions=np.eye(2), label_ids=np.array([0, 0])))
         0.5
     """
+
+    of_predictions = True
 
     def __init__(
         self,

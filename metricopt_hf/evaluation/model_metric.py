@@ -48,6 +48,8 @@ class ModelMetric(Metric):
         8.0
     """
 
+    of_predictions = False
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -163,8 +165,6 @@ class ModelEvaluator(Evaluator):
         dataset: given to a function that takes one.
         split: what that set is called.
     """
-
-    of_predictions = False
 
     def __init__(self, *args, dataset: Any, split: str, **kwargs):
         super().__init__(*args, **kwargs)

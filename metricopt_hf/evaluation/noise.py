@@ -34,7 +34,7 @@ def checked_constraints(
     metric, errors = evaluator.metric, np.full(len(evaluator.metric.keys), np.nan)
     if values is None:
         values = values_of(evaluator.evaluate("offline"))
-    if evaluator.of_predictions and not on_all_rows and evaluator.complete is None:
+    if metric.of_predictions and not on_all_rows and evaluator.complete is None:
         prediction = evaluator.predictions()
         if evaluator.rank == 0:
             errors = standard_errors(metric, prediction, evaluator.ledger, "select", evaluator.concat)

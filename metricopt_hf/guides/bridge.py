@@ -7,7 +7,7 @@ from the calls that the phase makes anyway. Architecture, constants and the weig
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,14 +35,10 @@ class BridgeGuide(ReadingGuide):
 
     Needs outputs and labels that are rows, with classes or numbers for labels; elsewhere it switches itself off.
 
-    Args:
-        scope, in_first_phase: see `Guide`; by default phi alone moves by it, in the metric phase.
+    Its arguments are those of `ReadingGuide`.
     """
 
     kinds = (CLASSES, NUMBERS)
-
-    def __init__(self, scope: Literal["phi", "all"] = "phi", in_first_phase: bool = False):
-        self.scope, self.in_first_phase = scope, in_first_phase
 
     def start(self, context: GuideContext) -> None:
         super().start(context)

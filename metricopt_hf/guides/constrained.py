@@ -98,7 +98,8 @@ class ConstrainedGuide(Guide):
         vector = sum(a.trust * a.vector / a.vector.norm().clamp_min(1e-30) for a in answers)
         if len(answers) == 1:
             vector = answers[0].vector
-        return Direction(vector, float(np.mean([a.trust for a in answers])), self.standing[1])
+        trust = sum(a.trust for a in answers) / len(answers)  # numbers, or tensors where phi is
+        return Direction(vector, trust, self.standing[1])
 
     def loss(self, inputs: dict[str, Any], outputs: Any, task_loss: Tensor) -> Tensor | None:
         losses = [guide.loss(inputs, outputs, task_loss) for guide in self.active]

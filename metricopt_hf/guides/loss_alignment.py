@@ -17,7 +17,7 @@ A patent application, US 2020/0327450, claims this loop; its status is not known
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,14 +49,10 @@ class LossAlignmentGuide(ReadingGuide):
     Of classes the loss is ALA's; of labels that are not classes of the outputs, as with embeddings, a loss of pairs.
     With other labels it switches itself off.
 
-    Args:
-        scope, in_first_phase: see `Guide`; by default phi alone moves by it, in the metric phase.
+    Its arguments are those of `ReadingGuide`.
     """
 
     kinds = (CLASSES, IDENTITIES)
-
-    def __init__(self, scope: Literal["phi", "all"] = "phi", in_first_phase: bool = False):
-        self.scope, self.in_first_phase = scope, in_first_phase
 
     def start(self, context: GuideContext) -> None:
         super().start(context)

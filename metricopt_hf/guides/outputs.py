@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -134,10 +134,16 @@ class ReadingGuide(Guide):
     """A guide that learns from outputs and labels, and speaks through the loss of a batch of them.
 
     Where they are none of its `kinds`, it switches itself off and says so.
+
+    Args:
+        scope, in_first_phase: see `Guide`; by default phi alone moves by it, in the metric phase.
     """
 
     wants_predictions = True
     kinds: tuple[str, ...]
+
+    def __init__(self, scope: Literal["phi", "all"] = "phi", in_first_phase: bool = False):
+        self.scope, self.in_first_phase = scope, in_first_phase
 
     def start(self, context: GuideContext) -> None:
         super().start(context)

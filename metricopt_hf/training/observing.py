@@ -23,7 +23,7 @@ from ..evaluation.answer import values_of, weights_of
 from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from ..evaluation.ledger import Ledger
-from ..evaluation.model_metric import CommandMetric, ModelEvaluator, ModelMetric
+from ..evaluation.model_metric import CommandMetric, ModelEvaluator
 from ..evaluation.noise import checked_constraints
 from ..evaluation.sharded import ShardedEvaluator
 from ..extras import require
@@ -68,7 +68,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
                 "There is no metric to diagnose: give the trainer one (metric=..., or compute_metrics and "
                 "metric_for_best_model in the config)."
             )
-        if isinstance(self.metric, ModelMetric):
+        if not self.metric.of_predictions:
             raise ConfigurationError(
                 f"The metric {self.metric.name!r} is one of the model: what phi and a bias reach cannot be told from "
                 "predictions, so there is nothing to diagnose."
@@ -108,7 +108,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         if name is None or name in found or isinstance(dataset, dict):
             return found
         weights = weights_of(metric.name)
-        if isinstance(metric, ModelMetric):
+        if not metric.of_predictions:
             found[name] = float(self._score_of_model(dataset, metric_key_prefix))
         elif weights and all(f"{metric_key_prefix}_{key}" in found for key in weights):
             found[name] = sum(weight * found[f"{metric_key_prefix}_{key}"] for key, weight in weights.items())
@@ -125,7 +125,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         Raises:
             MetricError: the metric fails there.
         """
-        values = values_of(self._score_of_model(dataset, split)) if isinstance(self.metric, ModelMetric) else None
+        values = None if self.metric.of_predictions else values_of(self._score_of_model(dataset, split))
         on_all_rows = self.args.observe == "predictions_on_all_rows"
         return checked_constraints(self._evaluator(dataset, Ledger()), on_all_rows, values)
 
@@ -150,7 +150,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         self, dataset: Any, ledger: Ledger, progress: bool = False, split: str = "observation"
     ) -> Evaluator:
         args = self.args
-        if isinstance(self.metric, ModelMetric):
+        if not self.metric.of_predictions:
             make = partial(ModelEvaluator, dataset=dataset, split=split)
         else:
             make = ShardedEvaluator if self._sharded else Evaluator
@@ -238,7 +238,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
             score = evaluator.evaluate("check")
         except MetricError as error:
             hint, asked = "", "a copy of the model"
-            if evaluator.of_predictions:
+            if evaluator.metric.of_predictions:
                 asked = "an EvalPrediction of all of that set (predictions, label_ids as numpy arrays), or of a part,"
             if self._unlabelled_columns is not None:
                 hint = (
@@ -250,7 +250,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
                 f"nothing was trained. The metric is called with {asked} and must return one finite number, or a dict "
                 f"that holds one. {self._hint}".rstrip()
             ) from error
-        if evaluator.of_predictions:
+        if evaluator.metric.of_predictions:
             self._tell_of_places(evaluator, score)
         direction = "greater" if self.metric.greater_is_better else "smaller"
         logger.info(f"{self.metric.name} before training: {score:.4f} on the observation set ({direction} is better).")

@@ -145,7 +145,7 @@ class MetricPhase:
         """The last phi is a candidate too; then the best is put in place, or `last_phi` where there is none."""
         self.last_phi = self.moving.read()
         self._record(step, self.selection.consider(step))
-        if self.plan.tune_bias and self.moving is self.phi and self.evaluator.of_predictions:
+        if self.plan.tune_bias and self.moving is self.phi and self.metric.of_predictions:
             polish(self.evaluator, self.selection, self.start_phi, step)
         self.selection.confirm()
         best = self.selection.best

@@ -13,7 +13,6 @@ from .. import guides
 from .. import phi as spaces
 from ..errors import ConfigurationError, brief
 from ..evaluation.metric import Metric
-from ..evaluation.model_metric import ModelMetric
 from ..guides import Guide
 from ..hub import ValueFunction
 from ..phi import PhiSpace
@@ -143,7 +142,7 @@ class SettlingTrainer(ResumingTrainer):
         preflight.check_value_function(self._given_value_function, phi, self.metric, dim)
 
     def _split(self) -> tuple[Any, Any]:
-        if not self.guided or (isinstance(self.metric, ModelMetric) and not self.metric.takes_dataset):
+        if not self.guided or not (self.metric.of_predictions or self.metric.takes_dataset):
             return self._given_sets
         if self._sets is None:
             self._sets = preflight.split(*self._given_sets, self.eval_dataset, self.args, self._label_name)

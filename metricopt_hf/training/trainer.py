@@ -17,7 +17,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from .. import phi as spaces
 from ..errors import ConfigurationError
 from ..evaluation.ledger import Ledger
-from ..evaluation.model_metric import ModelMetric
 from ..evaluation.observation import Observation
 from ..guides import Guide
 from . import checkpoint, optimization, preflight, ranks
@@ -326,7 +325,7 @@ class MetricOptTrainer(ObservingTrainer):
         dim = self.phi.dim if self._kind_of_coordinates == "identity" else min(args.phi_dim, self.phi.dim)
         dim = dim if given is None else given.num_coordinates
         ledger, selection = Ledger(), self.selection_dataset
-        of_model = isinstance(self.metric, ModelMetric)
+        of_model = not self.metric.of_predictions
         if of_model and args.observe != "scores":
             logger.warning(f"Scores are observed, not predictions: {self.metric.name} is a metric of the model.")
         selects = selection is not None or of_model
@@ -343,7 +342,7 @@ class MetricOptTrainer(ObservingTrainer):
     def _make_plan(
         self, steps: int, before: int, dim: int, observe: str | None = None, calls: int | None = None
     ) -> PhasePlan:
-        observe = "scores" if isinstance(self.metric, ModelMetric) else observe or self.args.observe
+        observe = (observe or self.args.observe) if self.metric.of_predictions else "scores"
         return PhasePlan.from_args(self.args, observe, steps, before, dim, calls)
 
     def _rehearse(self) -> None:

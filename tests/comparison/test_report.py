@@ -96,7 +96,7 @@ def test_a_metric_that_fails_at_the_end_costs_its_figure_and_no_more(caplog):
         return answer
 
     predictions = {name: EvalPrediction(np.eye(2), np.array([0, 1])) for name in ("observation", "selection", "report")}
-    scores = measured(SimpleNamespace(metric=Metric(fails, "f1")), predictions, {})
+    scores = measured(SimpleNamespace(metric=Metric(fails, "f1")), predictions, predictions)
     assert scores["observation"] == 0.5 and scores["selection"] == 0.6 and math.isnan(scores["report"])
     assert caplog.text.count("It is asked once more") == 2 and "figure on the report split is left out" in caplog.text
     rows = [*runs(), MethodRun("a", 3, {"report": 0.5}), MethodRun("b", 3, {"report": scores["report"]})]
