@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..phi import PhiSpace
 
-# results agree if they differ by less, relative to the largest; in half precision by what that rounds off
+# results agree if they differ by less, relative to the largest; where the model computes in half precision, whatever
+# type its results are handed over in, by what that rounds off
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 HALF_TOLERANCE = 2e-2
 # at so many points both ways are timed, of which the quicker is taken
@@ -103,7 +104,9 @@ class Together:
                 execute(together)  # what is done for the first time takes longer
                 seconds, made = _timed(lambda: execute(together), points)
                 slower, expected = _timed(lambda: list(self._one_by_one(points, execute)), points)
-                self._works = seconds < slower and all(map(_agree, made, expected))
+                within = self._tolerance(points[0], execute)
+                agree = all(_agree(a, b, within) for a, b in zip(made, expected, strict=True))
+                self._works = seconds < slower and agree
             except Exception:  # of whatever kind: it is tried, and what fails is not used
                 self._works = False
         return self._works
@@ -111,6 +114,23 @@ class Together:
     def give_up(self) -> None:
         """One by one from now on."""
         self._works = False
+
+    def _tolerance(self, point: Tensor, execute: Callable[[Callable[[Any], Any]], Any]) -> float:
+        """By the coarsest type in which any of the model's modules answers."""
+        within = [TOLERANCE[torch.float64]]
+
+        def look(module, args, output):
+            floats = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+            within.extend(TOLERANCE.get(t.dtype, HALF_TOLERANCE) for t in floats)
+
+        handles = [module.register_forward_hook(look) for module in self.phi.model.modules()]
+        try:
+            self.phi.write(point)
+            execute(self.predict)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return max(within)
 
     def _one_by_one(self, points: Tensor, execute: Callable[[Callable[[Any], Any]], Any]) -> Iterator[Any]:
         for point in points:
@@ -135,15 +155,15 @@ def _timed(work: Callable[[], Any], points: Tensor) -> tuple[float, Any]:
     return perf_counter() - start, result
 
 
-def _agree(first: Any, second: Any) -> bool:
+def _agree(first: Any, second: Any, within: float) -> bool:
     a, b = ([leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)] for tree in (first, second))
-    return 0 < len(a) == len(b) and all(map(_close, a, b))
+    return 0 < len(a) == len(b) and all(_close(x, y, within) for x, y in zip(a, b, strict=True))
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, within: float) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
-    within = TOLERANCE.get(a.dtype, HALF_TOLERANCE) * b.abs().max().clamp_min(1e-30)
-    return bool(((a - b).abs() <= within).all() & a.isfinite().all()) if a.numel() else True
+    most = within * b.abs().max().clamp_min(1e-30)
+    return bool(((a - b).abs() <= most).all() & a.isfinite().all()) if a.numel() else True

@@ -52,11 +52,12 @@ def _like(value: Tensor, target: Tensor) -> Tensor:
 class PhiSpace(ABC):
     """The parameters `names` of `model` as one vector phi: [dim] float32 on the model's device.
 
-    Parameters are looked up by name at every use, because wrappers such as FSDP2 replace the objects.
+    Parameters are asked of the modules that hold them at every use, because wrappers such as FSDP2 replace the objects.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self._places: tuple[tuple[str, ...], list[tuple[dict[str, Any], str]]] = ((), [])  # of which names, where
 
     @property
     @abstractmethod
@@ -66,7 +67,10 @@ class PhiSpace(ABC):
     @property
     def parameters(self) -> list[nn.Parameter]:
         reshard(self.model)
-        return [self.model.get_parameter(name) for name in self.names]
+        if (names := self.names) != self._places[0]:
+            split = [name.rpartition(".") for name in names]
+            self._places = names, [(self.model.get_submodule(owner)._parameters, part) for owner, _, part in split]
+        return [parameters[part] for parameters, part in self._places[1]]
 
     @property
     def inserted(self) -> tuple[str, ...]:

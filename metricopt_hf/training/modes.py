@@ -35,6 +35,8 @@ class Pins:
         self._modules = list(model.modules())
         # attributes of modules and configs, whatever their class says: (those of the object, name, value inside)
         self._changes: list[tuple[dict[str, Any], str, Any]] = []
+        self._pinned: dict[nn.Module, None] = {}  # in order
+        self._free: dict[nn.Module, list[nn.Module]] = {}
         for module in self._modules:
             if isinstance(module, nn.RNNBase):
                 self._changes.append((vars(module), "dropout", 0.0))
@@ -51,6 +53,9 @@ class Pins:
                     config = getattr(module, "config", None)
                     if getattr(config, "use_cache", False):  # as in train mode: layers would fill it once more
                         self._changes.append((vars(config), "use_cache", False))
+        # the pinned ones below are in eval mode already, so that `train` need not go through all of them at every step
+        for module in self._pinned:
+            self._changes.append((vars(module), "train", partial(_train_rest, module, self._free_below(module))))
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -73,11 +78,19 @@ class Pins:
                     module.training = mode
 
     def _pin(self, module: nn.Module) -> None:
-        """Let `module.train` go on to its children and leave it in eval mode."""
-        self._changes += [
-            (vars(module), "train", partial(_train_children, module)),
-            (vars(module), "training", False),
-        ]
+        """Keep it in eval mode, whoever calls `module.train`."""
+        self._pinned[module] = None
+        self._changes.append((vars(module), "training", False))
+
+    def _free_below(self, module: nn.Module) -> list[nn.Module]:
+        """The topmost modules inside of a pinned one that are not pinned themselves."""
+        if module not in self._free:
+            self._free[module] = [
+                free
+                for child in module.children()
+                for free in (self._free_below(child) if child in self._pinned else [child])
+            ]
+        return self._free[module]
 
 
 def pinned(model: nn.Module, everything: bool = True) -> AbstractContextManager[None]:
@@ -116,10 +129,10 @@ def _is_noise(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) or "drop" in name or "stochasticdepth" in name
 
 
-def _train_children(module: nn.Module, mode: bool = True) -> nn.Module:
-    module.training = False
-    for child in module.children():
-        child.train(mode)
+def _train_rest(module: nn.Module, free: list[nn.Module], mode: bool = True) -> nn.Module:
+    """`module.train`, of a pinned module: what inside of it is `free` changes its mode."""
+    for other in free:
+        other.train(mode)
     return module
 
 

@@ -111,9 +111,16 @@ class MetricPhase:
         begun._start_guide()
         return begun.state_dict()
 
+    def due(self, step: int) -> bool:
+        """Whether `advance` has something to do."""
+        return self._selects(step) or self.guide.off is None and self.rounds.due(step)
+
+    def _selects(self, step: int) -> bool:
+        return (step - self.start_step) % self.plan.select_steps == 0 and not self.before
+
     def advance(self, step: int) -> None:
         """Before the update of `step`: select, observe and learn, where it is time to."""
-        selects = (step - self.start_step) % self.plan.select_steps == 0 and not self.before
+        selects = self._selects(step)
         score = self.selection.consider(step) if selects else None
         observes = self.guide.off is None and self.rounds.observe(step)
         if selects or observes:

@@ -92,6 +92,11 @@ class Rounds:
         self.start_step, self.next_expansion, self.coordinates = step, step, coordinates
         self.trajectory, self.interpolated = Trajectory(), Trajectory()
 
+    def due(self, step: int) -> bool:
+        """Whether it is time to observe."""
+        expands = self.virtual is not None and step >= self.next_expansion
+        return expands or (step - self.start_step) % self.plan.observe_steps == 0
+
     def observe(self, step: int) -> bool:
         """Take observations, where it is time to, and let the guide learn; whether real ones were taken."""
         if self.virtual is not None and step >= self.next_expansion and self._expand(step):

@@ -236,10 +236,12 @@ class MetricOptTrainer(ObservingTrainer):
     def _guide_update(self, step: int) -> None:
         """Between backward and optimizer step: the whole of the method, on the reduced gradient."""
         self._rest.drop_gradients()  # where it could not be frozen, it is not moved
-        with attributes_kept(self):  # what a subclass keeps of losses and batches is of training
-            if not self.phase.started or self.phase.before:
-                self.phase.start(step)
-            self.phase.advance(step)
+        starts = not self.phase.started or self.phase.before
+        if starts or self.phase.due(step):
+            with attributes_kept(self):  # what a subclass keeps of losses and batches is of training
+                if starts:
+                    self.phase.start(step)
+                self.phase.advance(step)
         self.phase.correct()
         self._schedule.apply(self.optimizer, self.lr_scheduler, self.phi, self.phase.moving, step)
         self._updated_at = step

@@ -80,7 +80,7 @@ class Setting:
             self.phi, predict, lambda: iter(DataLoader(data, 4)), metric, Ledger(), max_bytes=1e9
         )
         generator = torch.Generator().manual_seed(5)
-        self.points = self.phi.read() + 0.2 * torch.randn(7, self.phi.dim, generator=generator)
+        self.points = self.phi.read() + (0.2 * torch.randn(7, self.phi.dim, generator=generator)).to(device)
 
     def observe(self):
         return self.evaluator.evaluate_many(self.points, "observe", predictions=True)
@@ -130,6 +130,34 @@ def test_several_points_at_once_are_what_they_are_one_by_one(name, clock, monkey
     assert_same(made.predictions, one_by_one.predictions)
     assert_same(setting.evaluator.predict_many(setting.points), one_by_one.predictions)
     assert setting.evaluator.ledger.passes["observe"] == setting.evaluator.ledger.calls["observe"] == 21
+
+
+class HalfInside(Small):
+    """Computes in half precision, and hands its logits over in full, as under autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = self.norm.bfloat16(), self.head.bfloat16()
+
+    def forward(self, input_ids):
+        hidden = torch.relu(self.norm(torch.relu(self.stem(input_ids.float())).bfloat16()))
+        return self.head(hidden).float()
+
+
+class Astray(Small):
+    """What it answers is off by one part in a thousand where several points are computed at once."""
+
+    def forward(self, input_ids):
+        logits = super().forward(input_ids)
+        return logits * (1.001 if torch._C._functorch.is_batchedtensor(logits) else 1)
+
+
+def test_models_are_held_to_the_precision_that_they_compute_in(clock):
+    for model, works in ((HalfInside, True), (Astray, False)):
+        setting = Setting(model())
+        setting.freeze()
+        setting.observe()
+        assert setting.works is works, model
 
 
 @pytest.mark.parametrize("model", [Asks, Remembers])
