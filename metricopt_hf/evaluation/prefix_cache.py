@@ -45,7 +45,7 @@ def nbytes(tree: Any) -> int:
 def _same(first: Any, second: Any) -> bool:
     a, b = ([leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)] for tree in (first, second))
     return 0 < len(a) == len(b) and all(
-        x.shape == y.shape and torch.allclose(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
+        x.shape == y.shape and x.device == y.device and torch.allclose(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
         for x, y in zip(a, b, strict=True)
     )
 

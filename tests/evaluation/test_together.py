@@ -73,7 +73,7 @@ class Setting:
         def predict(batch):
             self.passes += 1
             output = model(batch["input_ids"].to(device))
-            return BatchOutput(getattr(output, "logits", output), batch["labels"])
+            return BatchOutput(getattr(output, "logits", output), batch["labels"].to(device))
 
         metric = Metric(true_class_probability, "probability", True)
         self.evaluator = Evaluator(
