@@ -25,6 +25,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import datasets
@@ -188,12 +189,19 @@ def hidden_of(model: BertForSequenceClassification, tokenizer, dataset: datasets
 
 
 @functools.cache
-def make_start(text: Text) -> tuple[LastBlock, dict[str, Tensor]]:
+def make_start(
+    text: Text, changed: tuple[str, Callable[[nn.Module], nn.Module]] | None = None
+) -> tuple[LastBlock, dict[str, Tensor]]:
     """The trained last block (eval mode); and of all texts `hidden` [n, d], `labels` [n] and `part` [n].
 
     Takes minutes where it is not in the cache.
+
+    Args:
+        changed: a name, and what is done to the trained model in place; then `hidden_changed` [n, d] is there too, what
+            the last block is given by that model.
     """
     digest = hashlib.sha256(repr(text).encode()).hexdigest()[:12]
+    name = f"{text.folder}-{digest}" if changed is None else f"{text.folder}-{digest}-{changed[0]}"
 
     def make() -> dict[str, Tensor]:
         table, tokenizer = read(text), AutoTokenizer.from_pretrained(model_folder())
@@ -201,23 +209,30 @@ def make_start(text: Text) -> tuple[LastBlock, dict[str, Tensor]]:
         model = train_start(text, tokenizer, tokens.select(np.flatnonzero(table["part"] == TRAIN)))
         tensors = {"hidden": hidden_of(model, tokenizer, tokens)}
         tensors |= {"labels": torch.tensor(table["label"].to_numpy()), "part": torch.tensor(table["part"].to_numpy())}
-        return tensors | {f"model.{name}": tensor for name, tensor in LastBlock(model).state_dict().items()}
+        tensors |= {f"model.{name}": tensor.clone() for name, tensor in LastBlock(model).state_dict().items()}
+        if changed is not None:
+            tensors["hidden_changed"] = hidden_of(changed[1](model), tokenizer, tokens)
+        return tensors
 
-    tensors = cached(f"text_start/{text.folder}-{digest}", make)
+    tensors = cached(f"text_start/{name}", make)
     config = transformers.AutoConfig.from_pretrained(model_folder(), num_labels=text.num_labels)
     block = LastBlock(BertForSequenceClassification(config)).eval()
     block.load_state_dict({name[6:]: tensors.pop(name) for name in list(tensors) if name.startswith("model.")})
     return block, tensors
 
 
-def prepare(text: Text, seed: int) -> Problem:
-    block, columns = make_start(text)
-    of_part = [np.flatnonzero(columns["part"] == part) for part in (TRAIN, CUT, REPORT)]
-    columns = {name: columns[name] for name in ("hidden", "labels")}
+def cut(text: Text, part: Tensor, seed: int) -> tuple[np.ndarray, ...]:
+    """Which rows train, observation, selection and report split are made of; part [n]: TRAIN, CUT or REPORT."""
+    of_part = [np.flatnonzero(part == kind) for kind in (TRAIN, CUT, REPORT)]
     cuts = [text.observation_size, 2 * text.observation_size]
     observation, selection, left = np.split(np.random.default_rng(seed).permutation(of_part[CUT]), cuts)
-    rows = (of_part[TRAIN], observation, selection, left if text.report is None else of_part[REPORT])
-    return Problem(*(Rows(columns, r, text.folder) for r in rows), block)
+    return of_part[TRAIN], observation, selection, left if text.report is None else of_part[REPORT]
+
+
+def prepare(text: Text, seed: int) -> Problem:
+    block, made = make_start(text)
+    columns = {name: made[name] for name in ("hidden", "labels")}
+    return Problem(*(Rows(columns, rows, text.folder) for rows in cut(text, made["part"], seed)), block)
 
 
 MCC = {
@@ -231,19 +246,24 @@ SPEARMAN = {
 POOL = "All four splits are cut from one pool of all labelled texts."
 
 
+def smaller(text: Text) -> Text:
+    """For a smoke run: a few texts, and a start model that is trained for two steps."""
+    return replace(text, max_texts=64, steps=2, observation_size=16)
+
+
 def tasks(smoke: bool = False) -> tuple[Task, ...]:
     """All of them; for a smoke run, of a few texts, whose start model is trained for two steps."""
 
-    def cut(text: Text) -> functools.partial:
-        return functools.partial(prepare, replace(text, max_texts=64, steps=2, observation_size=16) if smoke else text)
+    def made(text: Text) -> functools.partial:
+        return functools.partial(prepare, smaller(text) if smoke else text)
 
     cola, cola_pool = ("CoLA, MiniLM", scores.mcc, "MCC", True), ("CoLA, one pool, MiniLM", scores.mcc, "MCC", True)
     stsb, stsb_pool = (
         (title, scores.spearman, "Spearman", True) for title in ("STS-B, MiniLM", "STS-B, one pool, MiniLM")
     )
     return (
-        Task("cola_mcc", *cola, True, "binary", cut(COLA), **MCC),
-        Task("stsb_spearman", *stsb, True, "numbers", cut(STSB), **SPEARMAN),
-        Task("cola_pool", *cola_pool, False, "binary", cut(COLA_POOL), POOL, **MCC),
-        Task("stsb_pool", *stsb_pool, False, "numbers", cut(STSB_POOL), POOL, **SPEARMAN),
+        Task("cola_mcc", *cola, True, "binary", made(COLA), **MCC),
+        Task("stsb_spearman", *stsb, True, "numbers", made(STSB), **SPEARMAN),
+        Task("cola_pool", *cola_pool, False, "binary", made(COLA_POOL), POOL, **MCC),
+        Task("stsb_pool", *stsb_pool, False, "numbers", made(STSB_POOL), POOL, **SPEARMAN),
     )
