@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {
     DistributedType.DEEPSPEED: "its engine steps inside the backward pass, before gradients can be blended",
-    DistributedType.FSDP: "a model that torch's fully_shard has sharded can be, but saving it through accelerate "
-    "was not seen to work",
 }
 
 
@@ -155,8 +153,11 @@ def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
     return set(label_names) - taken if taken else set()
 
 
-def check_supported(args: MetricOptConfig, distributed_type: DistributedType) -> None:
+def check_supported(args: MetricOptConfig, distributed_type: DistributedType, fsdp_version: int = 1) -> None:
     """Refuse by name what cannot work or was never seen to.
+
+    Args:
+        fsdp_version: of accelerate's plugin, where that shards.
 
     Raises:
         ConfigurationError: with the reason and what to do instead.
@@ -164,7 +165,18 @@ def check_supported(args: MetricOptConfig, distributed_type: DistributedType) ->
     args.check_optimizer()
     if distributed_type in UNSUPPORTED:
         raise ConfigurationError(
-            f"{distributed_type.value} cannot be guided: {UNSUPPORTED[distributed_type]}. Use DDP, or no metric."
+            f"{distributed_type.value} cannot be guided: {UNSUPPORTED[distributed_type]}. Use DDP or FSDP2, or no "
+            "metric."
+        )
+    if distributed_type == DistributedType.FSDP and fsdp_version != 2:
+        raise ConfigurationError(
+            f"FSDP{fsdp_version} cannot be guided: it flattens the parameters, so that phi is not among them. Use "
+            'FSDP2: fsdp_config={"version": 2} in the arguments, or `accelerate launch --fsdp_version 2`.'
+        )
+    if distributed_type == DistributedType.FSDP and args.torch_compile:
+        raise ConfigurationError(
+            "torch_compile together with FSDP cannot be guided: accelerate puts another module in the model's place, "
+            "in which phi is not found. Leave out one of them."
         )
     if args.n_gpu > 1:
         raise ConfigurationError(

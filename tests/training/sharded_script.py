@@ -75,7 +75,7 @@ def lora():
     return get_peft_model(tiny_bert(), LoraConfig(target_modules=["query", "value"], r=2))
 
 
-def run(name, model, resume=None, **kwargs):
+def run(name, model, resume=None, cls=Sharded, **kwargs):
     model.accepts_loss_kwargs = False
     torch.manual_seed(0)
     args = {
@@ -96,7 +96,7 @@ def run(name, model, resume=None, **kwargs):
         "use_cpu": True,
     }
     settings = {**args, **kwargs}
-    trainer = planned(Sharded, settings)(
+    trainer = planned(cls, settings)(
         model,
         MetricOptConfig(os.path.join(folder, f"{name}-{RANKS}"), **settings),
         train_dataset=Texts(160, seed=1),
@@ -107,7 +107,7 @@ def run(name, model, resume=None, **kwargs):
     trainer.train(resume_from_checkpoint=resume)
     same_on_all_ranks(dict(trainer.ledger.calls))
     same_on_all_ranks(digest(trainer.result.last_phi, trainer.phi.read()))
-    if RANKS > 1:
+    if RANKS > 1 or trainer.is_fsdp_enabled:
         assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     assert not any("film" in name for name in weights)
