@@ -113,6 +113,10 @@ def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
                 scale = torch.rand(n, generator=generator).to(weight.device, weight.dtype)
                 shift = torch.randn(n, generator=generator).to(weight.device, weight.dtype)
                 try:
+                    if not weight.isfinite().all() or not weight.any():  # not loaded yet, as on ranks but the first
+                        weight.copy_(1 + scale)
+                        if bias is not None:
+                            bias.copy_(shift)
                     plain = run(x)
                     weight.mul_(1 + scale)
                     if bias is not None:

@@ -153,11 +153,11 @@ def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
     return set(label_names) - taken if taken else set()
 
 
-def check_supported(args: MetricOptConfig, distributed_type: DistributedType, fsdp_version: int = 1) -> None:
+def check_supported(args: MetricOptConfig, distributed_type: DistributedType, fsdp_plugin: Any = None) -> None:
     """Refuse by name what cannot work or was never seen to.
 
     Args:
-        fsdp_version: of accelerate's plugin, where that shards.
+        fsdp_plugin: accelerate's, where it shards the model.
 
     Raises:
         ConfigurationError: with the reason and what to do instead.
@@ -168,20 +168,35 @@ def check_supported(args: MetricOptConfig, distributed_type: DistributedType, fs
             f"{distributed_type.value} cannot be guided: {UNSUPPORTED[distributed_type]}. Use DDP or FSDP2, or no "
             "metric."
         )
-    if distributed_type == DistributedType.FSDP and fsdp_version != 2:
-        raise ConfigurationError(
-            f"FSDP{fsdp_version} cannot be guided: it flattens the parameters, so that phi is not among them. Use "
-            'FSDP2: fsdp_config={"version": 2} in the arguments, or `accelerate launch --fsdp_version 2`.'
-        )
-    if distributed_type == DistributedType.FSDP and args.torch_compile:
-        raise ConfigurationError(
-            "torch_compile together with FSDP cannot be guided: accelerate puts another module in the model's place, "
-            "in which phi is not found. Leave out one of them."
-        )
+    if distributed_type == DistributedType.FSDP:
+        check_fsdp(args, fsdp_plugin)
     if args.n_gpu > 1:
         raise ConfigurationError(
             "Several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
             "`torchrun --nproc_per_node N script.py`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+
+
+def check_fsdp(args: MetricOptConfig, plugin: Any) -> None:
+    """Phi is found in the model by name, before and after it is sharded.
+
+    Raises:
+        ConfigurationError: it would not be.
+    """
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ConfigurationError(
+            "FSDP1 cannot be guided: it flattens the parameters, so phi is not among them any more. Set the version to "
+            '2: fsdp_config={"version": 2} in the arguments, or `accelerate launch --fsdp_version 2`.'
+        )
+    if plugin.activation_checkpointing:
+        raise ConfigurationError(
+            "FSDP's own activation checkpointing renames the model's parameters, so phi is not found among them. Leave "
+            "activation_checkpointing out of fsdp_config and set gradient_checkpointing=True in the arguments."
+        )
+    if args.torch_compile:
+        raise ConfigurationError(
+            "torch_compile under FSDP puts another module in the model's place, in which phi is not found. Leave out "
+            "one of them."
         )
 
 

@@ -123,10 +123,8 @@ class SettlingTrainer(ResumingTrainer):
         if not self.guided:
             return
         _ = self.metric  # first of all, whether `args` are ours
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        preflight.check_supported(
-            self.args, self.accelerator.distributed_type, getattr(plugin, "fsdp_version", 1)
-        )
+        state = self.accelerator.state
+        preflight.check_supported(self.args, state.distributed_type, getattr(state, "fsdp_plugin", None))
         _ = self._split()
         self._given_value_function = preflight.load_value_function(self._given_value_function, self.args)
         if self.model_init is None:
