@@ -27,7 +27,8 @@ from .config import MetricOptConfig
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {
-    DistributedType.DEEPSPEED: "its engine steps inside the backward pass, before gradients can be blended",
+    DistributedType.DEEPSPEED: "accelerate steps its engine inside the backward pass, so gradients cannot be blended "
+    "between the two",
 }
 
 
