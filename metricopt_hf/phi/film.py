@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, zeros
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import PhiError
@@ -27,11 +27,11 @@ def _modulate(host: nn.Module, args, output: Tensor) -> Tensor:
     """Forward hook. The parameters are read off the module, so wrappers may replace them and copies have theirs."""
     shape = [1] * output.dim()
     shape[host.film_dim] = -1
-    # in float32 up to the end: in bfloat16, 1 + scale would be 1 for every |scale| < 0.004
-    scale = 1 + getattr(host, SCALE).reshape(shape)
+    # in float32 up to the end: in bfloat16, 1 + scale would be 1 for every |scale| < 0.004; FSDP2 may cast it to that
+    scale = 1 + getattr(host, SCALE).float().reshape(shape)
     shift = getattr(host, SHIFT, None)
     # addcmul: one pass over the activations instead of two
-    modulated = output * scale if shift is None else torch.addcmul(shift.reshape(shape), output, scale)
+    modulated = output * scale if shift is None else torch.addcmul(shift.float().reshape(shape), output, scale)
     return modulated.to(output.dtype)
 
 
@@ -44,7 +44,9 @@ def _merged(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | 
 def _merge_saved(host_name: str, norm: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """State-dict hook of a modulated norm: whoever asks the model for its weights gets plain ones."""
     scale, shift = (state.pop(prefix + _join(host_name, part), None) for part in (SCALE, SHIFT))
-    if scale is not None and (scale.any() or (shift is not None and shift.any())):  # else the weights themselves
+    if scale is None or scale.is_meta:  # accelerate shards what is empty, and then puts the weights in
+        return
+    if scale.any() or (shift is not None and shift.any()):  # else the weights themselves
         weight, bias = prefix + "weight", prefix + "bias"
         with torch.no_grad():
             merged = _merged(state[weight], state.get(bias), scale, shift)
@@ -57,7 +59,14 @@ def _load_plain(host_name: str, norm: nn.Module, state: dict[str, Any], prefix: 
     for part in (SCALE, SHIFT):
         name = prefix + _join(host_name, part)
         if hasattr(host, part) and name not in state and prefix + "weight" in state:
-            state[name] = torch.zeros_like(getattr(host, part))
+            state[name] = _zeros(getattr(host, part))
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros in the shape and sharding of `like`, on a device also where that is on none yet."""
+    if isinstance(like, DTensor) and like.is_meta:
+        return zeros(like.shape, dtype=like.dtype, device_mesh=like.device_mesh, placements=like.placements)
+    return torch.zeros_like(like)
 
 
 def _join(module_name: str, part: str) -> str:
@@ -104,6 +113,10 @@ def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
                 scale = torch.rand(n, generator=generator).to(weight.device, weight.dtype)
                 shift = torch.randn(n, generator=generator).to(weight.device, weight.dtype)
                 try:
+                    if not weight.isfinite().all() or not weight.any():  # not loaded yet, as on ranks but the first
+                        weight.copy_(1 + scale)
+                        if bias is not None:
+                            bias.copy_(shift)
                     plain = run(x)
                     weight.mul_(1 + scale)
                     if bias is not None:

@@ -26,7 +26,8 @@ from ..value.serialization import replace_file
 TENSORS_FILE, JSON_FILE = "metricopt_state.safetensors", "metricopt_state.json"
 # The list of what a checkpoint consists of, written when all of it is there; and which of its files are listed.
 FILES_FILE = "metricopt_files.json"
-HASHED = {".safetensors", ".bin", ".pt", ".pth"}
+HASHED = {".safetensors", ".bin", ".pt", ".pth", ".distcp"}
+PARTS = "*/*.distcp"  # of model and optimizer, where FSDP2 saves them as they are shared out
 OF_A_RANK = re.compile(r"rng_state_\d+\.pth")
 FORMAT_VERSION = 3  # 2: dicts as pairs, lists of tensors; 3: rounds apart, without folds and branches
 
@@ -99,8 +100,10 @@ def vouch(folder: str | os.PathLike) -> None:
     JSON files are left out because people edit them; so are other ranks' random states, which may not be written yet.
     """
     folder = Path(folder)
-    files = sorted(path for path in folder.iterdir() if path.suffix in HASHED and not OF_A_RANK.fullmatch(path.name))
-    replace_file(folder / FILES_FILE, json.dumps({path.name: _digest(path) for path in files}, indent=1).encode())
+    every = [*folder.iterdir(), *folder.glob(PARTS)]
+    files = sorted(path for path in every if path.suffix in HASHED and not OF_A_RANK.fullmatch(path.name))
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    replace_file(folder / FILES_FILE, json.dumps(digests, indent=1).encode())
 
 
 def check(folder: str | os.PathLike) -> None:

@@ -27,9 +27,8 @@ from .config import MetricOptConfig
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {
-    DistributedType.DEEPSPEED: "its engine steps inside the backward pass, before gradients can be blended",
-    DistributedType.FSDP: "a model that torch's fully_shard has sharded can be, but saving it through accelerate "
-    "was not seen to work",
+    DistributedType.DEEPSPEED: "accelerate steps its engine inside the backward pass, so gradients cannot be blended "
+    "between the two",
 }
 
 
@@ -155,8 +154,11 @@ def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
     return set(label_names) - taken if taken else set()
 
 
-def check_supported(args: MetricOptConfig, distributed_type: DistributedType) -> None:
+def check_supported(args: MetricOptConfig, distributed_type: DistributedType, fsdp_plugin: Any = None) -> None:
     """Refuse by name what cannot work or was never seen to.
+
+    Args:
+        fsdp_plugin: accelerate's, where it shards the model.
 
     Raises:
         ConfigurationError: with the reason and what to do instead.
@@ -164,12 +166,38 @@ def check_supported(args: MetricOptConfig, distributed_type: DistributedType) ->
     args.check_optimizer()
     if distributed_type in UNSUPPORTED:
         raise ConfigurationError(
-            f"{distributed_type.value} cannot be guided: {UNSUPPORTED[distributed_type]}. Use DDP, or no metric."
+            f"{distributed_type.value} cannot be guided: {UNSUPPORTED[distributed_type]}. Use DDP or FSDP2, or no "
+            "metric."
         )
+    if distributed_type == DistributedType.FSDP:
+        check_fsdp(args, fsdp_plugin)
     if args.n_gpu > 1:
         raise ConfigurationError(
             "Several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
             "`torchrun --nproc_per_node N script.py`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+
+
+def check_fsdp(args: MetricOptConfig, plugin: Any) -> None:
+    """Phi is found in the model by name, before and after it is sharded.
+
+    Raises:
+        ConfigurationError: it would not be.
+    """
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ConfigurationError(
+            "FSDP1 cannot be guided: it flattens the parameters, so phi is not among them any more. Set the version to "
+            '2: fsdp_config={"version": 2} in the arguments, or `accelerate launch --fsdp_version 2`.'
+        )
+    if plugin.activation_checkpointing:
+        raise ConfigurationError(
+            "FSDP's own activation checkpointing renames the model's parameters, so phi is not found among them. Leave "
+            "activation_checkpointing out of fsdp_config and set gradient_checkpointing=True in the arguments."
+        )
+    if args.torch_compile:
+        raise ConfigurationError(
+            "torch_compile under FSDP puts another module in the model's place, in which phi is not found. Leave out "
+            "one of them."
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import CheckpointError
@@ -28,6 +30,7 @@ class ResumingTrainer(SharingTrainer):
     _sharded: bool
     ledger: Ledger
     _metric_start: int
+    _requires_grad: dict[str, bool] | None
     _kind_of_coordinates: str
 
     @property
@@ -61,10 +64,32 @@ class ResumingTrainer(SharingTrainer):
     def _guidance_state(self, phase: dict[str, Any] | None) -> dict[str, Any]:
         return {
             "phi": self.phi.state_dict(),
+            "optimized": self._optimized,
             "ledger": self.ledger.state_dict(),
             "settings": self._settings,
             "phase": phase,
         }
+
+    @property
+    def _optimized(self) -> list[str]:
+        """The parameters that the optimizer has moved, and keeps a state of."""
+        return [name for name, parameter in self.model.named_parameters() if self.optimizer.state.get(parameter)]
+
+    @contextmanager
+    def _others_frozen(self, folder: str | None) -> Iterator[None]:
+        """Inside, what the optimizer kept no state of needs no gradients: of a sharded model torch would miss it."""
+        if not (self.guided and self._sharded) or folder is None:
+            yield
+            return
+        kept = set(checkpoint.load(folder).get("optimized", self._requires_grad))
+        others = [p for name, p in self.model.named_parameters() if name not in kept and p.requires_grad]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with checkpoint.readable(resume_from_checkpoint):
@@ -85,7 +110,7 @@ class ResumingTrainer(SharingTrainer):
             self.phi.load_state_dict(state["phi"])
 
     def _load_optimizer_and_scheduler(self, folder):
-        with checkpoint.readable(folder):
+        with checkpoint.readable(folder), self._others_frozen(folder):
             super()._load_optimizer_and_scheduler(folder)
         if not self.guided or folder is None:
             return

@@ -110,8 +110,9 @@ class SettlingTrainer(ResumingTrainer):
 
     @property
     def _sharded(self) -> bool:
-        """Whether FSDP2 has sharded the model: then every rank takes part in whatever touches it."""
-        return is_sharded(self.model)
+        """Whether FSDP2 has sharded the model, or will before the first step: then every rank takes part in whatever
+        touches it."""
+        return is_sharded(self.model) or (self.is_in_train and self.is_fsdp_enabled)
 
     def settle(self) -> None:
         """Find out what a run needs, and refuse what cannot work, before anything is trained; `train` does it itself.
@@ -122,7 +123,8 @@ class SettlingTrainer(ResumingTrainer):
         if not self.guided:
             return
         _ = self.metric  # first of all, whether `args` are ours
-        preflight.check_supported(self.args, self.accelerator.distributed_type)
+        state = self.accelerator.state
+        preflight.check_supported(self.args, state.distributed_type, getattr(state, "fsdp_plugin", None))
         _ = self._split()
         self._given_value_function = preflight.load_value_function(self._given_value_function, self.args)
         if self.model_init is None:

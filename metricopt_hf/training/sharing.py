@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary, make_markdown_table
 from transformers.trainer_utils import HubStrategy
@@ -42,6 +43,18 @@ class SharingTrainer(Trainer):
     def value_function(self) -> ValueFunction | None:
         """A copy of the last run's value function; None before there was one, or with a guide that has none."""
         return None if self.phase is None else self.phase.value_function
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As of Trainer. A model that FSDP2 has sharded is put together for it, whatever form its checkpoints have."""
+        of_checkpoint = _internal_call and output_dir is not None and not self.args.push_to_hub
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.phase is None or plugin is None or of_checkpoint:
+            return super().save_model(output_dir, _internal_call)
+        kind, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.state_dict_type = kind
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

@@ -75,7 +75,7 @@ def lora():
     return get_peft_model(tiny_bert(), LoraConfig(target_modules=["query", "value"], r=2))
 
 
-def run(name, model, resume=None, **kwargs):
+def run(name, model, resume=None, cls=Sharded, **kwargs):
     model.accepts_loss_kwargs = False
     torch.manual_seed(0)
     args = {
@@ -96,25 +96,28 @@ def run(name, model, resume=None, **kwargs):
         "use_cpu": True,
     }
     settings = {**args, **kwargs}
-    trainer = planned(Sharded, settings)(
+    trainer = planned(cls, settings)(
         model,
         MetricOptConfig(os.path.join(folder, f"{name}-{RANKS}"), **settings),
         train_dataset=Texts(160, seed=1),
+        eval_dataset=Texts(24, seed=2),
         observation_dataset=Texts(41, seed=3),
         selection_dataset=Texts(37, seed=4),
         metric=true_class_probability,
     )
     trainer.train(resume_from_checkpoint=resume)
     same_on_all_ranks(dict(trainer.ledger.calls))
-    same_on_all_ranks(digest(trainer.result.last_phi, trainer.phi.read()))
-    if RANKS > 1:
+    last = trainer.result.last_phi  # None where the best checkpoint was loaded instead
+    last = trainer.phi.read() if last is None else last
+    same_on_all_ranks(digest(last, trainer.phi.read()))
+    if RANKS > 1 or trainer.is_fsdp_enabled:
         assert all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
     weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
     assert not any("film" in name for name in weights)
     if trainer.is_world_process_zero():
         result = trainer.result
         told = {
-            "phi": result.last_phi.tolist(),
+            "phi": last.tolist(),
             "scores": [o.score for o in trainer.observations],
             "selections": [row["selection"] for row in result.curve],
             "calls": dict(trainer.ledger.calls),

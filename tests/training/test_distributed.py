@@ -12,12 +12,14 @@ import pytest
 HERE = Path(__file__).parent
 
 
-def launch(folder, ranks, script="distributed_script.py"):
+def launch(folder, ranks, script="distributed_script.py", arguments=(), devices=""):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1])])  # the helpers of the tests, and the library
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
     done = subprocess.run(
-        [*command, str(HERE / script), str(folder)],
+        [*command, str(HERE / script), str(folder), *arguments],
         cwd=HERE,
         env=environment,
         capture_output=True,

@@ -1,5 +1,7 @@
 """Blending under loss scaling, clipping and autocast; what cannot be guided is refused by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -71,10 +73,25 @@ def test_bf16_autocast(tmp_path):
     assert any(direction.trust > 0 for *_, direction in trainer.records)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP])
-def test_what_cannot_be_guided_is_refused_with_the_reason(tmp_path, kind):
-    with pytest.raises(ConfigurationError, match=f"{kind.value} cannot be guided: .*Use DDP"):
-        check_supported(MetricOptConfig(str(tmp_path), report_to=[]), kind)
+def test_deepspeed_is_refused_with_the_reason(tmp_path):
+    with pytest.raises(ConfigurationError, match="DEEPSPEED cannot be guided: .*Use DDP or FSDP2"):
+        check_supported(MetricOptConfig(str(tmp_path), report_to=[]), DistributedType.DEEPSPEED)
+
+
+@pytest.mark.parametrize(
+    ("version", "checkpointing", "compiled", "told"),
+    [(1, False, False, "fsdp_version 2"), (2, True, False, "gradient_checkpointing=True"), (2, False, True, "compile")],
+)
+def test_of_fsdp_what_hides_phi_is_refused_with_the_remedy(tmp_path, version, checkpointing, compiled, told):
+    plugin = SimpleNamespace(fsdp_version=version, activation_checkpointing=checkpointing)
+    args = MetricOptConfig(str(tmp_path), report_to=[], torch_compile=compiled)
+    with pytest.raises(ConfigurationError, match=told):
+        check_supported(args, DistributedType.FSDP, plugin)
+
+
+def test_fsdp2_is_not_refused(tmp_path):
+    plugin = SimpleNamespace(fsdp_version=2, activation_checkpointing=False)
+    check_supported(MetricOptConfig(str(tmp_path), report_to=[]), DistributedType.FSDP, plugin)
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):
