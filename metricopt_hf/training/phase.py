@@ -86,6 +86,11 @@ class MetricPhase:
         """The numbers, as they have come to be."""
         return self.rounds.plan
 
+    @property
+    def failures(self) -> int:
+        """Metric calls that failed or gave an impossible answer."""
+        return self.faults.total
+
     def start(self, step: int, coordinates: Coordinates | None = None, before: bool = False) -> None:
         """Begin, and forget what was observed in other coordinates: what does not move stands still from here on.
 
@@ -181,7 +186,7 @@ class MetricPhase:
             keys=self.metric.keys,
             trajectory=self.rounds.trajectory,
             ledger=self.ledger,
-            failed_calls=self.faults.total,
+            failed_calls=self.failures,
             phi=self.phi_description,
             coordinates=self.coordinates,
             trust=trust.value()[0],
@@ -224,7 +229,7 @@ class MetricPhase:
             "interpolation_error",
         )
         scalars = {name: float(latest[name]) for name in names if latest.get(name) is not None}
-        scalars["failed_calls"] = float(self.faults.total)
+        scalars["failed_calls"] = float(self.failures)
         return {name: value for name, value in scalars.items() if np.isfinite(value)}
 
     def state_dict(self) -> dict[str, Any]:

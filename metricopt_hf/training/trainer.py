@@ -77,6 +77,7 @@ class MetricOptTrainer(ObservingTrainer):
     phase: MetricPhase | None = None
     _stage: str | None = None  # which phase a micro-batch is in, while it is computed
     _requires_grad: dict[str, bool] | None = None  # before the run; None outside of one
+    _rest: Rest | None = None  # of the model, beside what is tuned
     _left_out: frozenset[str] = frozenset()  # of phi, by the user's own optimizer
     _rehearsal_due = False
     _delivered: dict[str, float | None] | None = None  # sums of the weights that a guided run put in place
@@ -279,8 +280,12 @@ class MetricOptTrainer(ObservingTrainer):
         """However the run ended: merge phi as it is, and let train what was trainable."""
         if self._phi is not None:
             self._phi.merge()
+        if self._rest is not None:
+            self._rest.thaw()
+        tuned = () if self._requires_grad is None else self._phi.names
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_((self._requires_grad or {}).get(name, parameter.requires_grad))
+            if name in tuned:
+                parameter.requires_grad_(self._requires_grad[name])
         self._requires_grad = None
 
     def _save_merged(self, *args, **kwargs):

@@ -306,7 +306,7 @@ def lora():
     )
 
 
-def test_of_a_peft_model_the_adapter_is_tuned_and_saved(tmp_path):
+def test_of_a_peft_model_the_adapter_is_tuned_and_saved(tmp_path, caplog):
     """peft 310, 876: only the class names changed."""
     import peft
 
@@ -314,6 +314,7 @@ def test_of_a_peft_model_the_adapter_is_tuned_and_saved(tmp_path):
     trainer = make(tmp_path, model=model, learning_rate=1e-2)
     trainer.train()
     assert all("lora" in name or "modules_to_save" in name for name in trainer.phi.names)
+    assert "moves no prediction" not in caplog.text  # as half of a fresh LoRA does, beside the other, which is 0
     trainer.save_model()
     loaded = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path))
     ids = Texts(20, seed=9).ids
