@@ -376,6 +376,7 @@ class MetricOptTrainer(ObservingTrainer):
 
             def attempt(stillness: Stillness) -> int:
                 self._stillness, self._pins = stillness, None
+                self._rest = Rest(self.model, self.phase.moving.names)
                 for name, parameter in self.model.named_parameters():
                     parameter.requires_grad_(name in self.phi.names or self._requires_grad[name])
                     parameter.grad = None
