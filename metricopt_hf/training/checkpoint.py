@@ -82,7 +82,7 @@ def load(folder: str | os.PathLike) -> dict[str, Any]:
         if document["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
                 f"{folder / JSON_FILE} has format version {document['format_version']}, this version of metricopt_hf "
-                f"reads {FORMAT_VERSION}."
+                f"reads {FORMAT_VERSION}: resume with the version that saved it, or begin a new run from its weights."
             )
         if hashlib.sha256(blob).hexdigest() != document["sha256"]:
             raise CheckpointError(f"{folder / TENSORS_FILE} is damaged or from another moment than {JSON_FILE}.")

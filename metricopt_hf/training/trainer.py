@@ -264,7 +264,7 @@ class MetricOptTrainer(ObservingTrainer):
         elif not self.phase.started and self.state.global_step <= self._metric_start < self.state.max_steps:
             logger.warning(
                 f"Training ended at step {self.state.global_step}, before the metric phase (step {self._metric_start}):"
-                " the model is Trainer's, and nothing was guided."
+                " the model is Trainer's, and nothing was guided. A smaller metric_start_ratio lets it begin earlier."
             )
         self._put_back()
         self._delivered = sums(self.model) if self.phase.started else None
@@ -332,7 +332,10 @@ class MetricOptTrainer(ObservingTrainer):
         ledger, selection = Ledger(), self.selection_dataset
         of_model = not self.metric.of_predictions
         if of_model and args.observe != "scores":
-            logger.warning(f"Scores are observed, not predictions: {self.metric.name} is a metric of the model.")
+            logger.warning(
+                f"Scores are observed, not predictions: {self.metric.name} is a metric of the model "
+                '(observe="scores" says so without this warning).'
+            )
         selects = selection is not None or of_model
         return MetricPhase(
             phi=self.phi,
