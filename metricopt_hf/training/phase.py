@@ -238,7 +238,6 @@ class MetricPhase:
             "start_step": self.start_step,
             "before": self.before,
             "start_phi": self.start_phi,
-            "last_phi": self.last_phi,
             "origin": self.coordinates.origin,
             "basis": self.coordinates.basis,
             "coordinates": self.coordinates.kind,
@@ -256,7 +255,7 @@ class MetricPhase:
 
         coordinates = Coordinates(here(state["origin"]), here(state["basis"]), state["coordinates"])
         self.start(state["start_step"], coordinates, state["before"])
-        self.start_phi, self.last_phi = here(state["start_phi"]), here(state["last_phi"])
+        self.start_phi = here(state["start_phi"])
         self.rounds.load_state_dict(state["rounds"])
         self.guide.load_state_dict(state["guide"])
         self.selection.load_state_dict(state["selection"])
