@@ -8,7 +8,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from forms import STEPS, AsItIs, assert_delivered, assert_no_worse_off, by_trainer, guided
+from forms import AsItIs, assert_delivered, assert_no_worse_off, by_trainer, guided
 from helpers import Texts, tiny_bert
 from torch import nn
 from torch.nn import functional
@@ -267,16 +267,16 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_with_other_inputs_labels_and_outputs(tmp_path, name):
+    """Better than the first phase alone, which is a shorter run by Trainer."""
     form, model, rows, given, kwargs = MODELS[name]
+    sets = {"train_dataset": rows(96, 1), "eval_dataset": rows(48, 2)}
     ends = []
     for make in (guided, by_trainer):
         torch.manual_seed(0)
-        sets = {"train_dataset": rows(96, 1), "eval_dataset": rows(48, 2)}
-        trainer = make(tmp_path / make.__name__, form, {**sets, **given}, model=model(), max_steps=STEPS, **kwargs)
+        trainer = make(tmp_path / make.__name__, form, {**sets, **given}, model=model(), **kwargs)
         trainer.train()
         if make is guided:
             assert_delivered(trainer)
-        end = trainer.evaluate()
-        ends.append((trainer.state.global_step, set(end), end["eval_probability"]))
-    (*ours, score), (*plain, score_of_plain) = ends
-    assert ours == plain and score > score_of_plain
+        ends.append(trainer.evaluate())
+    ours, first_phase = ends
+    assert set(ours) == set(first_phase) and ours["eval_probability"] > first_phase["eval_probability"]
