@@ -71,7 +71,9 @@ def test_later_ones_are_told_as_they_come():
 
 def test_its_state_goes_on():
     told, again = faults(USUAL), faults()
+    told.add(["it failed"] * 3, succeeded=0)
     again.load_state_dict(told.state_dict())
+    assert (again.total, again.in_a_row) == (told.total, told.in_a_row) == (3, 3)
     for score in (1e3, 0.9, 2.0, 3.0, 14.0, -14.0):
         assert again.is_outlier(score) == told.is_outlier(score)
 

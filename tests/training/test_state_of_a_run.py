@@ -225,7 +225,12 @@ def test_resume_without_a_checkpoint_is_trainer_s_own_error(tmp_path):
 
 @pytest.mark.parametrize("step", [8, 16])
 def test_resume_where_nothing_can_be_selected(tmp_path, step):
-    """The metric has no value on the selection split."""
+    """The metric has no value on the selection split: what training ended with comes out."""
+    ended = {}
+
+    class End(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            ended.update(weights(model))
 
     def metric(prediction):
         if len(prediction.label_ids) == 33:
@@ -241,12 +246,14 @@ def test_resume_where_nothing_can_be_selected(tmp_path, step):
             observation_dataset=Texts(40, seed=3),
             selection_dataset=Texts(33, seed=4),
             metric=metric,
+            callbacks=[End()],
         )
         return trainer
 
     whole = run(tmp_path / "whole", save_strategy="steps", save_steps=1)
     whole.train()
     assert whole.result.best_phi is None
+    assert_equal_weights(weights(whole.model), ended)
     resumed = run(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert_equal_weights(weights(whole.model), weights(resumed.model))
