@@ -88,9 +88,9 @@ def look_up(result: Any, name: str, exact: bool) -> Any:
         key = next(iter(result))
     if key is None:
         raise MetricError(
-            f"The metric returned the keys {brief(list(result))}, none of which is {name!r}: name one of "
-            "them: metric_for_best_model does of compute_metrics, Metric(function, name) of any other. Several are "
-            "weighed as in 0.7*f1+0.3*recall; metric_constraints names keys too."
+            f"The metric returned the keys {brief(list(result))}, none of which is {name!r}. Say which "
+            'is meant: metric_for_best_model="..." with compute_metrics, else metric=Metric(function, "..."). Several '
+            "are weighed as in 0.7*f1+0.3*recall; metric_constraints names keys too."
         )
     return result[key]
 

@@ -182,7 +182,8 @@ class Metric:
         if _nothing_finite(prediction.predictions):
             raise MetricError(
                 "The model predicts nothing but numbers that are not finite (nan or inf), so the metric "
-                f"{self.name!r} is not asked: did a loss of nan move phi?"
+                f"{self.name!r} is not asked: has a loss of nan spoilt the weights? Look "
+                "for a division by zero in it, or lower learning_rate."
             )
         prediction = copy.deepcopy(prediction)
 
@@ -224,7 +225,10 @@ class Metric:
         thread.join(min(self.timeout, threading.TIMEOUT_MAX))
         if thread.is_alive():
             self._abandoned = thread
-            raise MetricError(f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s.")
+            raise MetricError(
+                f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s. Allow it more time, or "
+                "let it do less."
+            )
         if "error" in outcome:
             raise outcome["error"]
         return outcome["result"]

@@ -128,10 +128,23 @@ class PhiSpace(ABC):
 
     def idle(self, outputs: Callable[[], Sequence[Tensor]]) -> list[str]:
         """The `names` that change nothing of what `outputs` computes: tuning them is in vain."""
-        before, idle = outputs(), []
         generator = torch.Generator().manual_seed(0)
-        for name, parameter in zip(self.names, self.parameters, strict=True):
+        idle = self._idle(self.names, outputs, generator)
+        if idle:  # beside a factor of 0, as LoRA begins with, the other factor changes nothing; elsewhere it does
             with self.restored(), torch.no_grad():
+                for parameter in self.parameters:
+                    parameter.add_(_like(0.1 * torch.randn(parameter.shape, generator=generator), parameter))
+                idle = self._idle(idle, outputs, generator)
+        return idle
+
+    def _idle(
+        self, names: Sequence[str], outputs: Callable[[], Sequence[Tensor]], generator: torch.Generator
+    ) -> list[str]:
+        """Those of `names` that change nothing where phi is now."""
+        before, idle = outputs(), []
+        for name in names:
+            with self.restored(), torch.no_grad():
+                parameter = self.model.get_parameter(name)
                 parameter.add_(_like(torch.randn(parameter.shape, generator=generator), parameter))
                 after = outputs()
             if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True)):

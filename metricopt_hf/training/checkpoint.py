@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from transformers.utils import CONFIG_NAME
 
 from ..errors import CheckpointError, brief
 from ..value.serialization import replace_file
+
+logger = logging.getLogger(__name__)
 
 TENSORS_FILE, JSON_FILE = "metricopt_state.safetensors", "metricopt_state.json"
 # The list of what a checkpoint consists of, written when all of it is there; and which of its files are listed.
@@ -80,7 +83,7 @@ def load(folder: str | os.PathLike) -> dict[str, Any]:
         if document["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
                 f"{folder / JSON_FILE} has format version {document['format_version']}, this version of metricopt_hf "
-                f"reads {FORMAT_VERSION}."
+                f"reads {FORMAT_VERSION}: resume with the version that saved it, or begin a new run from its weights."
             )
         if hashlib.sha256(blob).hexdigest() != document["sha256"]:
             raise CheckpointError(f"{folder / TENSORS_FILE} is damaged or from another moment than {JSON_FILE}.")
@@ -154,6 +157,19 @@ def _digest(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def written(folder: str | os.PathLike) -> Iterator[None]:
+    """Inside, a checkpoint is written: what ends that, such as a full disk, is told with where to go on from."""
+    try:
+        yield
+    except Exception as error:
+        logger.error(
+            f"{folder} was not written to its end ({type(error).__name__}: {brief(error)}), and is not to be resumed. "
+            f"Mend that first (is the disk full?), and remove the folder. {_before(Path(folder))}"
+        )
+        raise
 
 
 @contextmanager

@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 INDICES = "indices"  # in `include_for_metrics`
 POST_PROCESS = (
     "{}() is overridden here. If it makes something else of the predictions before it calls compute_metrics, hand the "
-    "same over as post_process_function=(examples, features, predictions) -> EvalPrediction (see CompletingTrainer). "
+    "same over: post_process_function=f, with f(examples, features, predictions) -> EvalPrediction "
+    "(docs/your_metric.md). "
     "If it makes or renames metrics itself, pass the one to optimise: metric=Metric(compute_metrics, 'its name')."
 )
 

@@ -30,6 +30,7 @@ GONE = {
     "function, metric=Metric(function, name) does",
     "metric_on_all_rows": 'say observe="predictions_on_all_rows"',
     "phi_coordinates": "it is an argument of the trainer now: MetricOptTrainer(..., coordinates=...)",
+    "loss_alone_ratio": "every step of the metric phase is guided",
     "unguided_ratio": "every step of the metric phase is guided",
     "unguided_learning_rate": "every step of the metric phase is guided, at phi_learning_rate",
     "observation_folds": "every metric call on scores sees the whole observation set",
@@ -272,7 +273,7 @@ class MetricOptConfig(TrainingArguments):
 
     def __new__(cls, *args, **kwargs):
         for name in GONE.keys() & kwargs.keys():
-            raise ConfigurationError(f"{name} is no argument of {cls.__name__} any more: {GONE[name]}.")
+            raise ConfigurationError(f"{name} is no argument of {cls.__name__} any more; leave it out: {GONE[name]}.")
         return super().__new__(cls)
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "metric_kwargs"]

@@ -111,12 +111,20 @@ class Rest:
         tuned = set(names)
         places = (name.rpartition(".") for name, _ in model.named_parameters() if name not in tuned)
         self._places = [(model.get_submodule(owner)._parameters, part) for owner, _, part in places]
+        self._frozen: set[int] = set()  # of the places
 
     def freeze(self) -> None:
         """From now on they need no gradients."""
-        for parameters, part in self._places:
+        for i, (parameters, part) in enumerate(self._places):
             if parameters[part].requires_grad:
                 parameters[part].requires_grad_(False)
+                self._frozen.add(i)
+
+    def thaw(self) -> None:
+        """Those that `freeze` froze need gradients again; others are left, which a user's callback may have frozen."""
+        for parameters, part in (self._places[i] for i in self._frozen):
+            parameters[part].requires_grad_(True)
+        self._frozen.clear()
 
     def drop_gradients(self) -> None:
         for parameters, part in self._places:

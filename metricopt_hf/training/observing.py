@@ -272,8 +272,9 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
         # tokens that were generated may stay the same, and of an adapter there are too many
         if len(self.phi.names) <= MAX_TRIED and outputs() and (idle := self.phi.idle(outputs)):
             logger.warning(
-                f"{', '.join(idle)} of phi moves no prediction of the model, so it is tuned in vain. Leave it out, "
-                "with phi=lambda model: FiLM(model, output_bias=False), or a regular expression over parameter names."
+                f"Of phi, what is tuned in the metric phase, {', '.join(idle)} moves no prediction of the model: "
+                "in vain, but it does no harm. To leave it out, choose phi by a regular expression over parameter "
+                "names, or, of an output bias, phi=lambda model: FiLM(model, output_bias=False)."
             )
 
     @contextmanager

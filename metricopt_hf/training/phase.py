@@ -86,6 +86,11 @@ class MetricPhase:
         """The numbers, as they have come to be."""
         return self.rounds.plan
 
+    @property
+    def failures(self) -> int:
+        """Metric calls that failed or gave an impossible answer."""
+        return self.faults.total
+
     def start(self, step: int, coordinates: Coordinates | None = None, before: bool = False) -> None:
         """Begin, and forget what was observed in other coordinates: what does not move stands still from here on.
 
@@ -188,7 +193,7 @@ class MetricPhase:
             keys=self.metric.keys,
             trajectory=self.rounds.trajectory,
             ledger=self.ledger,
-            failed_calls=self.faults.total,
+            failed_calls=self.failures,
             phi=self.phi_description,
             coordinates=self.coordinates,
             trust=trust.value()[0],
@@ -231,7 +236,7 @@ class MetricPhase:
             "interpolation_error",
         )
         scalars = {name: float(latest[name]) for name in names if latest.get(name) is not None}
-        scalars["failed_calls"] = float(self.faults.total)
+        scalars["failed_calls"] = float(self.failures)
         return {name: value for name, value in scalars.items() if np.isfinite(value)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,7 +245,6 @@ class MetricPhase:
             "start_step": self.start_step,
             "before": self.before,
             "start_phi": self.start_phi,
-            "last_phi": self.last_phi,
             "origin": self.coordinates.origin,
             "basis": self.coordinates.basis,
             "coordinates": self.coordinates.kind,
@@ -258,7 +262,7 @@ class MetricPhase:
 
         coordinates = Coordinates(here(state["origin"]), here(state["basis"]), state["coordinates"])
         self.start(state["start_step"], coordinates, state["before"])
-        self.start_phi, self.last_phi = here(state["start_phi"]), here(state["last_phi"])
+        self.start_phi = here(state["start_phi"])
         self.rounds.load_state_dict(state["rounds"])
         self.guide.load_state_dict(state["guide"])
         self.selection.load_state_dict(state["selection"])

@@ -32,9 +32,9 @@ def polish(evaluator: Evaluator, selection: Selection, start: Tensor, step: int)
         start: [d] phi at the start of the phase.
         step: optimizer steps taken so far.
     """
-    if selection.best.phi is None or evaluator.phi.output_bias is None:
+    if selection.phi is None or evaluator.phi.output_bias is None:
         return
-    for point in [start] if selection.best.phi.equal(start) else [start, selection.best.phi]:
+    for point in [start] if selection.phi.equal(start) else [start, selection.phi]:
         tuned = _tuned(evaluator, point)
         if tuned is None:
             return

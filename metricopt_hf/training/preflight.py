@@ -79,7 +79,10 @@ def resolve_metric(
     constraints = parse(args.metric_constraints)
     if args.metric_command is not None:
         if given is not None or args.metric_name_or_path is not None:
-            raise ConfigurationError("metric_command is given beside another metric: name one of them.")
+            raise ConfigurationError(
+                "metric_command is given beside another metric (metric=... or metric_name_or_path): leave one of them "
+                "out."
+            )
         name = metric_name(args, eval_dataset) or "metric_command"
         greater = args.direction_of(name) if directed else True
         metric = CommandMetric(args.metric_command, name, greater, args.metric_timeout, processor)

@@ -76,7 +76,7 @@ def first_that_works(
             break
     if max(reached) == 0:
         why = "the loss does not reach phi" if None in errors else f"{type(errors[0]).__name__}: {errors[0]}"
-        remedy = "If Trainer takes this step, run without a metric, and look at the error above."
+        remedy = "Look at the error above; a run without a metric shows whether Trainer can take this step."
         if None in errors:
             remedy = 'Choose a phi that it depends on: phi="a regular expression over parameter names".'
         raise ConfigurationError(

@@ -55,11 +55,12 @@ class ResumingTrainer(SharingTrainer):
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
         if saves or (guided and self._sharded):  # of a sharded model all ranks are needed to put phi together
             state = self._guidance_state(self.phase.state_dict() if self.phase.started else None)
-        if saves:
-            checkpoint.save(state, folder)
-        super()._save_checkpoint(model, trial)
-        if saves and os.path.isdir(folder):  # a limit on checkpoints may have removed it again
-            checkpoint.vouch(folder)
+        with checkpoint.written(folder):
+            if saves:
+                checkpoint.save(state, folder)
+            super()._save_checkpoint(model, trial)
+            if saves and os.path.isdir(folder):  # a limit on checkpoints may have removed it again
+                checkpoint.vouch(folder)
 
     def _guidance_state(self, phase: dict[str, Any] | None) -> dict[str, Any]:
         return {

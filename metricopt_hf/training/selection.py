@@ -56,6 +56,21 @@ class Selection:
         """The best so far; one without phi before there is any."""
         return self.candidates[0] if self.candidates else Candidate()
 
+    @property
+    def phi(self) -> Tensor | None:
+        """[d] of the best so far; None before there is any."""
+        return self.best.phi
+
+    @property
+    def score(self) -> float:
+        """Of the best so far, on the selection split; nan before there is any."""
+        return self.best.score
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken before the best so far; -1 before there is any."""
+        return self.best.step
+
     def consider(self, step: int, bias_tuned: bool = False) -> float | None:
         """Evaluate the present phi, and keep it if it is among the best so far; None where there is no score."""
         score = self._score()

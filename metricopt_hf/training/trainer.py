@@ -77,6 +77,7 @@ class MetricOptTrainer(ObservingTrainer):
     phase: MetricPhase | None = None
     _stage: str | None = None  # which phase a micro-batch is in, while it is computed
     _requires_grad: dict[str, bool] | None = None  # before the run; None outside of one
+    _rest: Rest | None = None  # of the model, beside what is tuned
     _left_out: frozenset[str] = frozenset()  # of phi, by the user's own optimizer
     _rehearsal_due = False
     _delivered: dict[str, float | None] | None = None  # sums of the weights that a guided run put in place
@@ -265,7 +266,7 @@ class MetricOptTrainer(ObservingTrainer):
         elif not self.phase.started and self.state.global_step <= self._metric_start < self.state.max_steps:
             logger.warning(
                 f"Training ended at step {self.state.global_step}, before the metric phase (step {self._metric_start}):"
-                " the model is Trainer's, and nothing was guided."
+                " the model is Trainer's, and nothing was guided. A smaller metric_start_ratio lets it begin earlier."
             )
         self._put_back()
         self._delivered = sums(self.model) if self.phase.started else None
@@ -281,8 +282,12 @@ class MetricOptTrainer(ObservingTrainer):
         """However the run ended: merge phi as it is, and let train what was trainable."""
         if self._phi is not None:
             self._phi.merge()
+        if self._rest is not None:
+            self._rest.thaw()
+        tuned = () if self._requires_grad is None else self._phi.names
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_((self._requires_grad or {}).get(name, parameter.requires_grad))
+            if name in tuned:
+                parameter.requires_grad_(self._requires_grad[name])
         self._requires_grad = None
 
     def _save_merged(self, *args, **kwargs):
@@ -329,7 +334,10 @@ class MetricOptTrainer(ObservingTrainer):
         ledger, selection = Ledger(), self.selection_dataset
         of_model = not self.metric.of_predictions
         if of_model and args.observe != "scores":
-            logger.warning(f"Scores are observed, not predictions: {self.metric.name} is a metric of the model.")
+            logger.warning(
+                f"Scores are observed, not predictions: {self.metric.name} is a metric of the model "
+                '(observe="scores" says so without this warning).'
+            )
         selects = selection is not None or of_model
         return MetricPhase(
             phi=self.phi,
@@ -373,6 +381,7 @@ class MetricOptTrainer(ObservingTrainer):
 
             def attempt(stillness: Stillness) -> int:
                 self._stillness, self._pins = stillness, None
+                self._rest = Rest(self.model, self.phase.moving.names)
                 for name, parameter in self.model.named_parameters():
                     parameter.requires_grad_(name in self.phi.names or self._requires_grad[name])
                     parameter.grad = None

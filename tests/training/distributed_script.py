@@ -100,19 +100,30 @@ def run_defaults(folder):
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
+        include_for_metrics=["loss"],
     )
     assert args.average_tokens_across_devices
+
+    gaps = []  # of the losses; they are means of batches, each of as many rows, where all of a set are there
+
+    def compute_metrics(prediction):
+        labels = torch.as_tensor(prediction.label_ids)
+        mean = torch.nn.functional.cross_entropy(torch.as_tensor(prediction.predictions), labels)
+        gaps.append(abs(float(prediction.losses.mean() - mean)))
+        return {"probability": true_class_probability(prediction)}
+
     trainer = Checked(
         tiny_bert(),
         args,
         train_dataset=Texts(160, seed=1),
         eval_dataset=Texts(80, seed=3),
-        compute_metrics=lambda prediction: {"probability": true_class_probability(prediction)},
+        compute_metrics=compute_metrics,
     )
     assert trainer.model_accepts_loss_kwargs
     trainer.train()
     same_on_all_ranks(dict(trainer.ledger.calls))
     same_on_all_ranks(digest(*trainer.model.state_dict().values()))
+    assert max(gaps[:1], default=0) < 1e-4, "the loss counts the labels of other ranks"  # the first is of a real pass
     assert trainer.ledger.calls["observe"] and trainer.args.average_tokens_across_devices
 
 

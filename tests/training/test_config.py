@@ -121,7 +121,7 @@ def test_a_field_that_is_gone_is_refused_with_what_to_do_instead(name):
     for cls in (MetricOptConfig, MetricOptSeq2SeqConfig):
         with pytest.raises(ConfigurationError) as refused:
             cls("out", **{name: 1})
-        assert str(refused.value) == f"{name} is no argument of {cls.__name__} any more: {GONE[name]}."
+        assert str(refused.value) == f"{name} is no argument of {cls.__name__} any more; leave it out: {GONE[name]}."
 
 
 @pytest.mark.parametrize("given", [{"greater_is_better": False}, {"greater_is_better": True}, {}])

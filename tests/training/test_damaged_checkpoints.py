@@ -1,10 +1,12 @@
 """A checkpoint that is damaged, in whatever file, is refused before a resume, with what is wrong and what to do."""
 
+import errno
 import json
 import shutil
 
 import pytest
-from helpers import Texts, tiny_bert, true_class_probability
+from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
+from transformers import TrainerState
 
 from metricopt_hf import CheckpointError, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.training import checkpoint
@@ -101,6 +103,48 @@ def test_what_people_edit_and_what_other_ranks_write_is_not_held_against_it(fold
     checkpoint.vouch(last)
     assert "rng_state_1.pth" not in json.loads((last / checkpoint.FILES_FILE).read_text())
     make(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("part", [None, 0, 0.5], ids=["no file", "empty", "half"])
+@pytest.mark.parametrize("file", ["trainer_state.json", checkpoint.JSON_FILE, checkpoint.FILES_FILE])
+def test_where_the_disk_is_full_it_goes_on_from_the_one_before(tmp_path, saved, file, part, monkeypatch, caplog):
+    trainer, last = make(tmp_path), tmp_path / "checkpoint-4"
+    save_to_json, replace_file = TrainerState.save_to_json, checkpoint.replace_file
+
+    def save(state, path):
+        save_to_json(state, path)
+        if path == str(last / file):
+            cut_off(last / file)
+
+    def replace(path, content):
+        if path == last / file:
+            (last / "half.tmp").write_bytes(content)
+            cut_off(last / "half.tmp")
+        replace_file(path, content)
+
+    def cut_off(path):
+        if part is None:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainerState, "save_to_json", save)
+        patch.setattr(checkpoint, "replace_file", replace)
+        with pytest.raises(OSError, match="No space left"):
+            trainer.train()
+    before = tmp_path / "checkpoint-2"
+    assert f"{last} was not written to its end (OSError: [Errno 28] No space left on device)" in caplog.text
+    assert f"Resume from {before}." in caplog.text
+    assert not any("film" in name for name in weights(trainer.model))
+    if file != checkpoint.FILES_FILE:  # without that list, all else is there
+        with pytest.raises(CheckpointError, match=f"Resume from {before}"):
+            make(tmp_path).train(resume_from_checkpoint=True)
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=str(before))
+    resumed, whole = (weights(type(trainer.model).from_pretrained(run / "checkpoint-4")) for run in (tmp_path, saved))
+    assert_equal_weights(resumed, whole)
 
 
 def test_a_limit_on_checkpoints_holds(tmp_path):

@@ -121,7 +121,7 @@ def test_a_command_judges_the_run(tmp_path):
         ({"metric_command": "python score.py"}, "where the folder of the model goes"),
         ({"metric_command": 5}, "a command line"),
         ({"metric_command": "no_such_program {model}"}, "no program 'no_such_program'"),
-        ({"metric_command": "python score.py {model}", "metric_name_or_path": "g_mean"}, "name one of them"),
+        ({"metric_command": "python score.py {model}", "metric_name_or_path": "g_mean"}, "leave one of them out"),
     ],
 )
 def test_a_command_that_cannot_work_is_refused_before_training(tmp_path, options, message):

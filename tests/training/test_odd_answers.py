@@ -6,6 +6,7 @@ from helpers import Quadratic, Targets, distance_to_optimum
 from runs import SCORES, planned
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
+from metricopt_hf.guides import ValueFunctionGuide
 from metricopt_hf.training.faults import EARLY_SCORES, MIN_SCORES_FOR_OUTLIERS, Faults
 
 
@@ -70,7 +71,9 @@ def test_later_ones_are_told_as_they_come():
 
 def test_its_state_goes_on():
     told, again = faults(USUAL), faults()
+    told.add(["it failed"] * 3, succeeded=0)
     again.load_state_dict(told.state_dict())
+    assert (again.total, again.in_a_row) == (told.total, told.in_a_row) == (3, 3)
     for score in (1e3, 0.9, 2.0, 3.0, 14.0, -14.0):
         assert again.is_outlier(score) == told.is_outlier(score)
 
@@ -132,6 +135,20 @@ def test_one_early_observation_does_not_take_the_trust_of_a_run(tmp_path, call, 
     assert max(trust[0]) > 0.5  # else this says nothing
     assert max(trust[1]) > 0.5 * max(trust[0])
     assert value not in [o.score for o in odd.observations] and odd.result.failed_calls == 1
+
+
+def test_what_was_learned_from_an_early_fault_is_forgotten(tmp_path, monkeypatch):
+    starts, start = [], ValueFunctionGuide.start
+
+    def counted(guide, context):
+        starts.append(guide)
+        start(guide, context)
+
+    monkeypatch.setattr(ValueFunctionGuide, "start", counted)
+    run(tmp_path, Box())
+    usual = len(starts)
+    run(tmp_path, Box({CHECKS + 5}, 1e6))
+    assert len(starts) == 2 * usual + 1
 
 
 @pytest.mark.parametrize("value", [-1e6, -1e29, -400.0])

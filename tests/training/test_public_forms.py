@@ -9,15 +9,15 @@ import collections
 import numpy as np
 import pytest
 import torch
-from forms import FIRST_PHASE, STEPS, assert_delivered, by_trainer, guided
+from forms import FIRST_PHASE, STEPS, AsItIs, assert_delivered, assert_no_worse_off, by_trainer, guided
 from helpers import Texts, assert_equal_weights, tiny_bert, weights
 from runs import probability
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, WeightedRandomSampler
-from transformers import Trainer, TrainerCallback, default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
-from metricopt_hf import ConfigurationError, Metric, MetricError, MetricOptTrainer
+from metricopt_hf import ConfigurationError, Metric, MetricError
 
 # What is set up when training begins: class weights computed in a callback, a temperature per epoch
 
@@ -29,21 +29,22 @@ class Weighted:
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.parametrize("event", ["on_train_begin", "on_epoch_begin"])
-def test_what_a_callback_sets_up_when_training_begins_is_there_whenever_the_loss_is_computed(tmp_path, event):
-    class SetUp(TrainerCallback):
-        pass
+class SetsUp(Weighted):
+    """By a callback, when training begins."""
 
-    class Trains(Weighted, MetricOptTrainer):
-        pass
+    event = "on_train_begin"
 
-    def set_up(self, *args, **kwargs):
-        trainer.class_weights = torch.tensor([1.0, 2.0, 1.0])
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
 
-    setattr(SetUp, event, set_up)
-    trainer = guided(tmp_path, Trains, {"callbacks": [SetUp()]})
-    trainer.train()
-    assert_delivered(trainer)
+        def set_up(callback, *args, **kwargs):
+            self.class_weights = torch.tensor([1.0, 2.0, 1.0])
+
+        self.add_callback(type("SetUp", (TrainerCallback,), {self.event: set_up}))
+
+
+class SetsUpByEpoch(SetsUp):
+    event = "on_epoch_begin"
 
 
 # Several losses, each kept until they are logged (transformers 29972, 31081)
@@ -71,16 +72,9 @@ class SeveralLosses:
 
 
 def test_what_a_subclass_keeps_of_its_losses_is_of_training_alone(tmp_path):
-    class Ours(SeveralLosses, MetricOptTrainer):
-        pass
-
-    class Theirs(SeveralLosses, Trainer):
-        pass
-
-    common = {"lr_scheduler_type": "constant", "logging_steps": 2}
     logged = []
-    for make, cls in ((guided, Ours), (by_trainer, Theirs)):
-        trainer = make(tmp_path / cls.__name__, cls, **common)
+    for make in (guided, by_trainer):
+        trainer = make(tmp_path / make.__name__, SeveralLosses, lr_scheduler_type="constant", logging_steps=2)
         trainer.train()
         entries = [entry for entry in trainer.state.log_history if "sizes" in entry]
         logged.append([[entry[name] for name in ("sizes", "total", "count", "mean")] for entry in entries])
@@ -119,9 +113,9 @@ class Keep(TrainerCallback):
 
 def test_a_loss_with_parameters_of_its_own_is_trained_as_by_trainer(tmp_path):
     kept = []
-    for base, make in ((MetricOptTrainer, guided), (Trainer, by_trainer)):
-        cls, keep = type("Trains", (OwnHead, base), {}), Keep()
-        keep.trainer = make(tmp_path / base.__name__, cls, {"callbacks": [keep]}, lr_scheduler_type="constant")
+    for make in (guided, by_trainer):
+        keep = Keep()
+        keep.trainer = make(tmp_path / make.__name__, OwnHead, {"callbacks": [keep]}, lr_scheduler_type="constant")
         keep.trainer.train()
         kept.append(keep.weights)
     assert_equal_weights(*kept)
@@ -136,7 +130,7 @@ def mixing(rows):
     return {"input_ids": torch.stack([row["input_ids"] for row in rows]), "labels": mixed}
 
 
-class Mixes(MetricOptTrainer):
+class Mixes:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(inputs["input_ids"])
         loss = functional.cross_entropy(outputs.logits, inputs["labels"])
@@ -162,11 +156,11 @@ class ByCollator(Mixes):
         return loader
 
 
-@pytest.mark.parametrize("cls", [ByArgument, ByAttribute, ByCollator])
-def test_the_metric_is_observed_on_batches_of_a_loader_of_one_s_own(tmp_path, cls):
-    trainer = guided(tmp_path, cls, {"data_collator": mixing}, eval_strategy="steps", eval_steps=4)
+@pytest.mark.parametrize("form", [ByArgument, ByAttribute, ByCollator])
+def test_the_metric_is_observed_on_batches_of_a_loader_of_one_s_own(tmp_path, form):
+    trainer = guided(tmp_path, form, {"data_collator": mixing}, eval_strategy="steps", eval_steps=4)
     trainer.train()
-    assert trainer.ledger.calls["observe"] > 0 and trainer.phase.faults.total == 0
+    assert trainer.ledger.calls["observe"] > 0 and trainer.phase.failures == 0
     assert len(trainer.accelerator._dataloaders) < 6  # of training, and two evaluations
 
 
@@ -182,16 +176,17 @@ def test_a_loader_that_does_not_look_at_what_it_is_asked_for_is_refused(tmp_path
 # Predicting in a way of one's own (trl 1222, transformers 11923)
 
 
+class Predicts:
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        labels = inputs.pop("labels")
+        inputs["input_ids"] += 1  # as a script does that shifts tokens
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        return functional.cross_entropy(logits, labels), logits, labels
+
+
 @pytest.mark.parametrize("observe", ["predictions", "scores"])
 def test_a_prediction_step_may_take_columns_out_and_write_to_them(tmp_path, observe):
-    class Predicts(MetricOptTrainer):
-        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-            labels = inputs.pop("labels")
-            inputs["input_ids"] += 1  # as a script does that shifts tokens
-            with torch.no_grad():
-                logits = model(**inputs).logits
-            return functional.cross_entropy(logits, labels), logits, labels
-
     trainer = guided(tmp_path, Predicts, observe=observe)
     trainer.train()
     assert_delivered(trainer)
@@ -200,7 +195,7 @@ def test_a_prediction_step_may_take_columns_out_and_write_to_them(tmp_path, obse
 # Metrics that evaluate() makes itself (trl 5811)
 
 
-class Evaluates(MetricOptTrainer):
+class Evaluates:
     def evaluate(self, *args, **kwargs):
         metrics = super().evaluate(*args, **kwargs)
         return {**metrics, "eval_certainty": 0.5}
@@ -225,13 +220,13 @@ def test_a_run_that_has_something_of_a_metric_and_is_not_guided_says_so(tmp_path
 
 @pytest.mark.parametrize("name", ["evaluate", "evaluation_loop"])
 def test_a_metric_that_compute_metrics_does_not_return_is_asked_for_by_name(tmp_path, name):
-    cls = type("Overrides", (MetricOptTrainer,), {name: lambda self, *args, **kwargs: None})
+    form = type("Overrides", (), {name: lambda self, *args, **kwargs: None})
     with pytest.raises(MetricError, match=rf"'certainty'.*\n.*{name}\(\) is overridden .*metric=Metric\("):
-        guided(tmp_path, cls, metric_for_best_model="certainty").train()
+        guided(tmp_path, form, metric_for_best_model="certainty").train()
 
 
 def test_where_evaluate_renames_it_the_metric_given_is_optimised(tmp_path):
-    class Renames(MetricOptTrainer):
+    class Renames:
         def evaluate(self, *args, **kwargs):
             metrics = super().evaluate(*args, **kwargs)
             return {**metrics, "eval_certainty": metrics.pop("eval_probability")}
@@ -247,7 +242,7 @@ def test_where_evaluate_renames_it_the_metric_given_is_optimised(tmp_path):
 # Forms that were right from the start
 
 
-class SwappedAndPopped(MetricOptTrainer):  # transformers 36331
+class SwappedAndPopped:  # transformers 36331
     def compute_loss(self, model, inputs, num_items_in_batch=None, return_outputs=False):
         labels = inputs.pop("labels")
         outputs = model(**inputs)
@@ -256,7 +251,7 @@ class SwappedAndPopped(MetricOptTrainer):  # transformers 36331
         return (loss, outputs) if return_outputs else loss
 
 
-class RDrop(MetricOptTrainer):  # dropreg/R-Drop 24
+class RDrop:  # dropreg/R-Drop 24
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         first, second = model(**inputs), model(**inputs)
         p, q = (functional.log_softmax(outputs.logits, -1) for outputs in (first, second))
@@ -265,7 +260,7 @@ class RDrop(MetricOptTrainer):  # dropreg/R-Drop 24
         return (loss, first) if return_outputs else loss
 
 
-class Distils(MetricOptTrainer):  # transformers 25182, 25619
+class Distils:  # transformers 25182, 25619
     def __init__(self, model=None, args=None, **kwargs):
         super().__init__(model=model, args=args, **kwargs)
         self.student, self.teacher = model, tiny_bert(seed=5).eval()
@@ -278,14 +273,14 @@ class Distils(MetricOptTrainer):  # transformers 25182, 25619
         return (loss, outputs) if return_outputs else loss
 
 
-class Oversamples(MetricOptTrainer):  # Multimodal-Toolkit 6
+class Oversamples:  # Multimodal-Toolkit 6
     def get_train_dataloader(self):
         labels = self.train_dataset.labels.numpy()
         sampler = WeightedRandomSampler((1 / np.bincount(labels))[labels], len(labels))
         return DataLoader(self.train_dataset, 8, sampler=sampler, collate_fn=self.data_collator)
 
 
-class Anneals(MetricOptTrainer):
+class Anneals:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         done = self.state.global_step / self.state.max_steps + self.state.epoch / self.args.num_train_epochs
@@ -293,7 +288,7 @@ class Anneals(MetricOptTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class SharpnessAware(MetricOptTrainer):  # davda54/sam 31
+class SharpnessAware:  # davda54/sam 31
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -311,7 +306,7 @@ class SharpnessAware(MetricOptTrainer):  # davda54/sam 31
         return loss.detach()
 
 
-class Features(MetricOptTrainer):
+class Features:
     """What a hook on a frozen layer has caught is part of the prediction."""
 
     def __init__(self, *args, **kwargs):
@@ -340,9 +335,13 @@ class Unfreezes(TrainerCallback):
             model.bert.encoder.requires_grad_(True)
 
 
+MIXES = {"data_collator": mixing}
+
+
 @pytest.mark.parametrize(
-    ("cls", "trainer_kwargs"),
+    ("form", "trainer_kwargs"),
     [
+        (AsItIs, {}),
         (SwappedAndPopped, {}),
         (RDrop, {}),
         (Distils, {}),
@@ -350,12 +349,22 @@ class Unfreezes(TrainerCallback):
         (Anneals, {}),
         (SharpnessAware, {}),
         (Features, {"compute_metrics": of_features}),
-        (MetricOptTrainer, {"callbacks": [Unfreezes()]}),
+        (AsItIs, {"callbacks": [Unfreezes()]}),
+        (SetsUp, {}),
+        (SetsUpByEpoch, {}),
+        (SeveralLosses, {}),
+        (OwnHead, {}),
+        (ByArgument, MIXES),
+        (ByAttribute, MIXES),
+        (ByCollator, MIXES),
+        (Predicts, {}),
+        (Evaluates, {}),
     ],
-    ids=["swapped arguments", "R-Drop", "distillation", "oversampling", "annealing", "SAM", "hook", "unfreezing"],
+    ids=lambda value: value.__name__ if isinstance(value, type) else ",".join(value),
 )
-def test_it_is_guided_and_delivers_what_was_selected(tmp_path, cls, trainer_kwargs):
-    trainer = guided(tmp_path, cls, trainer_kwargs)
+def test_it_is_guided_and_delivers_what_was_selected_and_trainer_is_not_better_off(tmp_path, form, trainer_kwargs):
+    trainer = guided(tmp_path / "ours", form, trainer_kwargs, logging_steps=2)
     trainer.train()
-    assert_delivered(trainer)
-    assert trainer.state.global_step == STEPS
+    if trainer_kwargs is not MIXES:  # `predict` would mix, as it does with Trainer
+        assert_delivered(trainer)
+    assert_no_worse_off(trainer, tmp_path, form, trainer_kwargs, logging_steps=2)

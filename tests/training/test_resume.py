@@ -52,7 +52,7 @@ def outcome(trainer):
         weights(trainer.model),
         [(o.step, o.score, o.z.tolist()) for o in trainer.observations],
         dict(trainer.ledger.calls),
-        trainer.result.best_step,
+        [(candidate.step, candidate.score) for candidate in trainer.phase.selection.candidates],
         trainer.result.last_phi,
     )
 
@@ -83,6 +83,15 @@ def test_resume_with_accumulation_and_a_scheduler_of_either_phase(tmp_path):
         resumed = make(tmp_path / f"resumed-{step}", **kwargs)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_same(outcome(whole), outcome(resumed))
+
+
+def test_what_was_selected_before_the_interruption_is_still_the_best(tmp_path):
+    kwargs = {"metric_start_ratio": 0.0, "greater_is_better": False, "value_weight": 0.0}  # the loss leads away from it
+    whole, resumed = make(tmp_path / "whole", **kwargs), make(tmp_path / "resumed", **kwargs)
+    whole.train()
+    assert whole.result.best_step == 0
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert_same(outcome(whole), outcome(resumed))
 
 
 def test_the_best_checkpoint_is_loaded_with_its_phi(tmp_path):
