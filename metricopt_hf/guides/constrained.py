@@ -117,6 +117,13 @@ class ConstrainedGuide(Guide):
         """Of the metric: what is shared predicts that."""
         return self.objective.network
 
+    @property
+    def behaviour(self):
+        return self.objective.behaviour
+
+    def expect(self, phi: Tensor) -> tuple[float, float] | None:
+        return self.objective.expect(phi)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "off": self.off,
