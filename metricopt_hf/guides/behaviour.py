@@ -90,9 +90,8 @@ class BehaviourGuide(ReadingGuide, AscendingGuide):
         summaries = self._summaries(rows)
         z = observed.trajectory.z[-len(rows) :] if observed.z is None else observed.z
         step = int(observed.everything.steps[-1])
-        new = Trajectory(
-            [Observation(s, float(score), float("nan"), step, 0.0) for s, score in zip(summaries.numpy(), scores)]
-        )
+        pairs = zip(summaries.numpy(), scores, strict=True)
+        new = Trajectory([Observation(s, float(score), float("nan"), step, 0.0) for s, score in pairs])
         if self._fitted and observed.is_real:
             self.calibration.update(self._network, new)
         self.seen = self.seen.joined(new).latest(MOST_SUMMARIES)

@@ -31,7 +31,7 @@ class ConstrainedGuide(Guide):
     def __init__(self, objective: Guide, constraints: Sequence[Constraint], guards: Sequence[Guide]):
         self.objective, self.constraints, self.guards = objective, tuple(constraints), list(guards)
         self.scope, self.in_first_phase = objective.scope, objective.in_first_phase
-        self.wants_predictions = objective.wants_predictions
+        self.wants_predictions, self.over = objective.wants_predictions, objective.over
 
     def start(self, context: GuideContext) -> None:
         self.context, self.off = context, None

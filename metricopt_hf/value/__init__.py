@@ -1,4 +1,4 @@
-"""The value function: from coordinates of phi, or a summary of behaviour, to the metric. Sharing is `hub/`'s business."""
+"""The value function: from coordinates of phi, or a summary of behaviour, to the metric. `hub/` shares it."""
 
 from .behaviour import Behaviour
 from .fit import FitReport, fit
