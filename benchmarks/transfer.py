@@ -207,7 +207,8 @@ class Row:
         ranked, control: [seeds] rank correlations before any own observation.
         passes: share of what the run from scratch gains -> from scratch and transferred: [seeds] until then.
         reached: in how many seeds the transferred one gains as much in the end.
-        ends, report: method -> [seeds].
+        ends, means, report: method -> [seeds]; the best and the mean of all looks at the selection split, and the report
+            split at the end.
     """
 
     ranked: np.ndarray
@@ -215,6 +216,7 @@ class Row:
     passes: dict[float, tuple[np.ndarray, np.ndarray]]
     reached: int
     ends: dict[str, np.ndarray]
+    means: dict[str, np.ndarray]
     report: dict[str, np.ndarray]
 
     def saved(self, share: float) -> float:
@@ -226,10 +228,12 @@ class Row:
 def row_of(pair: Pair, records: Sequence[dict[str, Any]]) -> Row:
     sign, passes, reached = pair.task.sign, {share: ([], []) for share in (1.0, MOST_OF)}, 0
     ends: dict[str, list[float]] = {name: [] for name in (UNGUIDED, COLD, WARM)}
+    means: dict[str, list[float]] = {name: [] for name in ends}
     for record in records:
         curves = {name: record["methods"][name]["curve"] for name in ends}
         for name, curve in curves.items():
             ends[name].append(sign * max(sign * score for score in curve["selection"]))
+            means[name].append(float(np.mean(curve["selection"])))
         start, goal = curves[COLD]["selection"][0], ends[COLD][-1]
         for share, parts in passes.items():
             for part, name in zip(parts, (COLD, WARM), strict=True):
@@ -241,7 +245,7 @@ def row_of(pair: Pair, records: Sequence[dict[str, Any]]) -> Row:
         np.array([record["ranked"].get("shuffled", 0.0) for record in records]),
         {share: tuple(map(np.array, parts)) for share, parts in passes.items()},
         reached,
-        {name: np.array(values) for name, values in ends.items()},
+        *({name: np.array(values) for name, values in columns.items()} for columns in (ends, means)),
         {name: np.array([r["methods"][name]["report"] for r in records]) for name in ends},
     )
 
@@ -285,7 +289,7 @@ def text(rows: dict[tuple[str, str], tuple[Pair, Row]]) -> str:
         goals = ("its end", f"{MOST_OF:.0%}")
         spent_headers = ["pair", *(f"{n}, to {goal}" for goal in goals for n in (COLD, WARM, "saved")), "as good"]
         second = [
-            [pair.title, *(estimate(row.ends[n]) for n in row.ends), *(estimate(row.report[n]) for n in row.report)]
+            [pair.title, *(estimate(part[n]) for part in (row.ends, row.means, row.report) for n in row.ends)]
             for pair, row in mine.values()
         ]
         names = (UNGUIDED, COLD, WARM)
@@ -297,9 +301,9 @@ def text(rows: dict[tuple[str, str], tuple[Pair, Row]]) -> str:
             markdown(headers, first),
             "Passes:",
             markdown(spent_headers, spent),
-            "The selection score that the runs end at (the best of all looks, which is optimistic), and the report "
-            "split:",
-            markdown(["pair", *(f"{n}, selection" for n in names), *(f"{n}, report" for n in names)], second),
+            "The best of all looks at the selection split, where a run ends (which is optimistic), their mean, which "
+            "says how steadily it goes there, and the report split:",
+            markdown(["pair", *(f"{n}, {part}" for part in ("best", "mean", "report") for n in names)], second),
         ]
     return page(
         "# A value function over behaviour on another model",
@@ -310,8 +314,9 @@ def text(rows: dict[tuple[str, str], tuple[Pair, Row]]) -> str:
         "these runs.",
         "Rank correlation: of what the value function predicts of the target's first round of observations with the "
         "scores there, before the run has observed anything of its own; the control is fitted to the first run's "
-        "summaries with their scores shuffled. Passes: forward passes over the observation split before the look at the "
-        "selection split that is as good as the best that the run from scratch sees, all that it makes where none is. "
+        "summaries with their scores shuffled. Passes: forward passes over the observation split before the look at "
+        "the selection split that is as good as the best that the run from scratch sees; all that it makes where none "
+        "is. "
         f"The best of many looks is met by chance too, so the same is told of {MOST_OF:.0%} of what it gains. "
         '"Saved" compares sums over the seeds; "as good" counts the seeds in which the transferred run ends as well.',
         *parts,

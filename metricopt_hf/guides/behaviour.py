@@ -24,10 +24,10 @@ from .calibration import Calibration
 from .outputs import ReadingGuide, Rows, Unreadable
 from .tangent import Tangent
 
-# optimizer steps of a fit: the first from scratch, the others warm
-FIRST_FIT_STEPS, WARM_FIT_STEPS = 50, 10
-# summaries that are kept and fitted to, the latest; and of a value function given, to go on with beside one's own
-MOST_SUMMARIES, MOST_GIVEN = 1024, 256
+# optimizer steps of a fit: the first from scratch, the others warm. With 10 one that was given for another task is not
+# put right in time; to fit on to that task's summaries too holds it back as well (both on development seeds).
+FIRST_FIT_STEPS, WARM_FIT_STEPS = 50, 30
+MOST_SUMMARIES = 1024  # that are kept and fitted to, the latest
 MOST_NUMBERS = 2**10  # of a summary: the closed form of the fit takes their cube
 
 
@@ -156,7 +156,6 @@ class BehaviourGuide(ReadingGuide, AscendingGuide):
         else:
             self._network = ValueNetwork(behaviour.size, given.hidden_size, given.num_members)
             self._network.load_state_dict(given.state_dict())
-            self.seen = getattr(given, "observations", Trajectory()).latest(MOST_GIVEN)
             self._fitted = True
 
     def _summaries(self, rows: list[Rows]) -> Tensor:

@@ -79,15 +79,15 @@ class Behaviour:
         return "embeddings"
 
     def summary(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """[k], differentiable in the outputs [n, c]; the order of rows does not matter. See `of` for the labels."""
+        """[k], differentiable in the outputs [n, c]; the order of rows does not matter. Labels: see `of`."""
         make = {CLASSES: _of_classes, NUMBERS: _of_numbers, IDENTITIES: _of_identities}[self.labels]
-        return make(outputs.float(), labels)
+        return make(outputs, labels)
 
 
 def _of_classes(outputs: Tensor, labels: Tensor) -> Tensor:
-    own = F.one_hot(labels, outputs.shape[1]).float()
+    own = F.one_hot(labels, outputs.shape[1]).to(outputs.dtype)
     count = own.sum(0).clamp_min(1)
-    margin = outputs.detach().topk(min(2, outputs.shape[1]), -1).values
+    margin = outputs.topk(min(2, outputs.shape[1]), -1).values
     softness = SHARPNESS * (margin[:, 0] - margin[:, -1]).median().clamp_min(TINY)
     decided, probable = (outputs / softness).softmax(-1), outputs.softmax(-1)
     hits = (own * decided).sum(0)
@@ -96,7 +96,6 @@ def _of_classes(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _of_numbers(outputs: Tensor, labels: Tensor) -> Tensor:
-    labels = labels.float()
     mean, std = labels.mean(0), labels.std(0, correction=0)
     std = torch.where(std > TINY, std, 1.0)
     same = outputs.shape[1] == labels.shape[1]
@@ -125,7 +124,7 @@ def _quantiles(values: Tensor) -> Tensor:
     """[n, m] -> [m, quantiles], zeros of no rows. `torch.quantile` takes no more than 2**24 numbers; sorting does."""
     if not len(values):
         return values.new_zeros(values.shape[1], len(QUANTILES))
-    place = torch.tensor(QUANTILES, device=values.device) * (len(values) - 1)
+    place = torch.tensor(QUANTILES, dtype=values.dtype, device=values.device) * (len(values) - 1)
     low = place.floor().long()
     ordered = values.sort(0).values
     part = (place - low)[:, None]

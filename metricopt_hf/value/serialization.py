@@ -239,7 +239,7 @@ def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[s
 
 def _over(signature: Mapping[str, Any]) -> str:
     """Of what it is; earlier files do not say so, and are over phi."""
-    over = signature.get("over", OVER_PHI)
+    over = signature["over"] if "over" in signature else OVER_PHI
     if over not in (OVER_PHI, OVER_BEHAVIOUR):
         raise ValueFunctionError(f"the signature in {CONFIG_FILE} says that it is over {brief(over)}.")
     return over
