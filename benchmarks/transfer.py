@@ -207,8 +207,8 @@ class Row:
         ranked, control: [seeds] rank correlations before any own observation.
         passes: share of what the run from scratch gains -> from scratch and transferred: [seeds] until then.
         reached: in how many seeds the transferred one gains as much in the end.
-        ends, means, report: method -> [seeds]; the best and the mean of all looks at the selection split, and the report
-            split at the end.
+        ends, means, report: method -> [seeds]; the best and the mean of all looks at the selection split, and the
+            report split at the end.
     """
 
     ranked: np.ndarray
