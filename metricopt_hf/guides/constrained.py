@@ -72,7 +72,8 @@ class ConstrainedGuide(Guide):
         self.objective.observe(observed)
         for index, guard in enumerate(self.guards):
             real, interpolated = observed.trajectory.of_key(index), observed.interpolated.of_key(index)
-            guard.observe(replace(observed, trajectory=real, interpolated=interpolated))
+            scores = _own_scores(observed, index)
+            guard.observe(replace(observed, trajectory=real, interpolated=interpolated, scores=scores))
         newest = (observed.trajectory if observed.is_real else observed.interpolated).last_round
         self.values = newest.raw[:, : len(self.constraints)].mean(0)
 
@@ -136,3 +137,14 @@ class ConstrainedGuide(Guide):
         self.values = None if values is None else values.numpy()
         for guide, own in zip((self.objective, *self.guards), state["guides"], strict=True):
             guide.load_state_dict(own)
+
+
+def _own_scores(observed: Round, index: int) -> np.ndarray | None:
+    """[n] of a constraint's own number, on each of the round's predictions."""
+    if observed.predictions is None or observed.z is None:
+        return observed.scores
+    count = len(observed.z)
+    for taken in (observed.interpolated, observed.trajectory):
+        if np.array_equal(taken.z[-count:], observed.z):
+            return taken.raw[-count:, index]
+    return observed.scores
