@@ -1,9 +1,10 @@
 """Fills the cards in model_cards/ with figures measured here: a tuned model, and its value function.
 
     python -m benchmarks.cards            (make cards)
+    python -m benchmarks.cards --cards behaviour            (that of a value function over behaviour alone)
 
 The task of `worst_class` in 100 steps, from activations in front of the last block that are computed once. All
-methods of the comparison, several seeds; the model and the value function that are described are the first seed's.
+methods of the comparison, several seeds; the model and the value functions that are described are the first seed's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,17 @@ from .worst_class import interval, make_trainer
 NAME = "resnet20-cifar10-worst-class-recall"
 FOLDER = Path(__file__).resolve().parents[1] / "model_cards"
 TRAIN = 6000  # images to draw from
+LEARNED = "value_function/README.md"  # in a run's folder
+ABOUT = {
+    "license": "bsd-2-clause",
+    "tasks": "image-classification",
+    "dataset": "CIFAR-10 (JPEG copy)",
+    "dataset_tags": "cifar10",
+}
+BEYOND = (
+    "What one like it is worth on a ResNet-32, and others on other tasks, is measured by "
+    "`python -m benchmarks.transfer` (docs/results/transfer.md of the repository)."
+)
 SIZES = Sizes(TRAIN, TRAIN // 2, None, 2000)
 
 
@@ -39,6 +51,10 @@ class CardArguments:
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run, two or more."})
     max_steps: int = field(default=100, metadata={"help": "Optimizer steps of every method."})
+    cards: list[str] = field(
+        default_factory=lambda: ["methods", "behaviour"],
+        metadata={"help": "Which: of a model and its value function, and of a value function over behaviour."},
+    )
     folder: str = field(default=str(FOLDER), metadata={"help": "Where to write the cards."})
 
 
@@ -73,6 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     print("computing activations ...", flush=True)
     net = cifar.pretrained(20)
     train, test = (vars(cifar.activations(net, cifar.load(split))) for split in (f"train[:{TRAIN}]", "test"))
+    if "behaviour" in args.cards:
+        with tempfile.TemporaryDirectory() as temporary:
+            over_behaviour(cifar.cut(net, train, test, SIZES, args.seeds[0]), args, Path(temporary) / NAME)
+    if "methods" not in args.cards:
+        return 0
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(args.seeds) * len(METHODS), desc="runs") as bar:
         folder, runs, kept = Path(temporary) / NAME, [], None
         for seed in args.seeds:
@@ -85,18 +106,25 @@ def main(argv: list[str] | None = None) -> int:
                 bar.update()
                 if name == "metricopt" and kept is None:
                     kept, score = trainer, rows[0].scores["report"]
-        kept.create_model_card(
-            license="bsd-2-clause",
-            tasks="image-classification",
-            dataset="CIFAR-10 (JPEG copy)",
-            dataset_tags="cifar10",
-            scores={"report": score},
-            comparison=comparison(runs, problem, args),
-        )
-        for source, target in (("README.md", f"{NAME}.md"), ("value_function/README.md", f"{NAME}-value-function.md")):
-            shutil.copy(folder / source, Path(args.folder) / target)
-            print(f"{Path(args.folder) / target}")
+        kept.create_model_card(**ABOUT, scores={"report": score}, comparison=comparison(runs, problem, args))
+        for source, target in (("README.md", f"{NAME}.md"), (LEARNED, f"{NAME}-value-function.md")):
+            publish(folder / source, args, target)
     return 0
+
+
+def over_behaviour(problem: Problem, args: CardArguments, folder: Path) -> None:
+    """The card of what a run with `guide="behaviour"` learns."""
+    trainer = make_trainer(
+        args.seeds[0], problem, args.max_steps, str(folder), hub_model_id=f"user/{NAME}", guide="behaviour"
+    )
+    trainer.train()
+    trainer.create_model_card(**ABOUT, comparison=BEYOND)
+    publish(folder / LEARNED, args, f"{NAME}-value-function-over-behaviour.md")
+
+
+def publish(card: Path, args: CardArguments, name: str) -> None:
+    shutil.copy(card, Path(args.folder) / name)
+    print(f"{Path(args.folder) / name}")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ class MLP(nn.Module):
     `group` is not looked at: it is the metric's.
     """
 
-    def __init__(self, inputs: int):
+    def __init__(self, inputs: int, hidden: int = HIDDEN):
         super().__init__()
-        self.linear1, self.norm1 = nn.Linear(inputs, HIDDEN), nn.LayerNorm(HIDDEN)
-        self.linear2, self.norm2 = nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN)
-        self.classifier = nn.Linear(HIDDEN, 2)
+        self.linear1, self.norm1 = nn.Linear(inputs, hidden), nn.LayerNorm(hidden)
+        self.linear2, self.norm2 = nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
+        self.classifier = nn.Linear(hidden, 2)
 
     def forward(self, features: Tensor, labels: Tensor | None = None, group: Tensor | None = None) -> dict[str, Tensor]:
         x = F.relu(self.norm1(self.linear1(features)))
@@ -109,9 +109,28 @@ def problem(
         {column: values[:: 1 if size is None else len(values) // size][:size] for column, values in split.items()}
         for split, size in zip(load(name), (sizes.train_pool, sizes.test_pool), strict=True)
     )
+    return cut(name, train, test, sizes.observation, flipped, seed, build, phi)
+
+
+def cut(
+    name: str,
+    train: dict[str, Tensor],
+    test: dict[str, Tensor],
+    observation: int,
+    flipped: float,
+    seed: int,
+    build: Callable[[int], nn.Module] = MLP,
+    phi: Callable[[nn.Module], PhiSpace] = FiLM,
+    of: np.ndarray | None = None,
+) -> Problem:
+    """See `problem`.
+
+    Args:
+        of: the rows of `train` that there are; None: all of them.
+    """
     generator = np.random.default_rng(seed)
-    order = generator.permutation(len(train["labels"]))
-    observed, selected, rest = np.split(order, [sizes.observation, 2 * sizes.observation])
+    order = generator.permutation(len(train["labels"]) if of is None else of)
+    observed, selected, rest = np.split(order, [observation, 2 * observation])
     noisy = train["labels"].clone()
     positive = rest[train["labels"][torch.as_tensor(rest)].numpy() == 1]
     noisy[generator.permutation(positive)[: round(flipped * len(positive))]] = 0

@@ -18,6 +18,7 @@ from .evaluation.model_metric import ModelMetric
 from .evaluation.observation import Observation
 from .evaluation.trajectory import Trajectory
 from .guides import (
+    BehaviourGuide,
     BridgeGuide,
     Direction,
     DirectionGuide,
@@ -39,6 +40,7 @@ from .training.trainer import MetricOptTrainer
 __version__ = "0.2.0"
 
 __all__ = [
+    "BehaviourGuide",
     "Bridge",
     "BridgeGuide",
     "CheckpointError",

@@ -36,6 +36,7 @@ PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 INSPECTED = {
     "benchmarks/overhead.py": {"guides", "phi"},
     "benchmarks/passes.py": {"evaluation"},
+    "benchmarks/transfer.py": {"value"},  # the control is fitted to shuffled scores
     "benchmarks/training.py": {"phi", "training"},  # the coordinates that a run would take, and how often it evaluates
     # searchers have the trainer's evaluation, its cache and its rounds
     "benchmarks/searchers.py": {"evaluation", "phi", "training"},

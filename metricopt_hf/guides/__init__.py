@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ..errors import ConfigurationError
 from ..value import ValueNetwork
 from .base import Direction, DirectionGuide, Guide, GuideContext, Round
+from .behaviour import BehaviourGuide
 from .bridge import BridgeGuide
 from .constrained import ConstrainedGuide
 from .controls import RandomGuide, ShuffledGuide
@@ -14,6 +15,7 @@ from .value_function import ValueFunctionGuide
 # name -> what makes the guide, given a value function to start from or None
 GUIDES: dict[str, Callable[[ValueNetwork | None], Guide]] = {
     "value_function": ValueFunctionGuide,
+    "behaviour": BehaviourGuide,
     "shuffled": ShuffledGuide,
     "random": lambda value_function: RandomGuide(),
     "bridge": lambda value_function: BridgeGuide(),
@@ -22,6 +24,7 @@ GUIDES: dict[str, Callable[[ValueNetwork | None], Guide]] = {
 
 __all__ = [
     "GUIDES",
+    "BehaviourGuide",
     "BridgeGuide",
     "ConstrainedGuide",
     "Direction",

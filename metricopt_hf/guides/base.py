@@ -22,7 +22,7 @@ from transformers import EvalPrediction
 
 from ..evaluation.trajectory import Trajectory
 from ..phi import Coordinates
-from ..value import ValueNetwork
+from ..value import OVER_PHI, Behaviour, ValueNetwork
 from .trust import Trust
 
 OFF = "switched off"
@@ -60,6 +60,7 @@ class Round:
             `wants_predictions`.
         scores: [n] the metric on each of `predictions`: of an interpolated one not what its observation says, as that
             is moved (see `VirtualObserver.observe`).
+        z: [n, k] where each of `predictions` was made; None: where the last n real observations were.
         is_real: whether the round's own observations are real ones, by which the guide is judged.
     """
 
@@ -68,6 +69,7 @@ class Round:
     predictions: Sequence[EvalPrediction] | None = None
     scores: np.ndarray | None = None
     is_real: bool = True
+    z: np.ndarray | None = None
 
     @property
     def everything(self) -> Trajectory:
@@ -98,6 +100,7 @@ class Guide(ABC):
         scope: "phi", or "all" for a guide whose loss shall move every trainable parameter.
         in_first_phase: whether it is started with the run and asked in its first phase too, before phi alone is tuned.
         wants_predictions: whether rounds bring predictions and labels.
+        over: what a value function that it starts from, or makes, is a function of: "phi" or "behaviour".
 
     `coverage` is the share of the last round inside the 90 % intervals predicted for it, None without intervals.
     """
@@ -105,6 +108,7 @@ class Guide(ABC):
     scope: Literal["phi", "all"] = "phi"
     in_first_phase = False
     wants_predictions = False
+    over = OVER_PHI
 
     context: GuideContext
     trust: Trust
@@ -173,6 +177,18 @@ class Guide(ABC):
         """What it has fitted to the metric and can be shared, once it is fitted; None without such a thing."""
         return None
 
+    @property
+    def behaviour(self) -> tuple[Behaviour, Trajectory] | None:
+        """Of a network over behaviour: which, and the summaries and scores that it was fitted to. None over phi."""
+        return None
+
+    def expect(self, phi: Tensor) -> tuple[float, float] | None:
+        """Mean and standard deviation of the metric at phi: [d]; None of a guide that has no such thing."""
+        if self.network is None:
+            return None
+        mean, std = self.network.predict(self.context.coordinates.encode(phi).cpu())
+        return float(mean), float(std)
+
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts and lists of tensors and JSON values; with `load_state_dict` after `start`, all to go on."""
         return {"trust": self.trust.state_dict(), "generator": self.context.generator.get_state(), "off": self.off}
@@ -183,15 +199,8 @@ class Guide(ABC):
         self.off = state["off"]
 
 
-class DirectionGuide(Guide):
-    """A guide that is fitted to the observations and answers the direction in which its fit improves."""
-
-    def learn(self, observed: Round) -> None:
-        self.fit(observed.everything)
-
-    @abstractmethod
-    def fit(self, trajectory: Trajectory) -> None:
-        """Learn from all observations so far."""
+class AscendingGuide(Guide):
+    """A guide that answers the direction of phi in which what it has learned improves, as far as it is trusted."""
 
     @abstractmethod
     def ascent(self, phi: Tensor) -> Tensor:
@@ -208,3 +217,14 @@ class DirectionGuide(Guide):
     def ascent_and_agreement(self, phi: Tensor) -> tuple[Tensor, float | Tensor]:
         """`ascent` and `gradient_agreement`, for a guide that has both from one computation."""
         return self.ascent(phi), self.gradient_agreement(phi)
+
+
+class DirectionGuide(AscendingGuide):
+    """A guide that is fitted to the observations and answers the direction in which its fit improves."""
+
+    def learn(self, observed: Round) -> None:
+        self.fit(observed.everything)
+
+    @abstractmethod
+    def fit(self, trajectory: Trajectory) -> None:
+        """Learn from all observations so far."""

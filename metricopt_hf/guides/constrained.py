@@ -31,7 +31,7 @@ class ConstrainedGuide(Guide):
     def __init__(self, objective: Guide, constraints: Sequence[Constraint], guards: Sequence[Guide]):
         self.objective, self.constraints, self.guards = objective, tuple(constraints), list(guards)
         self.scope, self.in_first_phase = objective.scope, objective.in_first_phase
-        self.wants_predictions = objective.wants_predictions
+        self.wants_predictions, self.over = objective.wants_predictions, objective.over
 
     def start(self, context: GuideContext) -> None:
         self.context, self.off = context, None
@@ -72,7 +72,8 @@ class ConstrainedGuide(Guide):
         self.objective.observe(observed)
         for index, guard in enumerate(self.guards):
             real, interpolated = observed.trajectory.of_key(index), observed.interpolated.of_key(index)
-            guard.observe(replace(observed, trajectory=real, interpolated=interpolated))
+            scores = _own_scores(observed, index)
+            guard.observe(replace(observed, trajectory=real, interpolated=interpolated, scores=scores))
         newest = (observed.trajectory if observed.is_real else observed.interpolated).last_round
         self.values = newest.raw[:, : len(self.constraints)].mean(0)
 
@@ -117,6 +118,13 @@ class ConstrainedGuide(Guide):
         """Of the metric: what is shared predicts that."""
         return self.objective.network
 
+    @property
+    def behaviour(self):
+        return self.objective.behaviour
+
+    def expect(self, phi: Tensor) -> tuple[float, float] | None:
+        return self.objective.expect(phi)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "off": self.off,
@@ -129,3 +137,14 @@ class ConstrainedGuide(Guide):
         self.values = None if values is None else values.numpy()
         for guide, own in zip((self.objective, *self.guards), state["guides"], strict=True):
             guide.load_state_dict(own)
+
+
+def _own_scores(observed: Round, index: int) -> np.ndarray | None:
+    """[n] of a constraint's own number, on each of the round's predictions."""
+    if observed.predictions is None or observed.z is None:
+        return observed.scores
+    count = len(observed.z)
+    for taken in (observed.interpolated, observed.trajectory):
+        if np.array_equal(taken.z[-count:], observed.z):
+            return taken.raw[-count:, index]
+    return observed.scores

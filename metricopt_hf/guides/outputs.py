@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction
 
+from ..value.behaviour import CLASSES, IDENTITIES, NUMBERS
 from .base import Guide, GuideContext, Round
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of what the loss leaves out
-CLASSES, NUMBERS, IDENTITIES = "classes", "numbers", "identities"
 
 
 class Unreadable(Exception):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError
 from ..evaluation.trajectory import Trajectory
-from ..value import ValueNetwork, fit
+from ..value import ValueNetwork, check_over, fit
 from .base import DirectionGuide, GuideContext, Round
 from .calibration import Calibration
 
@@ -22,12 +22,16 @@ class ValueFunctionGuide(DirectionGuide):
 
     Args:
         value_function: a fitted one to start from, in the same coordinates; it is copied. None: a new one.
+
+    Raises:
+        ValueFunctionError: it is one over behaviour.
     """
 
     # optimizer steps of a fit: the first from scratch, the others warm
     FIRST_FIT_STEPS, WARM_FIT_STEPS = 50, 10
 
     def __init__(self, value_function: ValueNetwork | None = None):
+        check_over(value_function, self.over)
         self._given = value_function
 
     def start(self, context: GuideContext) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..value import OVER_PHI
 from ..value.serialization import LIBRARY, replace_file
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ MARKER = "<!-- Made by metricopt_hf. Remove this line to keep your own words whe
 
 # Fields that are Markdown, or stand in code; all others may hold a stranger's words.
 RAW = {"comparison", "training_results", "hyperparameters", "repo", "finetuned_from", "model_class"}
+# Of a signature, what a card shows in other words, or not at all
+SHOWN_OTHERWISE = {"origin", "basis", "behaviour"}
 # All but what is never markup in a line of Markdown or HTML: it is written as entities.
 _SAFE = re.compile(r"[^\w ,.:;%()=+'/-]|_(?![^\W_])|(?<![^\W_])_|(?<=/)/|(?<=:)/|(?<=www)\.|(?<=[\w.])@", re.I)
 
@@ -98,14 +101,15 @@ def write(
         model_name=name if results else None,
         eval_results=results,
     )
-    scores = observations.scores
+    scores, over_phi = observations.scores, signature is None or signature.over == OVER_PHI
     fields = {
         "name": name,
         "repo": repo,
         "task": task,
         "dataset": dataset,
-        "signature": None if signature is None else {**vars(signature), "origin": None, "basis": None},
-        "phi_dim": signature.origin.numel() if signature else None,
+        "signature": signature and {n: value for n, value in vars(signature).items() if n not in SHOWN_OTHERWISE},
+        "behaviour": None if over_phi else str(signature.behaviour),
+        "phi_dim": signature.origin.numel() if signature and over_phi else None,
         "num_coordinates": value_function.num_coordinates,
         "num_members": value_function.num_members,
         "hidden_size": value_function.hidden_size,

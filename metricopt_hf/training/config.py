@@ -241,7 +241,8 @@ class MetricOptConfig(TrainingArguments):
     guide: str = field(
         default="value_function",
         metadata={
-            "help": "What says which way the metric improves: value_function; through the loss, bridge (a "
+            "help": "What says which way the metric improves: value_function (over phi); behaviour (a value "
+            "function over what the model predicts, which other models can start from); through the loss, bridge (a "
             "network that expects the metric of a batch) and loss_alignment (a loss whose parameters are adapted); "
             "or a control, shuffled (a value function fitted to shuffled scores) and random (a random direction).",
             "choices": GUIDES,
@@ -261,7 +262,11 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     value_function_name_or_path: str | None = field(
-        default=None, metadata={"help": "A value function to start from: a folder, or a name on the Hub."}
+        default=None,
+        metadata={
+            "help": "A value function to start from: a folder, or a name on the Hub. One over phi is for the same "
+            "model, one over behaviour for guide=behaviour."
+        },
     )
     observation_size: int | None = field(
         default=None,

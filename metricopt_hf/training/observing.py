@@ -297,7 +297,7 @@ class ObservingTrainer(SettlingTrainer, CompletingTrainer):
     def _make_coordinates(self, max_batches: int | None = None, kind: str | None = None) -> Coordinates:
         """Q: the given value function's, else from the present phi, by default of the kind that was asked for."""
         args, given = self.args, self._given_value_function
-        if given is not None and given.signature is not None:
+        if given is not None and given.has_coordinates:
             return given.coordinates_from(self.phi.read())
         generator = torch.Generator().manual_seed(args.seed)
 

@@ -26,7 +26,7 @@ from ..guides import Direction, Guide, GuideContext, blend
 from ..hub import ValueFunction
 from ..phi import Coordinates, PhiSpace
 from ..phi.space import model_class
-from ..value import Signature
+from ..value import BehaviourSignature, Signature
 from .plan import PhasePlan
 from .polish import polish
 from .result import RunResult
@@ -207,13 +207,16 @@ class MetricPhase:
         network = self.guide.network if self.started else None
         if network is None:
             return None
-        coordinates = self.coordinates
+        coordinates, model = self.coordinates, model_class(self.phi.model)
+        metric = self.metric.name, self.metric.greater_is_better
+        if self.guide.behaviour is not None:
+            behaviour, seen = self.guide.behaviour
+            return ValueFunction.of(network, BehaviourSignature(model, behaviour, *metric), seen)
         signature = Signature(
-            model_class(self.phi.model),
+            model,
             self.phi_description,
             coordinates.kind,
-            self.metric.name,
-            self.metric.greater_is_better,
+            *metric,
             coordinates.origin.cpu(),
             None if coordinates.basis is None else coordinates.basis.cpu(),
         )
@@ -285,11 +288,9 @@ class MetricPhase:
 
     def _record(self, step: int, selection: float | None) -> None:
         """One more entry of the curve; `selection`: the score on that split, where it was evaluated."""
-        (trust, reason), network = self.guide.standing, self.guide.network
+        trust, reason = self.guide.standing
         latest, virtual = self.rounds.trajectory.last_round, self.rounds.virtual
-        predicted = None
-        if network is not None:
-            predicted = [float(x) for x in network.predict(self.coordinates.encode(self.phi.read()).cpu())]
+        predicted = self.guide.expect(self.phi.read())
         self.curve.append(
             {
                 "step": step,
@@ -300,7 +301,7 @@ class MetricPhase:
                 "gradient_agreement": self.guide.gradient_agreement(self.phi.read()) if trust > 0 else None,
                 "rank_correlation": self.guide.trust.correlation,
                 "observation_mean": float(np.mean(latest.scores)) if len(latest) else None,
-                "predicted": predicted,
+                "predicted": None if predicted is None else list(predicted),
                 "coverage": self.guide.coverage,
                 "calls": self.ledger.calls["observe"],
                 "passes": self.ledger.passes["observe"],

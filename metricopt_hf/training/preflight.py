@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ValueFunctionError
 from ..evaluation import data
 from ..evaluation import metric as metrics
 from ..evaluation.constraints import parse
@@ -22,6 +22,7 @@ from ..evaluation.metric import Metric
 from ..evaluation.model_metric import CommandMetric
 from ..hub import ValueFunction
 from ..phi import PhiSpace
+from ..value import OVER_BEHAVIOUR, check_over
 from .config import MetricOptConfig
 
 logger = logging.getLogger(__name__)
@@ -216,19 +217,26 @@ def load_value_function(given: ValueFunction | None, args: MetricOptConfig) -> V
 
 
 def check_value_function(
-    given: ValueFunction | None, phi: PhiSpace, metric: Metric | None, num_coordinates: int | None
+    given: ValueFunction | None, over: str, phi: PhiSpace, metric: Metric | None, num_coordinates: int | None
 ) -> None:
-    """A value function to start from must be one of this phi and this metric.
+    """A value function to start from must be one of this metric, and over what the guide reads.
 
     Args:
+        over: phi or behaviour, see `Guide.over`.
         num_coordinates: that the run asks for, or all of phi where that has fewer; None: as many as come out.
 
     Raises:
-        ValueFunctionError: it is of another phi or metric.
+        ValueFunctionError: it is over something else, or of another phi or metric, or says nothing of its behaviour.
         ConfigurationError: it was never part of a run, and its size does not fit the coordinates that are asked for.
     """
     if given is None:
         return
+    check_over(given, over)
+    if given.signature is None and over == OVER_BEHAVIOUR:
+        raise ValueFunctionError(
+            "The value function given was never part of a run, so it does not say which behaviour it reads: give one "
+            "that was saved after a run, or start without it."
+        )
     if given.signature is not None:
         given.signature.check(phi.description, metric.name, metric.greater_is_better)
         return

@@ -151,8 +151,8 @@ class Rounds:
         if observed.observations and self.guide.off is None:
             self.interpolated.extend(observed.observations)
             self.interpolated = self.interpolated.latest(MOST_INTERPOLATED)
-            told = (observed.predictions, observed.scores)
-            self.guide.observe(Round(self.trajectory, self.interpolated, *told, is_real=False))
+            told, z = (observed.predictions, observed.scores), np.stack([o.z for o in observed.observations])
+            self.guide.observe(Round(self.trajectory, self.interpolated, *told, is_real=False, z=z))
 
     def _take(self, observed: Observed, judges: bool = True) -> None:
         """Take in real observations: faults are left out, the guide is judged by the others and learns from them."""
@@ -167,12 +167,13 @@ class Rounds:
             if len(self.trajectory) > MOST_REAL:
                 self.trajectory = self.trajectory.latest(MOST_REAL)
             self._forget(revoked := self.faults.revoke())
-            predictions = scores = None
+            predictions = scores = z = None
             if self.guide.wants_predictions:
-                kept = [(p, o.score) for p, o in zip(observed.predictions, observed.observations, strict=True)]
-                kept = [pair for pair, good in zip(kept, fine, strict=True) if good and pair[1] not in revoked]
-                predictions, scores = [p for p, _ in kept], np.array([score for _, score in kept])
-            self.guide.observe(Round(self.trajectory, self.interpolated, predictions, scores, judges))
+                kept = [(p, o) for p, o in zip(observed.predictions, observed.observations, strict=True)]
+                kept = [pair for pair, good in zip(kept, fine, strict=True) if good and pair[1].score not in revoked]
+                predictions, scores = [p for p, _ in kept], np.array([o.score for _, o in kept])
+                z = np.array([o.z for _, o in kept])
+            self.guide.observe(Round(self.trajectory, self.interpolated, predictions, scores, judges, z))
 
     def _forget(self, scores: list[float]) -> None:
         """These turned out to be faults of the metric: what was learned from them is learned anew without."""

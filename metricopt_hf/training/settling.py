@@ -141,7 +141,8 @@ class SettlingTrainer(ResumingTrainer):
     def _check_value_function(self, phi: PhiSpace) -> None:
         dim = None if self._kind_of_coordinates == "group_gradients" else self.args.phi_dim
         dim = phi.dim if self._kind_of_coordinates == "identity" else dim
-        preflight.check_value_function(self._given_value_function, phi, self.metric, dim)
+        guide = self._given_guide or guides.from_spec(self.args.guide)
+        preflight.check_value_function(self._given_value_function, guide.over, phi, self.metric, dim)
 
     def _split(self) -> tuple[Any, Any]:
         if not self.guided or not (self.metric.of_predictions or self.metric.takes_dataset):

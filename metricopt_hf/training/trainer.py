@@ -19,6 +19,7 @@ from ..errors import ConfigurationError
 from ..evaluation.ledger import Ledger
 from ..evaluation.observation import Observation
 from ..guides import Guide
+from ..value import OVER_PHI
 from . import checkpoint, optimization, preflight, ranks
 from .modes import Pins, Rest
 from .observing import ObservingTrainer
@@ -53,7 +54,8 @@ class MetricOptTrainer(ObservingTrainer):
         selection_dataset: where the best phi is chosen; default: likewise, disjoint.
         phi: a `PhiSpace` on the model, a function that builds one on a model (needed with `model_init`), or what
             `args.phi` could be; default: `args.phi`.
-        value_function: one to start from; default: `args.value_function_name_or_path`. Its coordinates are taken over.
+        value_function: one to start from; default: `args.value_function_name_or_path`. One over phi brings its
+            coordinates; one over behaviour is for `guide="behaviour"`.
         guide: a `Guide`; default: from `args.guide`.
         coordinates: the compact coordinates of phi that the value function sees, as many as `args.phi_dim`:
             "gradient_pca", principal directions of mini-batch loss gradients; "group_gradients", gradients of the loss
@@ -330,7 +332,7 @@ class MetricOptTrainer(ObservingTrainer):
         before = self._metric_start if guide.in_first_phase else 0
         given = self._given_value_function
         dim = self.phi.dim if self._kind_of_coordinates == "identity" else min(args.phi_dim, self.phi.dim)
-        dim = dim if given is None else given.num_coordinates
+        dim = given.num_coordinates if given is not None and guide.over == OVER_PHI else dim
         ledger, selection = Ledger(), self.selection_dataset
         of_model = not self.metric.of_predictions
         if of_model and args.observe != "scores":

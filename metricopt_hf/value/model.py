@@ -120,9 +120,14 @@ class ValueNetwork(nn.Module):
         return self._gradients(z).mean(0)
 
     @one_thread()
-    def gradient_and_agreement(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`gradient` and `agreement` from one pass through the networks, which never waits for a device."""
+    def gradient_and_agreement(self, z: Tensor, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`gradient` and `agreement` from one pass through the networks, which never waits for a device.
+
+        Args:
+            slope: [k, m] of z in m other coordinates, in which both are then told.
+        """
         gradients = self._gradients(z)
+        gradients = gradients if slope is None else gradients @ slope
         return gradients.mean(0), _agreement(gradients)
 
     def agreement(self, z: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 A folder holds
 
-    config.json            format version, sizes, normalisation; the signature: phi space, coordinates, metric and
-                           direction; and the hashes of the next two, so that files of two saves do not pass for one
-    model.safetensors      weights, origin phi_0 and basis Q, all float32
+    config.json            format version, sizes, normalisation; the signature: metric and direction, and phi space and
+                           coordinates, or over which behaviour it is; and the hashes of the next two, so that files of
+                           two saves do not pass for one
+    model.safetensors      weights and, over phi, origin phi_0 and basis Q, all float32
     observations.parquet   what it was fitted to, so that others can refit: see `Trajectory.to_parquet`
     README.md              the card, for people; not read
 
@@ -31,12 +32,14 @@ from torch import Tensor
 from ..errors import ValueFunctionError, brief
 from ..evaluation.trajectory import LARGEST, Trajectory
 from ..phi.coordinates import GIVEN, KINDS
-from .signature import Signature
+from .behaviour import CLASSES, IDENTITIES, MOST_WIDTH, NUMBERS, VERSION, Behaviour
+from .signature import OVER_BEHAVIOUR, OVER_PHI, BehaviourSignature, Signature
 
 CONFIG_FILE, TENSORS_FILE, OBSERVATIONS_FILE = "config.json", "model.safetensors", "observations.parquet"
 CARD_FILE = "README.md"
-LIBRARY, FORMAT_VERSION = "metricopt_hf", 5  # 4: observations in flat columns; 5: without the column of folds
-READABLE = (4, 5)
+# 4: observations in flat columns; 5: without the column of folds; 6: over behaviour, which earlier versions refuse so
+LIBRARY, FORMAT_VERSION, OF_BEHAVIOUR = "metricopt_hf", 5, 6
+READABLE = (4, 5, 6)
 
 # The most that is accepted from a stranger: bytes of a file, and each of the sizes in a config.
 MAX_BYTES = {CONFIG_FILE: 2**20, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
@@ -69,7 +72,7 @@ def write(
     folder: str | os.PathLike,
     sizes: Mapping[str, int],
     state: Mapping[str, Tensor],
-    signature: Signature | None,
+    signature: Signature | BehaviourSignature | None,
     observations: Trajectory,
 ) -> None:
     """Write config, tensors and observations; each file whole or not at all."""
@@ -77,7 +80,15 @@ def write(
     normalisation = {name: tensors.pop(name).tolist() for name in NORMALISATION}
     config: dict[str, Any] = {"library_name": LIBRARY, "format_version": FORMAT_VERSION, **sizes}
     config.update(normalisation=normalisation, signature=None)
-    if signature is not None:
+    if isinstance(signature, BehaviourSignature):
+        config["format_version"] = OF_BEHAVIOUR
+        config["signature"] = {
+            "over": signature.over,
+            "model": signature.model,
+            "behaviour": signature.behaviour.description,
+            "metric": {"name": signature.metric, "greater_is_better": signature.greater_is_better},
+        }
+    elif signature is not None:
         tensors["origin"] = signature.origin
         if signature.basis is not None:
             tensors["basis"] = signature.basis
@@ -102,7 +113,7 @@ def write(
 
 def read(
     folder: str | os.PathLike, name: str
-) -> tuple[dict[str, int], dict[str, Tensor], Signature | None, Trajectory]:
+) -> tuple[dict[str, int], dict[str, Tensor], Signature | BehaviourSignature | None, Trajectory]:
     """Sizes, state, signature and observations of a value function in a folder, or nothing at all.
 
     Args:
@@ -206,6 +217,9 @@ def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[s
     signature = config["signature"]
     if signature is None:
         return {}
+    if _over(signature) == OVER_BEHAVIOUR:
+        _check_behaviour(signature, num_coordinates)
+        return {}
     phi, coordinates, metric = signature["phi"], signature["coordinates"], signature["metric"]
     strings = [signature["model"], phi["kind"], coordinates["kind"], metric["name"]]
     flags = [coordinates["identity"], metric["greater_is_better"]]
@@ -221,6 +235,36 @@ def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[s
     if num_coordinates > dim or (coordinates["identity"] and num_coordinates != dim):
         raise ValueFunctionError(f"{num_coordinates} coordinates do not fit a phi of {dim} numbers.")
     return {"origin": (dim,), **({} if coordinates["identity"] else {"basis": (dim, num_coordinates)})}
+
+
+def _over(signature: Mapping[str, Any]) -> str:
+    """Of what it is; earlier files do not say so, and are over phi."""
+    over = signature["over"] if "over" in signature else OVER_PHI
+    if over not in (OVER_PHI, OVER_BEHAVIOUR):
+        raise ValueFunctionError(f"the signature in {CONFIG_FILE} says that it is over {brief(over)}.")
+    return over
+
+
+def _check_behaviour(signature: Mapping[str, Any], num_coordinates: int) -> None:
+    """Refuse a signature over behaviour with an entry that is not as it must be, or that contradicts the sizes."""
+    behaviour, metric = signature["behaviour"], signature["metric"]
+    if behaviour["version"] != VERSION:
+        raise ValueFunctionError(
+            f"it reads a summary of version {brief(behaviour['version'])}, this version of {LIBRARY} makes {VERSION}."
+        )
+    fine = all(_is_name(name) for name in (signature["model"], metric["name"]))
+    fine &= type(metric["greater_is_better"]) is bool and behaviour["labels"] in (CLASSES, NUMBERS, IDENTITIES)
+    widths = [behaviour["num_outputs"], behaviour["num_labels"]]
+    fine &= all(type(width) is int and 0 <= width <= MOST_WIDTH for width in widths)
+    if not fine:
+        raise ValueFunctionError(f"the signature in {CONFIG_FILE} is malformed.")
+    size = _behaviour(behaviour).size
+    if size != num_coordinates:
+        raise ValueFunctionError(f"it reads {num_coordinates} numbers, and its behaviour has {size}.")
+
+
+def _behaviour(entry: Mapping[str, Any]) -> Behaviour:
+    return Behaviour(entry["labels"], entry["num_outputs"], entry["num_labels"])
 
 
 def _is_name(value: Any) -> bool:
@@ -261,11 +305,16 @@ def _read_tensors(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict
     return tensors
 
 
-def _signature(config: Mapping[str, Any], origin: Tensor | None, basis: Tensor | None) -> Signature | None:
+def _signature(
+    config: Mapping[str, Any], origin: Tensor | None, basis: Tensor | None
+) -> Signature | BehaviourSignature | None:
     signature = config["signature"]
     if signature is None:
         return None
     metric = signature["metric"]
+    if _over(signature) == OVER_BEHAVIOUR:
+        behaviour = _behaviour(signature["behaviour"])
+        return BehaviourSignature(signature["model"], behaviour, metric["name"], metric["greater_is_better"])
     return Signature(
         signature["model"],
         {"kind": signature["phi"]["kind"], "parameters": signature["phi"]["parameters"]},

@@ -88,6 +88,28 @@ def test_switched_off_it_is_not_followed_and_its_state_comes_back(tmp_path):
     assert guide.standing[0] == 0 and guide.direction(torch.zeros(D)).trust == 0
 
 
+class Reads(ValueFunctionGuide):
+    """Keeps the scores that it is told of predictions."""
+
+    wants_predictions = True
+
+    def learn(self, observed):
+        self.told = observed.scores
+
+
+@pytest.mark.parametrize("is_real", [True, False])
+def test_a_guard_that_reads_predictions_is_told_its_own_number_of_them(is_real):
+    guide = ConstrainedGuide(Reads(), BOUNDS, [Reads() for _ in BOUNDS])
+    guide.start(guide_context(coordinates()))
+    z = np.random.default_rng(0).normal(size=(3, K)).astype(np.float32)
+    new = Trajectory([Observation(x, 1.0, np.nan, 0, 0.0, raw=(0.25, 0.75)) for x in z])
+    old = Trajectory([Observation(x + 1, 2.0, np.nan, 0, 0.0, raw=(5.0, 6.0)) for x in z])
+    real, interpolated = (new, old) if is_real else (old, new)
+    guide.observe(Round(real, interpolated, [None] * 3, np.ones(3), is_real, z))
+    assert guide.objective.told.tolist() == [1.0] * 3
+    assert [guard.told.tolist() for guard in guide.guards] == [[0.25] * 3, [0.75] * 3]
+
+
 def test_a_guard_that_asks_the_metric_hears_of_its_own_number():
     guide = ConstrainedGuide(ValueFunctionGuide(), BOUNDS, [ValueFunctionGuide() for _ in BOUNDS])
 

@@ -8,6 +8,7 @@ import torch
 from teaching import SLOPE, D, K, Truth, Wrong, started, taught, trusted
 
 from metricopt_hf import (
+    BehaviourGuide,
     BridgeGuide,
     ConfigurationError,
     LossAlignmentGuide,
@@ -89,6 +90,7 @@ def test_a_string_names_a_guide():
         "random": RandomGuide,
         "shuffled": ShuffledGuide,
         "value_function": ValueFunctionGuide,
+        "behaviour": BehaviourGuide,
         "bridge": BridgeGuide,
         "loss_alignment": LossAlignmentGuide,
     }
@@ -96,7 +98,7 @@ def test_a_string_names_a_guide():
     guide = started(from_spec("value_function", given))
     assert guide.predict(np.zeros((2, K), np.float32)).shape == (2,)
     assert guide.network is not given  # fitted on, it would not be what its owner passed
-    with pytest.raises(ConfigurationError, match="value_function, shuffled, random"):
+    with pytest.raises(ConfigurationError, match="value_function, behaviour, shuffled, random"):
         from_spec("evolution")
 
 

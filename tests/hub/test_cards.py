@@ -61,8 +61,8 @@ def text(run, *path):
     return Path(run.args.output_dir, *path, "README.md").read_text()
 
 
-def test_two_cards_are_published():
-    assert len(PUBLISHED) == 2
+def test_three_cards_are_published():
+    assert len(PUBLISHED) == 3
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=[path.stem for path in PUBLISHED])
@@ -71,16 +71,10 @@ def test_published_cards_are_whole_and_in_the_hub_s_form(path):
     assert made.data.eval_results and made.data.metrics and made.data.license and cards.TAG in made.data.tags
     index = eval_results_to_model_index(made.data.model_name, made.data.eval_results)
     assert model_index_to_eval_results(index) == (made.data.model_name, made.data.eval_results)
-    for told in (
-        "rank correlation",
-        "control: shuffled",
-        "95 % interval",
-        "How to load",
-        "Limits",
-        "bibtex",
-        "observe",
-    ):
+    for told in ("rank correlation", "How to load", "Limits", "bibtex", "observe"):
         assert told in made.text
+    if "over-behaviour" not in path.stem:  # that one is compared on a page of its own
+        assert "control: shuffled" in made.text and "95 % interval" in made.text
     for left in ("{{", "{%", "None", "nan", "/tmp"):
         assert left not in made.text
 

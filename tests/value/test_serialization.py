@@ -155,8 +155,8 @@ STRANGE = {
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not that of a value function"),
     "deep JSON": (lambda f: (f / "config.json").write_text("[" * 100_000), "RecursionError|JSONDecodeError"),
     "a later version": (
-        lambda f: config(f, format_version=6),
-        "format version 6, .* reads 4 and 5: pip install --upgrade",
+        lambda f: config(f, format_version=7),
+        "format version 7, .* reads 4 and 5 and 6: pip install --upgrade",
     ),
     "no version": (lambda f: config(f, format_version=None), "format version None"),
     "a size that is text": (lambda f: config(f, hidden_size="8"), "hidden_size='8'"),
