@@ -95,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
         "# On a GPU",
         "Written by `python -m benchmarks.gpu`; do not edit.",
         f"{told} in all. A step: plain Trainer's on the same frozen model, and a guided one; the ratio is the median "
-        f"of {args.pairs} pairs. A pass: `trainer.evaluate()`, and a pass behind phi on the same images. Points: one pass "
-        "each, and several in one where that is quicker. Random weights and images of 224 x 224.",
+        f"of {args.pairs} pairs. A pass: `trainer.evaluate()`, and a pass behind phi on the same images. Points: one "
+        "pass each, and several in one where that is quicker. Random weights and images of 224 x 224.",
         tabulate(table, headers, tablefmt="github", disable_numparse=True),
     )
     Path(args.page).write_text(written, encoding="utf-8")
