@@ -26,7 +26,7 @@ from .observing import ObservingTrainer
 from .phase import MetricPhase
 from .plan import PhasePlan
 from .rehearsal import GUIDE_STATE, Stillness, attributes_kept, first_that_works, is_trainers, told, untouched
-from .watch import CHANGED, Watch, followed, sums
+from .watch import CHANGED, NO_STEPS, TOO_EARLY, Watch, followed, sums
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +160,7 @@ class MetricOptTrainer(ObservingTrainer):
             parameter.requires_grad_(True)
         self._metric_start = round(self.args.metric_start_ratio * max_steps)
         if self._metric_start == max_steps:
-            logger.warning(
-                f"Of {max_steps} steps, metric_start_ratio={self.args.metric_start_ratio} leaves none for the metric "
-                "phase: this run is not guided. Take more steps, or a smaller ratio (0: the metric phase alone)."
-            )
+            logger.warning(NO_STEPS.format(steps=max_steps, ratio=self.args.metric_start_ratio))
         self._schedule = optimization.PhiSchedule(self.args, self._metric_start, max_steps)
         self.phase = self._build_phase(max_steps)
         self._rest, self._pins = Rest(self.model, self.phase.moving.names), None
@@ -266,10 +263,7 @@ class MetricOptTrainer(ObservingTrainer):
             with attributes_kept(self):
                 self.phase.finish(self.state.global_step)
         elif not self.phase.started and self.state.global_step <= self._metric_start < self.state.max_steps:
-            logger.warning(
-                f"Training ended at step {self.state.global_step}, before the metric phase (step {self._metric_start}):"
-                " the model is Trainer's, and nothing was guided. A smaller metric_start_ratio lets it begin earlier."
-            )
+            logger.warning(TOO_EARLY.format(step=self.state.global_step, start=self._metric_start))
         self._put_back()
         self._delivered = sums(self.model) if self.phase.started else None
         if followed(self.callback_handler.callbacks):

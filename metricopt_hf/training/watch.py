@@ -13,6 +13,14 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from .trainer import MetricOptTrainer
 
+NO_STEPS = (
+    "Of {steps} steps, metric_start_ratio={ratio} leaves none for the metric phase: this run is not guided. Take more "
+    "steps, or a smaller ratio (0: the metric phase alone)."
+)
+TOO_EARLY = (
+    "Training ended at step {step}, before the metric phase (step {start}): the model is Trainer's, and nothing was "
+    "guided. A smaller metric_start_ratio lets it begin earlier."
+)
 CHANGED = (
     "A callback changed the weights in on_train_end, as one that averages them does: what comes out is its model, and "
     "not the one that was selected by {}. To keep that one, leave the callback out."
