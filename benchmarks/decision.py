@@ -23,6 +23,7 @@ YOURS = {
 }
 WORTHWHILE = 0.02  # of a score between 0 and 1; the default of `diagnose`
 OURS_PAYS = "**MetricOpt**"
+ASK = "what **`diagnose()`** says of your data: MetricOpt where guidance pays, else the loss alone"
 THRESHOLD = "**a threshold**: `posthoc.tune_bias` on held-out data"
 NOTHING = "**the loss alone**: nothing to gain"
 BEGIN, END = "<!-- decision table, written by make bench-report -->", "<!-- end of the decision table -->"
@@ -54,11 +55,13 @@ def ours_pays(results: Sequence[Result]) -> tuple[list[str], int]:
 
 
 def advice(pays: int, of: int, bias: int, of_bias: int) -> str:
-    """What to use, by what pays on at least half of the tasks; "" where nothing was run."""
+    """What to use, by what pays on at least half of the tasks, or, of MetricOpt, on some; "" where nothing was run."""
     if of and 2 * pays >= of:
         return OURS_PAYS
     if of_bias and 2 * bias >= of_bias:
         return THRESHOLD
+    if pays:
+        return ASK
     return NOTHING if of else ""
 
 
@@ -94,7 +97,8 @@ def page(results: Sequence[Result]) -> str:
     return (
         "# What to use\n\n"
         f"{table(results, '')}\n\n"
-        "A row is a kind of task, and says what paid on at least half of its tasks. MetricOpt is compared with loss "
+        "A row is a kind of task, and says what paid on at least half of its tasks; where MetricOpt paid on some, "
+        "before any training which kind yours is has to be measured. MetricOpt is compared with loss "
         "only at its best, with a bias per logit tuned on both sides; a bias alone, with the model as it came. Better "
         f"means that the interval excludes zero, and that the gain is at least {WORTHWHILE}, as `trainer.diagnose()` "
         "asks by default. The last column names methods that are better than their reference and see more than a "
