@@ -91,3 +91,11 @@ def test_only_what_stands_between_the_marks_is_renewed(tmp_path):
 def test_the_readme_has_the_marks():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert decision.BEGIN in text and decision.END in text
+
+
+def test_what_pays_on_some_tasks_only_is_left_to_the_diagnosis():
+    assert decision.advice(2, 5, 2, 5) == decision.ASK
+    assert decision.advice(3, 5, 5, 5) == decision.OURS_PAYS
+    assert decision.advice(1, 7, 5, 7) == decision.THRESHOLD
+    assert decision.advice(0, 6, 0, 4) == decision.NOTHING
+    assert decision.advice(0, 0, 0, 0) == ""
