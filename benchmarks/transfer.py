@@ -57,7 +57,7 @@ class TransferArguments:
     """What to run."""
 
     pairs: list[str] = field(default_factory=list, metadata={"help": "Default: all."})
-    seeds: list[int] = field(default_factory=lambda: list(range(10, 20)), metadata={"help": "Seeds, two or more."})
+    seeds: list[int] = field(default_factory=lambda: list(range(10, 20)), metadata={"help": "Seeds."})
     observe: list[str] = field(default_factory=lambda: ["scores"], metadata={"help": f"Of {', '.join(OBSERVE)}."})
     records: str = field(default=str(RECORDS), metadata={"help": "Folder of the records, a file per pair."})
     page: str = field(default=str(PAGE), metadata={"help": "The page to write."})
@@ -252,7 +252,7 @@ def row_of(pair: Pair, records: Sequence[dict[str, Any]]) -> Row:
 
 def estimate(values: Sequence[float], digits: int = 3) -> str:
     mean, error = mean_and_error(values)
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+    return f"{mean:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
 
 
 def _passes(passes: tuple[np.ndarray, np.ndarray]) -> list[str]:
@@ -311,7 +311,7 @@ def text(rows: dict[tuple[str, str], tuple[Pair, Row]]) -> str:
         "A first run with `guide=\"behaviour\"` leaves a value function; a run on the target starts from it "
         f'("{WARM}"), or does not ("{COLD}"). Train, observation and selection examples of the first run are none of '
         "the target's, where both have one data set. ± is the standard error over seeds. No bias is tuned in any of "
-        "these runs.",
+        "these runs. A pair has the seeds that its row says; one seed shows that it runs, and little more.",
         "Rank correlation: of what the value function predicts of the target's first round of observations with the "
         "scores there, before the run has observed anything of its own; the control is fitted to the first run's "
         "summaries with their scores shuffled. Passes: forward passes over the observation split before the look at "
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
         for observe in OBSERVE:
             for name in known:
                 records = [r for r in read(folder / f"{name}.jsonl") if r["observe"] == observe]
-                if len(records) > 1:
+                if records:
                     found[name, observe] = sorted(records, key=lambda r: r["seed"])
     written = text({key: (known[key[0]], row_of(known[key[0]], records)) for key, records in found.items()})
     print(written)
