@@ -1,7 +1,7 @@
 """How the seconds and the memory of a guided run grow with the data, the outputs, phi, the coordinates and the calls.
 
     python -m benchmarks.growth              (make bench-growth), some minutes; writes docs/results/growth.md
-    python -m benchmarks.growth --calls 100 1000 10000 100000
+    python -m benchmarks.growth --calls 100000
 
 One thing is varied at a time, the others stay as in the first row. Every run is a process of its own: seconds are its
 processor time, in one thread, and memory is what its peak has beyond the process that it was forked from. The model is
@@ -52,7 +52,7 @@ class GrowthArguments:
     logits: list[int] = field(default_factory=lambda: [2, 100, 1000])
     phi: list[int] = field(default_factory=lambda: [100, 10_000, 100_000, 1_000_000])
     coordinates: list[int] = field(default_factory=lambda: [32, 64])
-    calls: list[int] = field(default_factory=lambda: [100, 10_000])
+    calls: list[int] = field(default_factory=lambda: [100, 10_000, 100_000])
     page: str = field(default=str(PAGE), metadata={"help": "Where the table is written to."})
 
 
@@ -159,9 +159,9 @@ def page(rows: list[list[str]]) -> str:
     table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=["right"] * len(headers))
     return (
         "# Growth\n\n"
+        "Written by `python -m benchmarks.growth`; do not edit.\n\n"
         "Seconds (processor time in one thread) and memory (peak beyond the libraries) of a guided run, by the size of "
-        "what it is about. One thing is varied at a time, in bold; the first row is what the others differ from. "
-        "`make bench-growth` writes this page.\n\n"
+        "what it is about. One thing is varied at a time, in bold; the first row is what the others differ from.\n\n"
         f"{table}\n\n"
         "Steps come with calls, two for every 33 of them. Nothing is kept per step: real observations and entries of "
         "the curve are bounded, and so is what a checkpoint holds.\n"
