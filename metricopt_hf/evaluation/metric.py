@@ -225,13 +225,16 @@ class Metric:
         thread.join(min(self.timeout, threading.TIMEOUT_MAX))
         if thread.is_alive():
             self._abandoned = thread
-            raise MetricError(
-                f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s. Allow it more time, or "
-                "let it do less."
-            )
+            raise self._too_slow()
         if "error" in outcome:
             raise outcome["error"]
         return outcome["result"]
+
+    def _too_slow(self) -> MetricError:
+        return MetricError(
+            f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s. Allow it more time, or let it "
+            "do less."
+        )
 
 
 def _nothing_finite(predictions: Any) -> bool:

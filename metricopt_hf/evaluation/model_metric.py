@@ -145,10 +145,7 @@ class CommandMetric(ModelMetric):
         try:
             return process.wait(self.timeout)
         except subprocess.TimeoutExpired:
-            raise MetricError(
-                f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s. Allow it more time, or "
-                "let it do less."
-            ) from None
+            raise self._too_slow() from None
         finally:
             if process.poll() is None:  # out of time, or interrupted
                 with suppress(OSError):

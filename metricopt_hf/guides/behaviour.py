@@ -150,13 +150,7 @@ class BehaviourGuide(ReadingGuide, AscendingGuide):
             )
         self._read_as = behaviour
         self._tangent = Tangent(self.context.coordinates.dim, behaviour.size)
-        if given is None:
-            self._network = ValueNetwork(behaviour.size)
-            self._network.reset_parameters(generator)
-        else:
-            self._network = ValueNetwork(behaviour.size, given.hidden_size, given.num_members)
-            self._network.load_state_dict(given.state_dict())
-            self._fitted = True
+        self._network, self._fitted = ValueNetwork.begun(behaviour.size, given, generator), given is not None
 
     def _summaries(self, rows: list[Rows]) -> Tensor:
         """[n, k]."""

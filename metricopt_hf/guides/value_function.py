@@ -45,12 +45,7 @@ class ValueFunctionGuide(DirectionGuide):
         self.fitted = given is not None
         self.calibration = Calibration()
         self._there: ValueNetwork | None = None  # a copy where phi is, until the next fit
-        if given is None:
-            self._network = ValueNetwork(dim)
-            self._network.reset_parameters(context.generator)
-        else:  # the given one stays as it is
-            self._network = ValueNetwork(dim, given.hidden_size, given.num_members)
-            self._network.load_state_dict(given.state_dict())
+        self._network = ValueNetwork.begun(dim, given, context.generator)
 
     @property
     def network(self) -> ValueNetwork | None:

@@ -94,14 +94,20 @@ class Rounds:
 
     def due(self, step: int) -> bool:
         """Whether it is time to observe."""
-        expands = self.virtual is not None and step >= self.next_expansion
-        return expands or (step - self.start_step) % self.plan.observe_steps == 0
+        return self._expands(step) or self._in_turn(step)
+
+    def _expands(self, step: int) -> bool:
+        return self.virtual is not None and step >= self.next_expansion
+
+    def _in_turn(self, step: int) -> bool:
+        """Whether a round of metric calls is due, with or without an expansion."""
+        return (step - self.start_step) % self.plan.observe_steps == 0
 
     def observe(self, step: int) -> bool:
         """Take observations, where it is time to, and let the guide learn; whether real ones were taken."""
-        if self.virtual is not None and step >= self.next_expansion and self._expand(step):
+        if self._expands(step) and self._expand(step):
             return True
-        due = (step - self.start_step) % self.plan.observe_steps == 0
+        due = self._in_turn(step)
         if self.virtual is not None:
             if self.virtual.interpolator is not None and due:
                 self._observe_virtually(step)

@@ -76,6 +76,17 @@ class ValueNetwork(nn.Module):
         self.register_buffer("noise_std", torch.zeros(()))
         self.reset_parameters(torch.Generator().manual_seed(0))
 
+    @classmethod
+    def begun(cls, num_coordinates: int, given: ValueNetwork | None, generator: torch.Generator) -> ValueNetwork:
+        """One to fit: a copy of `given`, or, where that is None, a new one with weights drawn from `generator`."""
+        if given is None:
+            network = cls(num_coordinates)
+            network.reset_parameters(generator)
+        else:
+            network = cls(num_coordinates, given.hidden_size, given.num_members)
+            network.load_state_dict(given.state_dict())
+        return network
+
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw new weights from `generator`; the standardisation stays."""
         with torch.no_grad():
