@@ -23,7 +23,7 @@ def tune_bias(metric: Metric, prediction: EvalPrediction, ledger: Ledger, max_ca
 
     Each logit's bias in turn is moved up, else down, by a step if that improves the metric; after a sweep without any
     improvement the step is halved. No forward pass is needed, but every trial is a metric call like any other, charged
-    to "post-hoc". The metric's constraints, if it has any, come first, as in selection. It fits the split it is given:
+    to "post-hoc". Missed constraints are penalised, as in selection. It fits the split it is given:
     measure it on another one.
 
     Args:
@@ -46,16 +46,16 @@ def tune_bias(metric: Metric, prediction: EvalPrediction, ledger: Ledger, max_ca
     bias = np.zeros(logits.shape[-1] if logits.ndim > 1 else 1)
     calls = 0
 
-    def score(candidate: np.ndarray) -> tuple[float, float]:
+    def score(candidate: np.ndarray) -> float:
         nonlocal calls
         calls += 1
         try:
             with ledger.charge("post-hoc"):
                 return metric.merit(metric(add_bias(prediction, candidate)))
         except MetricError:
-            return -np.inf, -np.inf
+            return -np.inf
 
-    best = score(bias) if max_calls > 0 else (np.inf, np.inf)
+    best = score(bias) if max_calls > 0 else np.inf
     centred = logits - logits.mean(-1, keepdims=True) if len(bias) > 1 else logits
     step, halvings = FIRST_STEP * float(centred.std()), 0
     while halvings < HALVINGS:

@@ -1,42 +1,33 @@
-"""Evaluator: the metric at points of phi, on one data set, without disturbing the training around it.
-
-Whoever asks for scores does not know how they are computed: here point by point, dealt out to the ranks in turn.
-"""
+"""Evaluator: predictions and the metric at points of phi, on one data set, without disturbing the training around it."""
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.utils._pytree import tree_map_only
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 from ..errors import ConfigurationError, MetricError
 from ..phi import PhiSpace
-from .answer import Score, values_of
+from ..phi.space import is_sharded, reshard
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
-from .together import Together, chunk_size, worthwhile
+from .ranks import agreed
 
 NOTHING = (
     "The set on which the metric is observed is empty, or the model returns no logits. Look at "
     'len(observation_dataset), and let forward return {"loss": loss, "logits": logits}.'
 )
-
-
-# a point's number, its score (nan where the call failed), why it failed, seconds, those of the call, its predictions
-Taken = tuple[int, float, str | None, float, float, EvalPrediction | None]
 
 
 class BatchOutput(NamedTuple):
@@ -66,29 +57,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What `Evaluator.evaluate_many` answers for n points, the same on every rank.
-
-    Attributes:
-        values: [n] the metric; nan where the call failed.
-        raw: [n, m] the numbers of its `keys` beside it.
-        errors: [n] why it failed; None where it did not.
-        seconds: [n] that the forward pass and the call took.
-        call_seconds: [n] of these, the call's; with predictions only, else all.
-        predictions: [n] predictions and labels, where they were asked for; else None.
-    """
-
-    values: np.ndarray
-    raw: np.ndarray
-    errors: Sequence[str | None]
-    seconds: np.ndarray
-    call_seconds: np.ndarray
-    predictions: Sequence[EvalPrediction] | None = None
-
-
 class Evaluator:
     """Predicts a data set and calls the metric on it.
+
+    On several ranks each predicts a share of the batches and all get all of them; the first calls the metric.
 
     Args:
         phi: what is moved, and put back.
@@ -100,7 +72,6 @@ class Evaluator:
             prefix's outputs.
         concat: whether batches are joined, as with Trainer's `eval_do_concat_batches`; else the metric sees lists.
         rank, world_size: this process, and how many there are.
-        progress: whether to show a bar for evaluations that take more than a few seconds.
         complete: what the metric is given instead of the predictions; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
@@ -117,17 +88,15 @@ class Evaluator:
         concat: bool = True,
         rank: int = 0,
         world_size: int = 1,
-        progress: bool = False,
         complete: Callable[[EvalPrediction], EvalPrediction] | None = None,
         accumulation_steps: int | None = None,
     ):
-        self.phi, self.metric, self.ledger = phi, metric, ledger
-        self.rank, self.world_size, self.progress, self.concat = rank, world_size, progress, concat
-        self.complete = complete
-        self._data = self._make_data(phi.model, predict, batches, max_bytes, concat, accumulation_steps)
-
-    def _make_data(self, *args) -> _Data:
-        return _Data(*args)
+        self.phi, self.metric, self.ledger, self.concat = phi, metric, ledger, concat
+        self.rank, self.world_size, self.complete = rank, world_size, complete
+        self.predict, self._batches, self._max_bytes = predict, batches, max_bytes
+        self._accumulation_steps = accumulation_steps
+        self._kept: list[Any] | bool | None = None  # the batches; False: they are too many
+        self._prefix: PrefixCache | None = None
 
     def freeze(self, moved: Callable[[], AbstractContextManager]) -> None:
         """From now on nothing outside phi changes: replay the rest (see `PrefixCache`).
@@ -135,197 +104,110 @@ class Evaluator:
         Args:
             moved: context inside which phi is another one.
         """
-        self._data.freeze(self.phi, moved)
+        if is_sharded(self.phi.model):
+            return  # ranks that skip other modules than the rest would wait for each other
+        with undisturbed(self.phi.model):  # a loader draws its seed from the global RNG
+            batches = self._kept_batches()
+        if batches is not None:
+            on_cpu = next(self.phi.model.parameters()).device.type == "cpu"  # else outputs are kept in another memory
+            room = self._max_bytes - nbytes(batches) * on_cpu
+            self._prefix = PrefixCache(self.phi.model, self.phi.names, room, moved)
 
     def predictions(self) -> EvalPrediction:
         """Predictions and labels at the present phi, as numpy arrays, in the data set's order."""
         with undisturbed(self.phi.model):
-            return self._data.predictions()
+            return self.joined(output for _, output in self.outputs())
 
     def evaluate(self, purpose: str, complete: Callable | None = None) -> float:
-        """The metric at the present phi, charged to `purpose`. All ranks predict, and rank 0 calls the metric.
+        """The metric at the present phi, charged to `purpose`; the same on every rank.
 
         Args:
             complete: what the metric is given instead of the predictions, other than the usual `complete`.
 
         Raises:
-            MetricError: see `Metric`; the same on every rank.
+            MetricError: see `Metric`.
         """
-        outcome: list[Any] = [None]
-        if not self._finite():
-            self.ledger.add(purpose, 1, 0.0, passes=1)
-            raise self._not_finite()
-        if self.rank == 0:
-            with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
-                try:
-                    outcome = [self._score(complete=complete)]
-                except MetricError as error:
-                    outcome = [error]
-        else:
-            self._accompany()
-            self.ledger.add(purpose, 1, 0.0, passes=1)
-        if self.world_size > 1:
-            broadcast_object_list(outcome)
-        if isinstance(outcome[0], MetricError):
-            raise outcome[0]
-        return outcome[0]
+        return self.evaluate_with_predictions(purpose, complete)[0]
 
-    def predict_many(self, points: Tensor) -> list[EvalPrediction]:
-        """Predictions and labels at other phi: points [n, d], on every rank all of them; nothing is charged."""
-        with self.phi.restored():
-            made = []
-            for point, together in zip(points, self._together(points), strict=True):
-                self.phi.write(point)
-                made.append(self.predictions() if together is None else together)
-        return made
+    def evaluate_with_predictions(
+        self, purpose: str, complete: Callable | None = None
+    ) -> tuple[float, EvalPrediction | None]:
+        """The same, and the predictions it is of; None of a metric that comes batch by batch."""
+        with self.ledger.charge(purpose, passes=1):
+            if not self.phi.read().isfinite().all():
+                raise MetricError(
+                    f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity "
+                    "has moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
+                    "learning_rate and phi_learning_rate."
+                )
+            complete = complete or self.complete
+            if self.metric.batchwise and complete is None and self.world_size == 1:
+                with undisturbed(self.phi.model):
+                    return self.metric.over(self._each()), None
+            prediction = self.predictions()
+            score = agreed(self.rank, self.world_size, lambda: self.metric(prediction, complete))
+            return score, prediction
 
-    def _together(self, points: Tensor) -> Iterator[EvalPrediction | None]:
-        """Predictions at each of the points, several of which are computed in one pass; None: not made here."""
-        done = 0
-        while done < len(points):
-            with undisturbed(self.phi.model), self.phi.restored():
-                made = self._data.predictions_at(points[done:])
-            if not made:
-                break
-            done += len(made)
-            yield from made
-        yield from [None] * (len(points) - done)
+    def score(self, prediction: EvalPrediction, purpose: str) -> float:
+        """The metric of predictions, on this rank alone. Raises MetricError."""
+        with self.ledger.charge(purpose):
+            return self.metric(prediction, self.complete)
 
-    def evaluate_many(self, points: Tensor, purpose: str, predictions: bool = False) -> Scores:
-        """The metric at other phi, with phi left as it was.
+    def outputs(self, run: Callable[[Any], Any] | None = None) -> Iterator[tuple[int, Any]]:
+        """Batch by batch, in order, (index, what `run` makes of it); every rank runs a share and gets all.
 
         Args:
-            points: [n, d].
-            purpose: what the n calls are charged to.
-            predictions: whether to return them too.
+            run: batch -> result, which runs the model; default: `predict`.
         """
-        count = len(points)
-        taken: list[Taken] = []
-        turns = range(self.rank, count + -count % self.world_size, self.world_size)  # as many on every rank
-        together = self._together(points[[i for i in turns if i < count]])
-        with self.phi.restored():
-            for i in tqdm(turns, desc="observing the metric", leave=False, delay=3, disable=not self.progress):
-                self.phi.write(points[min(i, count - 1)])
-                if i >= count:
-                    self._accompany()
-                    continue
-                taken.append(self._observed(i, purpose, predictions, together))
-        return self._shared(taken, purpose, predictions)
+        predict = run or self.predict
 
-    def _observed(
-        self, i: int, purpose: str, predictions: bool, together: Iterator[EvalPrediction | None]
-    ) -> Taken:
-        """The metric at the present phi, which is point `i`; `together` has its predictions, or None."""
-        score, error = self._failed, None
-        start = called = perf_counter()
-        with self.ledger.charge(purpose, passes=1), undisturbed(self.phi.model):
-            prediction = next(together, None)
-            if predictions and prediction is None:  # copies, for they may be views of kept batches, or of phi itself
-                prediction = copy.deepcopy(self._data.predictions())
-            if prediction is not None:
-                called = perf_counter()
-            try:
-                if not self._finite():
-                    raise self._not_finite()
-                score = self._score(prediction)
-            except MetricError as failure:
-                error = str(failure)
-        end = perf_counter()
-        return i, score, error, end - start, end - called, prediction if predictions else None
+        def on_copy(batch: Any) -> Any:  # whoever predicts may take columns out, or write to them
+            return predict(copy.deepcopy(batch))
 
-    def _shared(self, taken: list[Taken], purpose: str, predictions: bool) -> Scores:
-        """What all ranks have taken, in order."""
-        if self.world_size > 1:
-            others = [entry for entry in gather_object(taken) if entry[0] % self.world_size != self.rank]
-            self.ledger.add(purpose, len(others), sum(entry[3] for entry in others), len(others))
-            taken = taken + others
-        taken = sorted(taken, key=lambda entry: entry[0])
-        _, values, errors, seconds, of_calls, predicted = zip(*taken, strict=True)
-        predicted = predicted if predictions else None
-        raw = np.array([values_of(value) for value in values]).reshape(len(taken), len(self.metric.keys))
-        return Scores(np.array(values), raw, errors, np.array(seconds), np.array(of_calls), predicted)
+        batches = self._kept_batches()
 
-    @property
-    def _failed(self) -> Score:
-        """In place of what a call that failed did not answer."""
-        return Score("nan", [np.nan] * len(self.metric.keys))
+        def of(index: int, batch: Any) -> Any:
+            if batches is None:
+                return predict(batch)
+            return on_copy(batch) if self._prefix is None else self._prefix.forward(index, on_copy, batches)
 
-    def _accompany(self) -> None:
-        """What a rank does while another one's score is asked for: a model's loss may wait for all of them."""
-        self.predictions()
+        numbered = enumerate(self._batches() if batches is None else batches)
+        if self.world_size == 1:
+            yield from ((index, of(index, batch)) for index, batch in numbered)
+            return
+        yield from self._shared(numbered, of)
 
-    def _finite(self) -> bool:
-        return bool(self.phi.read().isfinite().all())
+    def _shared(self, numbered: Iterator[tuple[int, Any]], of: Callable[[int, Any], Any]) -> Iterator[tuple[int, Any]]:
+        """As many runs on every rank, as a sharded model needs: who has no batch left takes part with the last one."""
+        mine: list[tuple[int, Any]] = []
+        round_of: list[tuple[int, Any]] = []
 
-    def _not_finite(self) -> MetricError:
-        return MetricError(
-            f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
-            "moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
-            "learning_rate and phi_learning_rate."
-        )
+        def run(last: tuple[int, Any]) -> None:
+            own = round_of[self.rank] if self.rank < len(round_of) else None
+            output = of(*(own or last))
+            if own is not None:
+                mine.append((own[0], tree_map_only(Tensor, lambda tensor: tensor.cpu(), output)))
+            round_of.clear()
 
-    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
-        """The metric at the present phi; `prediction`: the model's, where it is there already."""
-        complete = complete or self.complete
-        if prediction is None and self.metric.batchwise and complete is None:
-            return self.metric.over(self._data.each())
-        return self.metric(self._data.predictions() if prediction is None else prediction, complete)
+        pair = None
+        for pair in numbered:
+            round_of.append(pair)
+            if len(round_of) == self.world_size:
+                run(pair)
+        if round_of:
+            run(pair)
+        reshard(self.phi.model)
+        yield from sorted(gather_object(mine), key=lambda pair: pair[0])
 
-
-class _Data:
-    """A data set: its batches, kept where there is room, and its predictions."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        predict: Callable,
-        batches: Callable,
-        max_bytes: float,
-        concat: bool,
-        accumulation_steps: int | None,
-    ):
-        self.model, self.predict, self.max_bytes, self.concat = model, predict, max_bytes, concat
-        self.accumulation_steps = accumulation_steps
-        self._batches, self._kept = batches, None
-        self._prefix: PrefixCache | None = None
-        self._many: Together | None = None
-
-    def freeze(self, phi: PhiSpace, moved: Callable[[], AbstractContextManager]) -> None:
-        with undisturbed(self.model):  # a loader draws its seed from the global RNG
-            batches = self._kept_batches()
-        if batches is not None:
-            on_cpu = next(self.model.parameters()).device.type == "cpu"  # else outputs are kept in another memory
-            room = self.max_bytes - nbytes(batches) * on_cpu
-            self._prefix = PrefixCache(self.model, phi.names, room, moved)
-            self._many = Together(phi, self._on_copy)
-
-    def predictions(self) -> EvalPrediction:
-        return self._joined(self._outputs())
-
-    def predictions_at(self, points: Tensor) -> list[EvalPrediction]:
-        """At the first of the points [n, d], as many as are computed in one pass; none where that cannot be."""
-        kept = self._prefix and self._kept and self._prefix.kept_bytes(len(self._kept))
-        if not kept or len(points) < 2 or not worthwhile(points.device):
-            return []
-        batches = self._kept
-        if not self._many.works(points, lambda run: self._prefix.forward(0, run, batches)):
-            return []
-        try:
-            run = self._many.at(points[: chunk_size(kept, points.device)])
-            made = [self._prefix.forward(index, run, batches) for index in range(len(batches))]
-        except torch.OutOfMemoryError:
-            self._many.give_up()
-            return []
-        return [self._joined(outputs) for outputs in zip(*made, strict=True)]
-
-    def _joined(self, outputs: Iterable[BatchOutput]) -> EvalPrediction:
+    def joined(self, outputs: Iterable[BatchOutput]) -> EvalPrediction:
+        """Batches joined as Trainer joins them, or listed."""
         columns = {name: EvalLoopContainer(self.concat, padding_index=-100) for name in BatchOutput._fields}
         for count, output in enumerate(outputs, 1):
             self._check_joinable(output.labels)
             for name, value in output._asdict().items():
                 if value is not None:
                     columns[name].add(value)
-            if self.accumulation_steps and count % self.accumulation_steps == 0:
+            if self._accumulation_steps and count % self._accumulation_steps == 0:
                 for column in columns.values():
                     column.to_cpu_and_numpy()
         arrays = {name: column.get_arrays() for name, column in columns.items()}
@@ -333,25 +215,13 @@ class _Data:
             raise ConfigurationError(NOTHING)
         return EvalPrediction(arrays["logits"], arrays["labels"], inputs=arrays["inputs"], losses=arrays["loss"])
 
-    def each(self) -> Iterator[EvalPrediction]:
+    def _each(self) -> Iterator[EvalPrediction]:
         """Predictions and labels batch by batch, as tensors where the model is."""
         batch = None
-        for batch in self._outputs():
+        for _, batch in self.outputs():
             yield EvalPrediction(batch.logits, batch.labels, inputs=batch.inputs, losses=batch.loss)
         if batch is None or batch.logits is None:
             raise ConfigurationError(NOTHING)
-
-    def _outputs(self) -> Iterator[BatchOutput]:
-        batches = self._kept_batches()
-        if batches is None:
-            yield from map(self.predict, self._batches())
-            return
-        for index, batch in enumerate(batches):
-            yield self._on_copy(batch) if self._prefix is None else self._prefix.forward(index, self._on_copy, batches)
-
-    def _on_copy(self, batch: Any) -> BatchOutput:
-        """Of a kept batch: whoever predicts may take columns out, or write to them."""
-        return self.predict(copy.deepcopy(batch))
 
     def _check_joinable(self, labels: Any) -> None:
         """Batches of lists of dicts would be joined row by row, the first image with the first, and say nothing."""
@@ -368,7 +238,7 @@ class _Data:
             for batch in self._batches():
                 kept.append(batch)
                 size += nbytes(batch)
-                if size > self.max_bytes:
+                if size > self._max_bytes:
                     self._kept = False
                     break
             else:

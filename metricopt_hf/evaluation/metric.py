@@ -30,6 +30,7 @@ from .constraints import Constraint, ConstraintCheck, shortfall
 from .direct import DirectModule
 
 INPUTS = ("auto", "argmax", "scores", "identity")
+PENALTY = 20.0  # of a constraint's relative shortfall, in units of the score
 
 # Global state that a metric may change unnoticed: how to read it, and how to set it.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
@@ -117,16 +118,22 @@ class Metric:
         self.exact, self.batchwise = exact, batchwise
         self.constraints: tuple[Constraint, ...] = ()
         self._abandoned: threading.Thread | None = None
+        self._unit: float | None = None  # size of the first score
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Of the numbers that scores bring along: those of the constraints, in their order, then the sum's."""
         return (*(constraint.key for constraint in self.constraints), *weights_of(self.name))
 
-    def merit(self, score: float) -> tuple[float, float]:
-        """By which scores are compared, greater is better: where constraints hold comes before better, and among those
-        that miss them the ones that miss by less."""
-        return (-self.shortfall(score), self.sign * score)
+    def merit(self, score: float) -> float:
+        """By which scores are compared: greater is better, and what misses constraints is penalised.
+
+        The penalty is `PENALTY` times the shortfall (see `Constraint`), in units of the first score that was asked for,
+        so that a bound missed by a hundredth costs as much as a fifth of the score.
+        """
+        if self._unit is None:
+            self._unit = abs(float(score)) or 1.0
+        return self.sign * float(score) - PENALTY * self._unit * self.shortfall(score)
 
     def shortfall(self, score: float) -> float:
         """By how much a score's values miss the constraints, see `Constraint`; 0 where all hold."""

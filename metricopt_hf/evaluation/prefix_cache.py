@@ -1,13 +1,12 @@
 """PrefixCache: a frozen network's work in front of phi is done once per batch and replayed.
 
 While phi is tuned everything else stands still, so whatever the model computes before it first touches phi is the same
-for every phi. Which modules those are is found by watching one forward pass; what they return is kept, and on the next
-pass they return it instead of computing. What of a batch is needed behind them, such as masks and labels, is kept where
-the model is, and the rest, such as images, is not moved there any more. Whether that is right for a model is not
-assumed but tried, at another phi, against the full forward pass; where it is not, nothing is cached.
+for every phi. Which modules those are is found by one forward pass; what they return is kept, and on the next pass they
+return it instead of computing. Whether that is right for a model is not assumed but tried, at another phi, against the
+full forward pass; where it is not, nothing is cached.
 
-Compared is what the model itself returns, since class decisions made of it would hardly show a wrong replay, and what
-is predicted with it, since that may hold what a hook has caught of a frozen layer.
+We compare the model's raw outputs (class decisions would hide errors) and the predictions computed from them (a hook
+may have captured a frozen layer).
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .watched import leaves, thinned
-
 # one call of one module in a forward pass: (module name, how many-th call of it)
 Call = tuple[str, int]
 # what it returned, and whether the numbers in it, and not only their shape, are used behind the prefix
 Kept = tuple[Any, bool]
-# how a batch is run: batch -> what is made of what the model returns
+# runs the model on a batch and returns a result
 Run = Callable[[Any], Any]
 
 
@@ -95,19 +92,12 @@ class PrefixCache:
         self._calls: tuple[Call, ...] | None = None  # the prefix, in order; None: not tried yet, (): not cached
         self._needed: set[Call] = set()
         self._kept: dict[int, dict[Call, Kept]] = {}  # by batch; nothing where replaying would be wrong or too large
-        self._batches: dict[int, Any] = {}  # by batch, what of it is needed with the prefix replayed
         self._passes: dict[int, int] = {}  # by batch, how often the model was called
 
     @property
     def active(self) -> bool:
         """Whether replaying was tried and found right."""
         return bool(self._calls)
-
-    def kept_bytes(self, num_batches: int) -> int | None:
-        """Of the batch of which most is kept; None where one of them is computed in full."""
-        if not self.active or not all(self._kept.get(index) for index in range(num_batches)):
-            return None
-        return max(nbytes([output for output, needed in self._kept[i].values() if needed]) for i in range(num_batches))
 
     def forward(self, index: int, run: Run, batches: Sequence[Any]) -> Any:
         """`run(batches[index])`, which runs the model; the prefix is replayed if it can be."""
@@ -117,7 +107,7 @@ class PrefixCache:
             return run(batches[index])
         if self._kept.get(index):
             with self._returned() as returned, self._replayed(self._kept[index]):
-                result = run(self._batches.get(index, batches[index]))
+                result = run(batches[index])
             # one that generates may go on for longer at this phi, without what skipped modules would have noted
             return result if len(returned) == self._passes[index] else run(batches[index])
         if index in self._kept:
@@ -134,28 +124,7 @@ class PrefixCache:
                     call: (tree_map_only(Tensor, _placed, output), needed) for call, (output, needed) in kept.items()
                 }
                 self._room -= size
-                if self._moves(batches[index]):
-                    self._thin_out(index, run, batches[index], expected)
         return result
-
-    def _moves(self, batch: Any) -> bool:
-        """Whether a batch has to be brought to where the model is, at every pass."""
-        device = next(self.model.parameters()).device
-        return any(isinstance(leaf, Tensor) and leaf.device != device for leaf in leaves(batch))
-
-    def _thin_out(self, index: int, run: Run, batch: Any, expected: list[Any]) -> None:
-        """Keep what of a batch is needed with its prefix replayed, where the model is, if there is room."""
-        device = next(self.model.parameters()).device
-        try:
-            with self._replayed(self._kept[index]):
-                thin = thinned(batch, device, run)
-            with self._returned() as returned, self._replayed(self._kept[index]):
-                again = run(thin)
-        except Exception:
-            return  # say, it is not handed over as what it came as
-        if nbytes(thin) <= self._room and _same([*returned, again], expected):
-            self._batches[index] = thin
-            self._room -= nbytes(thin)
 
     def _try(self, run: Run, batches: Sequence[Any]) -> None:
         """Find the prefix, and which of its outputs are needed behind it, with batch 0."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from ..errors import ValueFunctionError, brief
-from .observation import Observation
-
 # what is unpacked at a time of a file that is not trusted
 BATCH_BYTES = 2**22
 # the largest coordinate or score that is taken from one: its squares still fit into float32
@@ -22,6 +21,27 @@ COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": 
 DTYPES = {"z": np.float32, "scores": float, "variances": float, "steps": np.int64, "costs": float, "raw": float}
 # a last column of older files, which is left out: of which part of the observation set a score was
 FOLD = ("fold", pyarrow.int64())
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The metric at one point.
+
+    Attributes:
+        z: [k] float32, the point's compact coordinates.
+        score: the metric there, in its own unit; which way is better is the metric's business.
+        variance: estimated variance of `score` that z does not explain (score unit squared), nan if unknown.
+        step: optimizer step at which it was taken; observations of one step are one round.
+        cost: seconds that the forward passes and the metric call took.
+        raw: the numbers of the metric's `keys` beside its score, each in its own unit.
+    """
+
+    z: np.ndarray
+    score: float
+    variance: float
+    step: int
+    cost: float
+    raw: tuple[float, ...] = ()
 
 
 class Trajectory(Sequence[Observation]):

@@ -1,51 +1,46 @@
-"""Guides: which way the metric improves. `GUIDES` holds those that a config can name."""
+"""Guides: which way the metric improves. One contract (`base`), one file each."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import ConfigurationError
-from ..value import ValueNetwork
-from .base import Direction, DirectionGuide, Guide, GuideContext, Round
-from .behaviour import BehaviourGuide
-from .bridge import BridgeGuide
-from .constrained import ConstrainedGuide
+from .base import Guide, GuideContext
+from .blend import blended
 from .controls import RandomGuide, ShuffledGuide
-from .loss_alignment import LossAlignmentGuide
+from .pairs import PairsGuide
+from .row_moves import RowMovesGuide
 from .value_function import ValueFunctionGuide
 
-# name -> what makes the guide, given a value function to start from or None
-GUIDES: dict[str, Callable[[ValueNetwork | None], Guide]] = {
-    "value_function": ValueFunctionGuide,
-    "behaviour": BehaviourGuide,
-    "shuffled": ShuffledGuide,
-    "random": lambda value_function: RandomGuide(),
-    "bridge": lambda value_function: BridgeGuide(),
-    "loss_alignment": lambda value_function: LossAlignmentGuide(),
-}
-
 __all__ = [
+    "AUTO",
     "GUIDES",
-    "BehaviourGuide",
-    "BridgeGuide",
-    "ConstrainedGuide",
-    "Direction",
-    "DirectionGuide",
     "Guide",
     "GuideContext",
-    "LossAlignmentGuide",
+    "PairsGuide",
     "RandomGuide",
-    "Round",
+    "RowMovesGuide",
     "ShuffledGuide",
     "ValueFunctionGuide",
+    "blended",
     "from_spec",
 ]
 
+AUTO = "auto"  # pairs and row moves, each step judged by what the model then scores
+# what `--guide` names
+GUIDES: dict[str, Callable[[], Guide]] = {
+    "pairs": PairsGuide,
+    "rows": RowMovesGuide,
+    "value_function": ValueFunctionGuide,
+    "shuffled": ShuffledGuide,
+    "random": RandomGuide,
+}
 
-def from_spec(spec: str, value_function: ValueNetwork | None = None) -> Guide:
-    """The guide that a config string names.
 
-    Raises:
-        ConfigurationError: there is none of that name; the message lists those that there are.
+def from_spec(spec: str, linearised: bool) -> dict[str, Guide]:
+    """The guides of a config string, by name.
+
+    Args:
+        linearised: whether predictions are linearised, so that a metric call costs no pass.
     """
-    if spec not in GUIDES:
-        raise ConfigurationError(f"guide={spec!r} is none of {', '.join(GUIDES)}.")
-    return GUIDES[spec](value_function)
+    names = ("pairs", "rows") if linearised else ("value_function",)
+    return {name: GUIDES[name]() for name in (names if spec == AUTO else (spec,))}

@@ -1,36 +1,37 @@
-"""How the value function's gradient joins the task gradient."""
+"""Blending the gradient of the value function with the gradient of the loss."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from ..value.model import rescaled
 
+def blended(ascent: Tensor, loss_gradient: Tensor | None, value_weight: float) -> Tensor:
+    """The direction to step in, of length 1 (0 where nothing points anywhere).
 
-def correction(task_grad: Tensor, value_grad: Tensor, trust: float | Tensor, weight: float) -> Tensor:
-    """What is added to the task gradient: weight * trust * (|g| / |v|) * v.
-
-    Matching norms makes `weight` (the paper's lambda) independent of both units, and immune to loss scaling, gradient
-    accumulation and world size. It is zero where either gradient is zero, or the value gradient is not finite.
+    The value gradient is rescaled to `value_weight` times the length of the loss gradient, so that neither's unit
+    matters, and added to the negative of that.
 
     Args:
-        task_grad: g, [d].
-        value_grad: v, [d]; a step against it improves the metric.
-        trust: in [0, 1]; a number or a scalar tensor.
-        weight: >= 0.
-
-    Returns:
-        [d]. Not finite where `task_grad` is not (an fp16 overflow), so that a gradient scaler still skips the step.
+        ascent: [k] in which the metric improves.
+        loss_gradient: [k]; not needed where `value_weight` is infinite.
+        value_weight: lambda; infinity: the loss has no say.
 
     Example:
-        >>> import torch
-        >>> correction(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0]), trust=0.5, weight=2.0)
-        tensor([0., 5.])
+        >>> blended(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 5.0]), 1.0)
+        tensor([ 0.7071, -0.7071])
     """
-    value_grad = rescaled(value_grad)
-    norm, factor = value_grad.norm(), weight * trust
-    factor = factor.to(norm.dtype) if isinstance(factor, Tensor) else factor
-    added = value_grad * (factor * task_grad.norm() / norm)
-    # a direction that is no direction is not followed; chosen where the tensors are, without waiting for them
-    return torch.where((norm > 0) & norm.isfinite(), added, 0.0)
+    ascent = unit(ascent)
+    if math.isinf(value_weight) or loss_gradient is None:
+        return ascent
+    return unit(value_weight * ascent - unit(loss_gradient))
+
+
+def unit(vector: Tensor) -> Tensor:
+    """The same with length 1; zeros where it has none, or is not finite."""
+    norm = torch.linalg.vector_norm(vector.double())
+    if not torch.isfinite(norm) or norm == 0:
+        return torch.zeros_like(vector)
+    return (vector.double() / norm).to(vector.dtype)

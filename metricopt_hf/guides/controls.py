@@ -1,48 +1,41 @@
-"""Controls: guides that know nothing, which ours must beat."""
+"""Controls: guides that know nothing. What they reach is not due to the metric."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.trajectory import Trajectory
-from .base import DirectionGuide, GuideContext
-from .value_function import ValueFunctionGuide
+from ..evaluation.local_metric import LocalMetric
+from .base import Guide, GuideContext
+from .pairs import PairsGuide, slope_of
 
 
-class RandomGuide(DirectionGuide):
-    """A random direction in the same coordinates, drawn anew at each fit and kept until the next.
+class ShuffledGuide(PairsGuide):
+    """Makes the calls of `PairsGuide`, and learns from their values in a random order."""
 
-    It has to persist: one drawn anew at every step would be averaged away by Adam.
-    """
+    def fit(self, metric: LocalMetric, z: Tensor) -> None:
+        metric.halve()
+        offsets = metric.draw(self.count)
+        values = metric.values(torch.cat([z + offsets, z - offsets]))
+        values = values[torch.randperm(len(values), generator=self.context.generator).numpy()]
+        self.slope = slope_of(values[: self.count] - values[self.count :], offsets)
+
+
+class RandomGuide(Guide):
+    """Follows one random direction all the time: one drawn anew at each update would average out."""
 
     def start(self, context: GuideContext) -> None:
         super().start(context)
-        self.vector: Tensor | None = None
+        self.direction = torch.randn(context.dim, generator=context.generator)
 
-    def predict(self, z: np.ndarray) -> np.ndarray | None:
-        return None if self.vector is None else z @ self.vector.numpy()
+    def fit(self, metric: LocalMetric, z: Tensor) -> None:
+        pass
 
-    def fit(self, trajectory: Trajectory) -> None:
-        vector = torch.randn(self.context.coordinates.dim, generator=self.context.generator)
-        self.vector = vector / vector.norm()
+    def gradient(self, z: Tensor) -> Tensor:
+        return self.direction
 
-    def ascent(self, phi: Tensor) -> Tensor:
-        return self.context.coordinates.lift(self.vector.to(phi.device))
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"direction": self.direction}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "vector": self.vector}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.vector = state["vector"]
-
-
-class ShuffledGuide(ValueFunctionGuide):
-    """A value function that is fitted to the same observations with their scores shuffled anew at each fit."""
-
-    def scores(self, trajectory: Trajectory) -> np.ndarray:
-        return trajectory.scores[torch.randperm(len(trajectory), generator=self.context.generator).numpy()]
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.direction = state["direction"]

@@ -1,25 +1,13 @@
-"""phi: the few parameters that are tuned for the metric, and the compact coordinates in which they are seen."""
+"""phi: the few numbers of a model that are tuned for the metric, and the compact coordinates in which they are seen."""
 
 from torch import nn
 
-from .coordinates import Coordinates, gradient_pca, group_gradients, make_coordinates, random_basis
+from .coordinates import Coordinates
 from .film import FiLM
 from .space import PhiSpace
-from .subset import Subset, adapter, trainable
+from .subset import Subset, adapter
 
-__all__ = [
-    "Coordinates",
-    "FiLM",
-    "PhiSpace",
-    "Subset",
-    "adapter",
-    "from_spec",
-    "gradient_pca",
-    "group_gradients",
-    "make_coordinates",
-    "random_basis",
-    "trainable",
-]
+__all__ = ["Coordinates", "FiLM", "PhiSpace", "Subset", "adapter", "from_spec"]
 
 
 def from_spec(model: nn.Module, spec: str) -> PhiSpace:

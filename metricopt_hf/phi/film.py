@@ -1,85 +1,31 @@
-"""FiLM: a scale and a shift per channel behind norm layers, and the output layer's bias; they merge into plain weights.
+"""FiLM: a scale and a shift per channel of norm layers, and the output layer's bias, written into the norms' own weights.
 
 After FiLM (Perez et al., 2018): y = (1 + scale) * norm(x) + shift, with scale = shift = 0, the identity, at the start.
-Because norm(x) ends in `weight * x + bias`, the modulation merges: weight <- (1 + scale) * weight and
-bias <- (1 + scale) * bias + shift. The tuned model is then an ordinary model that needs nothing of ours.
+Because norm(x) ends in `weight * x + bias`, nothing has to be inserted: weight = (1 + scale) * weight_0 and
+bias = (1 + scale) * bias_0 + shift. The tuned model is an ordinary model at every moment.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, zeros
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import PhiError
-from .space import PhiSpace, reshard, whole
-
-SCALE, SHIFT = "film_scale", "film_shift"
-
-
-def _modulate(host: nn.Module, args, output: Tensor) -> Tensor:
-    """Forward hook. The parameters are read off the module, so wrappers may replace them and copies have theirs."""
-    shape = [1] * output.dim()
-    shape[host.film_dim] = -1
-    # in float32 up to the end: in bfloat16, 1 + scale would be 1 for every |scale| < 0.004; FSDP2 may cast it to that
-    scale = 1 + getattr(host, SCALE).float().reshape(shape)
-    shift = getattr(host, SHIFT, None)
-    # addcmul: one pass over the activations instead of two
-    modulated = output * scale if shift is None else torch.addcmul(shift.float().reshape(shape), output, scale)
-    return modulated.to(output.dtype)
-
-
-def _merged(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a norm layer with the modulation behind it multiplied in, in their own dtype."""
-    weight = (weight * (1 + scale)).to(weight.dtype)
-    return weight, None if bias is None else (bias * (1 + scale) + shift).to(bias.dtype)
-
-
-def _merge_saved(host_name: str, norm: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """State-dict hook of a modulated norm: whoever asks the model for its weights gets plain ones."""
-    scale, shift = (state.pop(prefix + _join(host_name, part), None) for part in (SCALE, SHIFT))
-    if scale is None or scale.is_meta:  # accelerate shards what is empty, and then puts the weights in
-        return
-    if scale.any() or (shift is not None and shift.any()):  # else the weights themselves
-        weight, bias = prefix + "weight", prefix + "bias"
-        with torch.no_grad():
-            merged = _merged(state[weight], state.get(bias), scale, shift)
-        state.update({name: value for name, value in zip((weight, bias), merged, strict=True) if value is not None})
-
-
-def _load_plain(host_name: str, norm: nn.Module, state: dict[str, Any], prefix: str, *args) -> None:
-    """Hook before a state dict is loaded: plain weights, merged ones too, make the modulation the identity."""
-    host = norm.get_submodule(host_name)
-    for part in (SCALE, SHIFT):
-        name = prefix + _join(host_name, part)
-        if hasattr(host, part) and name not in state and prefix + "weight" in state:
-            state[name] = _zeros(getattr(host, part))
-
-
-def _zeros(like: Tensor) -> Tensor:
-    """Zeros in the shape and sharding of `like`, on a device also where that is on none yet."""
-    if isinstance(like, DTensor) and like.is_meta:
-        return zeros(like.shape, dtype=like.dtype, device_mesh=like.device_mesh, placements=like.placements)
-    return torch.zeros_like(like)
-
-
-def _join(module_name: str, part: str) -> str:
-    return f"{module_name}.{part}" if module_name else part  # the model itself has no name
+from .space import PhiSpace, like, reshard, whole
+from .taps import Channels, Tap
 
 
 @dataclass(frozen=True)
 class _Site:
     """A norm layer that can be modulated: `host`, in it, is the module whose output is the norm's output."""
 
-    norm_name: str
+    name: str
     norm: nn.Module
-    host_name: str
     host: nn.Module
     channel_dim: int
 
@@ -88,7 +34,7 @@ def _channel_dim(norm: nn.Module, host: nn.Module) -> int | None:
     """The dimension of the output that weight and bias act on, or None where the layer is not `weight * x + bias`.
 
     Found by trying: a change of the weights must change the output as a modulation would. That also settles which
-    layers merge exactly, without a list of the norm classes of every library.
+    layers can be written to, without a list of the norm classes of every library.
     """
     weight, bias = norm.weight, getattr(norm, "bias", None)
     n = weight.numel()
@@ -202,10 +148,15 @@ def _output_layer(model: nn.Module) -> str | None:
     return last if last in linear | convolutions else None
 
 
-class FiLM(PhiSpace):
-    """Scale and shift behind norm layers of `model`, and the bias of its output layer (one number per logit).
+def _has(norm: nn.Module, part: str) -> bool:
+    return getattr(norm, part, None) is not None
 
-    Built means attached: the model computes the same as before until phi is moved. `merge` takes it out again.
+
+class FiLM(PhiSpace):
+    """Scale and shift of norm layers of `model`, and the bias of its output layer (one number per logit).
+
+    phi holds, norm by norm, scale and shift (of a norm without a bias, the scale alone), then the output bias, which
+    counts from zero like the rest: phi is 0 until it is moved.
 
     Args:
         model: any CNN or transformer whose norm layers have per-channel weights (timm, transformers, torchvision, own).
@@ -220,10 +171,10 @@ class FiLM(PhiSpace):
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
         >>> phi = FiLM(model)
-        >>> phi.names
-        ('1.film_scale', '1.film_shift', '3.bias')
-        >>> phi.merge(); [name for name, _ in model.named_parameters()]
-        ['0.weight', '0.bias', '1.weight', '1.bias', '3.weight', '3.bias']
+        >>> phi.names, phi.dim, float(phi.read().abs().max())
+        (('1.weight', '1.bias', '3.bias'), 19, 0.0)
+        >>> phi.write(phi.read() + 0.5); model[1].weight[0].item(), model[1].bias[0].item()
+        (1.5, 0.5)
     """
 
     def __init__(self, model: nn.Module, layers: str | None = None, output_bias: bool | str = "auto"):
@@ -235,85 +186,86 @@ class FiLM(PhiSpace):
                 "(`model.merge_and_unload()`)."
             )
         self._sites = self._find_sites(layers)
-        self._output_bias = self._find_output_bias(output_bias)
-        self._handles: list[RemovableHandle] = []
-        self._taken_out: dict[str, nn.Parameter] = {}  # by `merge`
-        self.attach()
+        self._output_layer = self._find_output_layer(output_bias)
+        self.reset()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.inserted + ((self._output_bias,) if self._output_bias else ())
+        parts = [(f"{s.name}." if s.name else "", s.norm) for s in self._sites]
+        norms = [prefix + part for prefix, norm in parts for part in ("weight", "bias") if _has(norm, part)]
+        return (*norms, *((self.output_bias,) if self._output_layer else ()))
 
     @property
     def output_bias(self) -> str | None:
-        return self._output_bias
+        """Name of the bias of the layer that makes the logits, if it is in phi."""
+        if not self._output_layer:
+            return None
+        # of a bias that two layers share (D-FINE's, RT-DETR v2's heads), the name that the model goes by
+        bias = self.model.get_submodule(self._output_layer).bias
+        return next(name for name, parameter in self.model.named_parameters() if parameter is bias)
 
-    @property
-    def inserted(self) -> tuple[str, ...]:
-        return tuple(
-            _join(site.host_name, part) for site in self._sites for part in (SCALE, SHIFT) if hasattr(site.host, part)
-        )
-
-    def merge(self) -> None:
+    def reset(self) -> None:
         reshard(self.model)
+        self._origin = [whole(p.detach()).clone() for p in self.parameters]
+        self._phi = torch.cat([torch.zeros(p.numel(), device=p.device) for p in self._origin])
+
+    def read(self) -> Tensor:
+        return self._phi.clone()
+
+    def write(self, phi: Tensor) -> None:
+        parts = [part for _, part in self.split(phi)]
         with torch.no_grad():
-            for site in self._sites:
-                if not hasattr(site.host, SCALE):
-                    continue
-                weight, bias = site.norm.weight, getattr(site.norm, "bias", None)
-                merged = _merged(weight, bias, getattr(site.host, SCALE), getattr(site.host, SHIFT, None))
-                for tensor, value in zip((weight, bias), merged, strict=True):
-                    if tensor is not None:
-                        tensor.copy_(value)
-                if isinstance(getattr(site.host, SCALE), DTensor):  # FSDP2 would put it in again, so it stays
-                    for part in (SCALE, SHIFT):
-                        if hasattr(site.host, part):
-                            getattr(site.host, part).zero_()
-                    continue
-                for part in (SCALE, SHIFT):
-                    if hasattr(site.host, part):
-                        self._taken_out[_join(site.host_name, part)] = getattr(site.host, part)
-                        delattr(site.host, part)
-                del site.host.film_dim
-        if not self.inserted:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
+            for parameter, value in zip(self.parameters, self._values(parts), strict=True):
+                parameter.copy_(like(value, parameter))
+        self._phi = phi.detach().to(self._phi, copy=True)
 
-    def attach(self) -> None:
+    def _values(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The parameters' values at phi, in float32."""
+        origin, parts = iter(self._origin), iter(parts)
         for site in self._sites:
-            if hasattr(site.host, SCALE):
-                continue
-            site.host.film_dim = site.channel_dim
-            self._insert(site, SCALE)
-            if getattr(site.norm, "bias", None) is not None:  # without a bias, a shift could not merge
-                self._insert(site, SHIFT)
-            name = site.host_name.removeprefix(site.norm_name).removeprefix(".")
-            self._handles += [
-                site.host.register_forward_hook(_modulate),
-                site.norm.register_state_dict_post_hook(partial(_merge_saved, name)),
-                site.norm.register_load_state_dict_pre_hook(partial(_load_plain, name)),
-            ]
+            scale = 1 + next(parts)
+            yield scale * next(origin).float()
+            if _has(site.norm, "bias"):
+                yield scale * next(origin).float() + next(parts)
+        if self._output_layer:
+            yield next(origin).float() + next(parts)
 
-    def _insert(self, site: _Site, part: str) -> None:
-        weight = site.norm.weight
-        # float32 whatever the model's dtype: steps of 1e-3 vanish in bfloat16
-        zeros = torch.zeros(weight.numel(), device=weight.device, dtype=torch.float32)
-        parameter = self._taken_out.pop(_join(site.host_name, part), None)
-        if parameter is None:
-            parameter = nn.Parameter(zeros)
-        else:
-            parameter.data = zeros
-        site.host.register_parameter(part, parameter)
+    def pull(self, gradients: Sequence[Tensor]) -> Tensor:
+        origin = iter(self._origin)
+        gradients = iter([whole(g.detach()).reshape(-1).float() for g in gradients])
+        parts = []
+        for site in self._sites:
+            by_scale = next(gradients) * next(origin).float()
+            if _has(site.norm, "bias"):
+                by_shift = next(gradients)
+                parts += [by_scale + by_shift * next(origin).float(), by_shift]
+            else:
+                parts.append(by_scale)
+        return torch.cat([*parts, *gradients])
+
+    def taps(self) -> Sequence[Tap]:
+        parts = iter([part for _, part in self.split(self._phi)])
+        found: list[Tap] = []
+        for site in self._sites:
+            scale, shift = next(parts), next(parts) if _has(site.norm, "bias") else None
+            found.append(Channels(site.host, site.channel_dim, scale, shift))
+        if self._output_layer:
+            layer = self.model.get_submodule(self._output_layer)
+            found.append(Channels(layer, -1 if isinstance(layer, nn.Linear) else 1, None, next(parts)))
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict()
-        for site in self._sites:
-            for part in ("weight", "bias"):
-                tensor = getattr(site.norm, part, None)
-                if tensor is not None:
-                    state[_join(site.norm_name, part)] = whole(tensor.detach()).cpu().clone()
-        return state
+        origin = {f"origin {name}": value.cpu() for name, value in zip(self.names, self._origin, strict=True)}
+        return {**origin, "phi": self._phi.cpu()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        expected = self.state_dict()
+        if given := {name for name in state if name in expected and state[name].shape == expected[name].shape}:
+            self._origin = [
+                state[f"origin {name}"].to(old) if f"origin {name}" in given else old
+                for name, old in zip(self.names, self._origin, strict=True)
+            ]
+        super().load_state_dict(state)
 
     def _find_sites(self, layers: str | None) -> list[_Site]:
         norms = _norm_layers(self.model)
@@ -326,34 +278,32 @@ class FiLM(PhiSpace):
                 raise PhiError(f"layers={layers!r} is no regular expression: {error}.") from None
         sites = []
         for name in chosen:
-            norm, host, host_name = norms[name], norms[name], name
+            norm = host = norms[name]
             # timm's norm-and-activation layers: what comes out of `drop` is what goes into the activation
             if hasattr(norm, "act") and isinstance(getattr(norm, "drop", None), nn.Module):
-                host, host_name = norm.drop, f"{name}.drop"
-            if hasattr(host, SCALE):
-                raise PhiError(f"{name} is modulated already: merge the first FiLM before building another.")
+                host = norm.drop
             dim = _channel_dim(norm, host)
             if dim is None:
                 if layers is None:
-                    continue  # by default, those that merge
+                    continue  # by default, those that can be written to
                 raise PhiError(
-                    f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so a FiLM behind it would not "
-                    'merge into plain weights. Choose others with `layers="..."`; norm layers here: '
+                    f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so FiLM cannot be written into "
+                    'its weights. Choose others with `layers="..."`; norm layers here: '
                     f"{', '.join(norms)}."
                 )
-            sites.append(_Site(name, norm, host_name, host, dim))
+            sites.append(_Site(name, norm, host, dim))
         if not sites:
             raise PhiError(self._no_site_message(layers, list(norms)))
         return sites
 
-    def _find_output_bias(self, output_bias: bool | str) -> str | None:
+    def _find_output_layer(self, output_bias: bool | str) -> str | None:
+        """Name of the layer whose bias is in phi; None where there is none."""
         if not output_bias:
             return None
         layer = _output_layer(self.model)
         bias = None if layer is None else self.model.get_submodule(layer).bias
         if bias is not None:
-            # of a bias that two layers share (D-FINE's, RT-DETR v2's heads), the name that the model goes by
-            return next(name for name, parameter in self.model.named_parameters() if parameter is bias)
+            return layer
         if output_bias == "auto":
             return None
         raise PhiError(

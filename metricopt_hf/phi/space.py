@@ -1,8 +1,7 @@
-"""PhiSpace: a few parameters of a model as one flat vector phi, read, written and restored in place.
+"""PhiSpace: a few numbers of a model as one flat vector phi, read, written, and differentiated row by row.
 
-Extension point: a new space says which parameters it is made of (`names`), and, if it inserted something into the
-model, how that merges back into plain weights and comes in again (`merge`, `attach`, `state_dict`), also in the model's
-own `state_dict()`, which anybody may save.
+Extension point. A new space says which parameters it writes (`names`), how phi becomes their values (`read`, `write`),
+and, if its outputs are to be linearised by backward passes, how a row's derivatives are had (`tap`).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import PhiError
+from .taps import Tap
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -43,47 +43,36 @@ def model_class(model: nn.Module) -> str:
     return type(model).__bases__[1].__name__ if isinstance(model, FSDPModule) else type(model).__name__
 
 
-def _like(value: Tensor, target: Tensor) -> Tensor:
+def like(value: Tensor, target: Tensor) -> Tensor:
     """`value` (whole) in the dtype, shape and sharding of `target`."""
     value = value.reshape(target.shape).to(device=target.device, dtype=target.dtype)
     return distribute_tensor(value, target.device_mesh, target.placements) if isinstance(target, DTensor) else value
 
 
 class PhiSpace(ABC):
-    """The parameters `names` of `model` as one vector phi: [dim] float32 on the model's device.
+    """Some numbers of `model` as one vector phi: [dim] float32 on the model's device.
 
-    Parameters are asked of the modules that hold them at every use, because wrappers such as FSDP2 replace the objects.
+    Nothing is inserted into the model: phi sets parameters that it has. Parameters are asked of the modules that hold
+    them at every use, because wrappers such as FSDP2 replace the objects.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._places: tuple[tuple[str, ...], list[tuple[dict[str, Any], str]]] = ((), [])  # of which names, where
 
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """Names of the parameters in `model.named_parameters()`, in phi's order."""
+        """Names in `model.named_parameters()` of the parameters that phi sets."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """The parameters that phi sets, in the order of `names`."""
         reshard(self.model)
-        if (names := self.names) != self._places[0]:
-            split = [name.rpartition(".") for name in names]
-            self._places = names, [(self.model.get_submodule(owner)._parameters, part) for owner, _, part in split]
-        return [parameters[part] for parameters, part in self._places[1]]
-
-    @property
-    def inserted(self) -> tuple[str, ...]:
-        """The `names` that the space itself put into the model and that `merge` removes."""
-        return ()
-
-    @property
-    def output_bias(self) -> str | None:
-        """Which of `names` is the bias of the layer that makes the logits, where the space knows it."""
-        return None
+        return [self.model.get_parameter(name) for name in self.names]
 
     @property
     def dim(self) -> int:
+        """How many numbers phi has."""
         return sum(p.numel() for p in self.parameters)
 
     @property
@@ -92,110 +81,95 @@ class PhiSpace(ABC):
         parameters = [[n, list(p.shape)] for n, p in zip(self.names, self.parameters, strict=True)]
         return {"kind": type(self).__name__, "parameters": parameters}
 
+    def reset(self) -> None:  # noqa: B027, a space without an origin of its own has nothing to do
+        """Take the model's present weights for phi's origin, from which `read` and `write` count."""
+
     def read(self) -> Tensor:
         """phi: [dim] float32, a copy."""
         return torch.cat([whole(p.detach()).reshape(-1).float() for p in self.parameters])
 
     def write(self, phi: Tensor) -> None:
-        """Set phi: [dim]."""
+        """Set phi: [dim].
+
+        Raises:
+            PhiError: the vector has another length.
+        """
         with torch.no_grad():
-            for parameter, value in self._split(phi):
-                parameter.copy_(_like(value, parameter))
+            for parameter, value in self.split(phi):
+                parameter.copy_(like(value, parameter))
 
-    def read_grad(self) -> Tensor:
-        """The gradient at phi: [dim] float32; a parameter without one counts as zero."""
-        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters)
-        return torch.cat([whole(g.detach()).reshape(-1).float() for g in grads])
+    def split(self, vector: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its part of a vector that has a number for each of theirs.
 
-    def add_grad(self, vector: Tensor) -> None:
-        """Add `vector`: [dim] to the gradients, creating those that are None."""
-        for parameter, value in self._split(vector):
-            value = _like(value, parameter)
-            parameter.grad = value.clone() if parameter.grad is None else parameter.grad.add_(value)
+        Raises:
+            PhiError: the vector has another length.
+        """
+        parameters = self.parameters
+        sizes = [p.numel() for p in parameters]
+        if vector.shape != (sum(sizes),):
+            raise PhiError(f"phi has {sum(sizes)} numbers, the vector given has shape {tuple(vector.shape)}.")
+        return zip(parameters, vector.split(sizes), strict=True)
+
+    def gradient(self, loss: Callable[[], Tensor]) -> Tensor:
+        """The gradient of a loss at phi: [dim] float32. A parameter that the loss does not use counts as zero.
+
+        Args:
+            loss: computes it, differentiable in the model's parameters.
+        """
+        parameters = self.parameters
+        needed = [p.requires_grad for p in parameters]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                found = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        finally:
+            for parameter, needs in zip(parameters, needed, strict=True):
+                parameter.requires_grad_(needs)
+        return self.pull([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)])
+
+    def pull(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Gradients of the parameters, in the order of `names`, as one of phi: [dim] float32."""
+        return torch.cat([whole(g.detach()).reshape(-1).float() for g in gradients])
+
+    def taps(self) -> Sequence[Tap] | None:
+        """For each part of phi, in order, how a row's derivatives are had; None: they are not (see `linearize`)."""
+        return None
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """On leaving, whatever happened inside, phi is bit for bit what it was."""
+        """On leaving, whatever happened inside, phi is what it was and its parameters are the same bit for bit."""
         parameters = self.parameters
-        before = [p.detach().clone() for p in parameters]
+        phi, before = self.read(), [p.detach().clone() for p in parameters]
         try:
             yield
         finally:
+            self.write(phi)
             reshard(self.model)
             with torch.no_grad():
                 for parameter, value in zip(parameters, before, strict=True):
                     parameter.copy_(value)
 
-    def idle(self, outputs: Callable[[], Sequence[Tensor]]) -> list[str]:
-        """The `names` that change nothing of what `outputs` computes: tuning them is in vain."""
-        generator = torch.Generator().manual_seed(0)
-        idle = self._idle(self.names, outputs, generator)
-        if idle:  # beside a factor of 0, as LoRA begins with, the other factor changes nothing; elsewhere it does
-            with self.restored(), torch.no_grad():
-                for parameter in self.parameters:
-                    parameter.add_(_like(0.1 * torch.randn(parameter.shape, generator=generator), parameter))
-                idle = self._idle(idle, outputs, generator)
-        return idle
-
-    def _idle(
-        self, names: Sequence[str], outputs: Callable[[], Sequence[Tensor]], generator: torch.Generator
-    ) -> list[str]:
-        """Those of `names` that change nothing where phi is now."""
-        before, idle = outputs(), []
-        for name in names:
-            with self.restored(), torch.no_grad():
-                parameter = self.model.get_parameter(name)
-                parameter.add_(_like(torch.randn(parameter.shape, generator=generator), parameter))
-                after = outputs()
-            if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(before, after, strict=True)):
-                idle.append(name)
-        return idle
-
-    def attach(self) -> None:  # noqa: B027, where nothing was inserted there is nothing to do
-        """Insert again, as the identity, what `merge` took out: the same parameters, so that an optimizer has them."""
-
-    def merge(self) -> None:  # noqa: B027
-        """Turn whatever is inserted into plain weights and take it out; the outputs stay the same."""
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """Inside, the model is the plain one that `merge` would leave; afterwards, bit for bit what it was."""
-        if not self.inserted:
-            yield
-            return
-        state = self.state_dict()
-        self.merge()
-        try:
-            yield
-        finally:
-            self.attach()
-            self.load_state_dict(state)
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that has to be put back, beside a merged checkpoint, to continue exactly."""
-        return {name: p.detach().cpu().clone() for name, p in zip(self.names, map(whole, self.parameters), strict=True)}
+        """What has to be put back, beside the model's own weights, to continue exactly."""
+        return {"phi": self.read().cpu()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        """Put back what `state_dict` gave.
+
+        Raises:
+            PhiError: it is of another phi.
+        """
         given, expected = ({(n, tuple(t.shape)) for n, t in s.items()} for s in (state, self.state_dict()))
         if given != expected:
             raise PhiError(
                 f"The saved phi holds {sorted(given - expected)}, this model's phi has {sorted(expected - given)} "
                 "instead: build it with the same `phi`, on the same model, as in the run that saved it."
             )
-        with torch.no_grad():
-            for name, value in state.items():
-                tensors[name].copy_(_like(value, tensors[name]))
+        self.write(state["phi"].to(self.parameters[0].device))
 
     def __add__(self, other: PhiSpace) -> PhiSpace:
         return Union(self, other)
-
-    def _split(self, vector: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        parameters = self.parameters
-        sizes = [p.numel() for p in parameters]
-        if vector.shape != (sum(sizes),):
-            raise PhiError(f"phi has {sum(sizes)} numbers, the vector given has shape {tuple(vector.shape)}.")
-        return zip(parameters, vector.split(sizes), strict=True)
 
 
 class Union(PhiSpace):
@@ -213,21 +187,32 @@ class Union(PhiSpace):
     def names(self) -> tuple[str, ...]:
         return self.parts[0].names + self.parts[1].names
 
-    @property
-    def inserted(self) -> tuple[str, ...]:
-        return self.parts[0].inserted + self.parts[1].inserted
-
-    @property
-    def output_bias(self) -> str | None:
-        return self.parts[0].output_bias or self.parts[1].output_bias
-
-    def attach(self) -> None:
+    def reset(self) -> None:
         for part in self.parts:
-            part.attach()
+            part.reset()
 
-    def merge(self) -> None:
-        for part in self.parts:
-            part.merge()
+    def read(self) -> Tensor:
+        return torch.cat([part.read() for part in self.parts])
+
+    def write(self, phi: Tensor) -> None:
+        count = self.parts[0].dim
+        if phi.shape != (self.dim,):
+            raise PhiError(f"phi has {self.dim} numbers, the vector given has shape {tuple(phi.shape)}.")
+        for part, own in zip(self.parts, (phi[:count], phi[count:]), strict=True):
+            part.write(own)
+
+    def pull(self, gradients: Sequence[Tensor]) -> Tensor:
+        count = len(self.parts[0].names)
+        return torch.cat([self.parts[0].pull(gradients[:count]), self.parts[1].pull(gradients[count:])])
+
+    def taps(self) -> Sequence[Tap] | None:
+        found = [part.taps() for part in self.parts]
+        return None if None in found else [tap for taps in found for tap in taps]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {**self.parts[0].state_dict(), **self.parts[1].state_dict()}
+        parts = (part.state_dict() for part in self.parts)
+        return {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for i, part in enumerate(self.parts):
+            part.load_state_dict({n.partition(".")[2]: v for n, v in state.items() if n.startswith(f"{i}.")})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 
 from torch import nn
 
 from ..errors import PhiError
 from .space import PhiSpace
+from .taps import Linear, Tap
 
 
 class Subset(PhiSpace):
@@ -43,6 +46,16 @@ class Subset(PhiSpace):
     @property
     def names(self) -> tuple[str, ...]:
         return self._names
+
+    def taps(self) -> Sequence[Tap] | None:
+        """Of linear layers, a LoRA adapter's included; None where another layer's parameters are among them."""
+        found: list[Tap] = []
+        for owner, parts in itertools.groupby(self._names, key=lambda name: name.rpartition(".")[0]):
+            module, parts = self.model.get_submodule(owner), [name.rpartition(".")[2] for name in parts]
+            if not isinstance(module, nn.Linear) or not set(parts) <= {"weight", "bias"}:
+                return None
+            found.append(Linear(module, "weight" in parts, "bias" in parts))
+        return found
 
 
 def adapter(model: nn.Module) -> Subset:

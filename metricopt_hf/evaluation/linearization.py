@@ -1,0 +1,134 @@
+"""Linearization: a model's predictions near phi as a first-order function of compact coordinates, without a pass.
+
+    outputs(z) = outputs(0) + jacobian z          z: [k]; phi + basis z is then in the model
+
+Minimum error rate training (Och, 2003) calls a metric on outputs that are linear in the few weights of a log-linear
+model; here they are linear in the parameters of any network, near where it was linearised. The metric itself is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import EvalPrediction
+
+from .rows import FIELDS, num_rows, take_rows
+
+
+@dataclass(frozen=True)
+class LinearLeaf:
+    """One array of the predictions that depends on phi.
+
+    Attributes:
+        outputs: its values at phi, float32, rows first.
+        jacobian: [*shape, k] float32, or, with `columns`, [rows, m, k].
+        columns: [rows, m] int64 which outputs of each row move; None: all of them.
+    """
+
+    outputs: Tensor
+    jacobian: Tensor
+    columns: Tensor | None = None
+
+    def at(self, z: Tensor) -> Tensor:
+        """Values where phi is moved by z: [k]."""
+        moved = self.jacobian @ z
+        return self.outputs + moved if self.columns is None else self.outputs.scatter_add(1, self.columns, moved)
+
+    def rows(self, rows: Tensor) -> LinearLeaf:
+        """The same for some rows."""
+        columns = None if self.columns is None else self.columns[rows]
+        return LinearLeaf(self.outputs[rows], self.jacobian[rows], columns)
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """The gradient of a number by the outputs, as one by z: [k]."""
+        if self.columns is not None:
+            gradient = gradient.gather(1, self.columns)
+        return torch.tensordot(gradient, self.jacobian, gradient.dim())
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """Predictions and labels of a data set near phi.
+
+    Attributes:
+        centre: predictions and labels at phi.
+        leaves: position of an array in `centre` (flattened) -> how it moves.
+        concat: whether batches are joined (see `rows`).
+    """
+
+    centre: EvalPrediction
+    leaves: dict[int, LinearLeaf]
+    concat: bool = True
+
+    @property
+    def num_rows(self) -> int:
+        """How many examples it is of."""
+        return num_rows(self.centre, self.concat)
+
+    @property
+    def dim(self) -> int:
+        """k, the number of coordinates."""
+        return next(iter(self.leaves.values())).jacobian.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the derivatives."""
+        return sum(leaf.jacobian.nbytes for leaf in self.leaves.values())
+
+    @cached_property
+    def decisions(self) -> LinearLeaf | None:
+        """The outputs as logits: [rows] or [rows, classes]; None where they are something else."""
+        if len(self.leaves) != 1 or not self.concat:
+            return None
+        (leaf,) = self.leaves.values()
+        return leaf if leaf.outputs.dim() <= 2 else None
+
+    def at(self, z: Tensor) -> EvalPrediction:
+        """Predictions and labels where phi is moved by z: [k]."""
+        return self.planted({i: leaf.at(z) for i, leaf in self.leaves.items()})
+
+    def rows(self, rows: np.ndarray) -> Linearization:
+        """The same for some rows, in increasing order."""
+        if self.concat:
+            index = torch.as_tensor(rows)
+            leaves = {i: leaf.rows(index) for i, leaf in self.leaves.items()}
+            return replace(self, centre=take_rows(self.centre, rows), leaves=leaves)
+        # lists of batches: the rows of each coordinate's slopes are taken as those of the predictions are
+        parts = [
+            arrays(take_rows(self.planted({i: leaf.jacobian[..., j] for i, leaf in self.leaves.items()}), rows, False))
+            for j in range(self.dim)
+        ]
+        centre = take_rows(self.centre, rows, False)
+        values = arrays(centre)
+        moving = [i for i in range(len(values)) if any(not np.array_equal(part[i], values[i]) for part in parts)]
+        leaves = {
+            i: LinearLeaf(torch.as_tensor(values[i]), torch.as_tensor(np.stack([part[i] for part in parts], -1)))
+            for i in moving
+        }
+        return Linearization(centre, leaves, False) if leaves else self
+
+    def planted(self, values: dict[int, Tensor]) -> EvalPrediction:
+        """`centre` with other arrays at some positions."""
+        return planted(self.centre, values)
+
+
+def _tree(prediction: EvalPrediction) -> dict:
+    return {name: getattr(prediction, name) for name in FIELDS}
+
+
+def arrays(prediction: EvalPrediction) -> list:
+    """All leaves of the fields of a prediction, in order."""
+    return tree_flatten(_tree(prediction))[0]
+
+
+def planted(prediction: EvalPrediction, values: dict[int, Tensor]) -> EvalPrediction:
+    """`prediction` with other arrays at some positions of `arrays`."""
+    leaves, spec = tree_flatten(_tree(prediction))
+    for i, value in values.items():
+        leaves[i] = value.numpy()
+    return EvalPrediction(**tree_unflatten(leaves, spec))

@@ -1,0 +1,321 @@
+"""Linearizer: makes a `Linearization` of a data set at the present phi, in the cheapest way that the model allows.
+
+Row by row: every layer that phi sets gets a perturbation for each row (see `phi.taps`), so that one backward pass per
+output gives that output's derivatives for all rows, in all of phi. Else by differences: one forward pass more for each
+coordinate, which works for any outputs that are a smooth function of phi.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only
+from transformers import EvalPrediction
+
+from ..phi.coordinates import (
+    JACOBIAN,
+    LOSS,
+    RANDOM,
+    Coordinates,
+    leading_directions,
+    output_directions,
+    random_directions,
+)
+from ..phi.space import is_sharded
+from ..phi.taps import NotRowByRow, jacobian_rows, tapped
+from .evaluator import BatchOutput, Evaluator, undisturbed
+from .linearization import LinearLeaf, Linearization, arrays
+from .rows import num_rows, take_rows
+
+logger = logging.getLogger(__name__)
+
+ROW_BY_ROW, DIFFERENCES = "row by row", "differences"
+MOST_OUTPUTS = 32  # numbers a row, up to which each has a backward pass
+LARGEST_LOGITS = 10  # of more logits, how many of each row have one
+MOST_DIFFERENCES = 16  # coordinates, where each takes a forward pass
+STEP = 0.05  # of a difference, along a unit direction
+TRIED, MOST_OFF = 0.01, 0.5  # size of the step by which derivatives are tried, and how far they may be off, relatively
+BASIS_BYTES = 2**28  # of derivatives in all of phi, from which coordinates are found
+MOST_BYTES = 2**30  # of a linearization; of more rows, so many are drawn
+GRADIENTS_PER_COORDINATE = 4  # mini-batch gradients of the loss, where coordinates are found by them
+
+
+class NotLinearizable(Exception):
+    """The predictions are no smooth function of phi; the message says why."""
+
+
+@dataclass(frozen=True)
+class RowDerivatives:
+    """Of one batch: what the model predicts, and the derivatives of some outputs of each row.
+
+    Attributes:
+        leaf: position of the array among the leaves of the batch's logits.
+        jacobian: [rows, m, d], or [rows, m, k] in coordinates.
+        columns: [rows, m] which outputs; None: all.
+    """
+
+    output: BatchOutput
+    leaf: int
+    jacobian: Tensor
+    columns: Tensor | None
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[list[Any]]:
+    """Inside, the model's forward passes record a graph, whoever switched gradients off; yields what they return."""
+    returned: list[Any] = []
+
+    def enter(module, args):
+        torch.set_grad_enabled(True)
+
+    def leave(module, args, output):
+        returned.append(output)
+        torch.set_grad_enabled(False)
+
+    needed = [(p, p.requires_grad) for p in model.parameters()]
+    handles = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
+    try:
+        for parameter, _ in needed:
+            parameter.requires_grad_(False)
+        with torch.compiler.set_stance("force_eager"):
+            yield returned
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, needs in needed:
+            parameter.requires_grad_(needs)
+
+
+class Linearizer:
+    """Linearises what an evaluator predicts.
+
+    Args:
+        evaluator: of the observation set.
+        dim: the most coordinates.
+        loss_gradients: count -> [count, d] gradients of the training loss on as many mini-batches, for the coordinates
+            where outputs are not differentiated row by row; None: random directions instead.
+        generator: draws rows and directions, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        dim: int,
+        loss_gradients: Callable[[int], Tensor] | None,
+        generator: torch.Generator,
+    ):
+        self.evaluator, self.dim, self.loss_gradients, self.generator = evaluator, dim, loss_gradients, generator
+        self.way = DIFFERENCES if evaluator.phi.taps() is None or not evaluator.concat else ROW_BY_ROW
+
+    def coordinates(self) -> Coordinates:
+        """The coordinates at the present phi: those that move the model's decisions most."""
+        phi = self.evaluator.phi
+        dim = min(self.dim, phi.dim)
+        basis, kind = None, JACOBIAN
+        if self.way == ROW_BY_ROW:
+            try:
+                basis = self._decisive_directions(dim)
+                self._check(basis)
+            except (NotRowByRow, RuntimeError) as error:
+                logger.info(f"Outputs are linearised by differences of forward passes, not row by row: {error}")
+                self.way, basis = DIFFERENCES, None
+        if basis is None:
+            dim, kind = min(dim, MOST_DIFFERENCES), LOSS
+            if self.loss_gradients is not None:
+                basis = leading_directions(self.loss_gradients(GRADIENTS_PER_COORDINATE * dim).cpu(), dim)
+        if basis is None:
+            basis, kind = random_directions(phi.dim, dim, self.generator), RANDOM
+        return Coordinates(phi.read(), basis.to(phi.read().device), kind)
+
+    def linearize(self, basis: Tensor, prediction: EvalPrediction) -> Linearization:
+        """At the present phi.
+
+        Args:
+            basis: [d, k] of the coordinates.
+            prediction: what the model predicts there.
+
+        Raises:
+            NotLinearizable: the predictions are no smooth function of phi, or take up too much memory.
+        """
+        if is_sharded(self.evaluator.phi.model):
+            raise NotLinearizable("FSDP2 has sharded the model")
+        with undisturbed(self.evaluator.phi.model):
+            return self._by_rows(basis, prediction) if self.way == ROW_BY_ROW else self._by_differences(basis, prediction)
+
+    def backward_passes(self, outputs: int) -> int:
+        """Passes over the set that a linearization takes beside the one that predicts, forward or backward.
+
+        Args:
+            outputs: numbers a row.
+        """
+        if self.way == DIFFERENCES:
+            return min(self.dim, MOST_DIFFERENCES, self.evaluator.phi.dim)
+        return 1 + (outputs if outputs <= MOST_OUTPUTS else LARGEST_LOGITS)
+
+    # Row by row
+
+    def _decisive_directions(self, dim: int) -> Tensor | None:
+        """[d, <= dim] from as many rows' derivatives as `BASIS_BYTES` hold."""
+        rows, room = [], BASIS_BYTES / self.evaluator.world_size
+        with undisturbed(self.evaluator.phi.model):
+            for _, made in self.evaluator.outputs(self._derivatives):
+                if (size := made.jacobian.nbytes) <= room:
+                    rows.append(made.jacobian)
+                elif room > 0:
+                    rows.append(made.jacobian[: max(1, int(len(made.jacobian) * room / size))])
+                room -= size
+        widest = max(jacobian.shape[1] for jacobian in rows)
+        return output_directions(torch.cat([jacobian for jacobian in rows if jacobian.shape[1] == widest]), dim)
+
+    def _derivatives(self, batch: Any, basis: Tensor | None = None) -> RowDerivatives:
+        """Run a batch, and differentiate its outputs row by row.
+
+        Raises:
+            NotRowByRow: that is not possible.
+        """
+        phi = self.evaluator.phi
+        taps = phi.taps()
+        with differentiable(phi.model) as returned, tapped(taps):
+            output = self.evaluator.predict(batch)
+            leaf, outputs = _differentiable_leaf(output.logits, returned)
+            flat = outputs if outputs.dim() == 2 else outputs[:, None]
+            columns = None
+            if flat.shape[1] > MOST_OUTPUTS:
+                columns = flat.detach().topk(LARGEST_LOGITS, 1).indices.sort(1).values
+                flat = flat.gather(1, columns)
+            parts = []
+            for column in range(flat.shape[1]):
+                rows = jacobian_rows(flat[:, column], taps)
+                parts.append(rows if basis is None else rows @ basis)
+            jacobian = torch.stack(parts, 1)
+        output = tree_map_only(Tensor, Tensor.detach, output)
+        return RowDerivatives(output, leaf, jacobian.cpu(), None if columns is None else columns.cpu())
+
+    def _by_rows(self, basis: Tensor, prediction: EvalPrediction) -> Linearization:
+        total, kept, start = num_rows(prediction), [], 0
+        parts: list[RowDerivatives] = []
+        chosen: np.ndarray | None = None
+        for _, made in self.evaluator.outputs(lambda batch: self._derivatives(batch, basis)):
+            if chosen is None:
+                share = MOST_BYTES / (total * made.jacobian[0].nbytes)
+                order = torch.randperm(total, generator=self.generator) if share < 1 else torch.arange(total)
+                chosen = np.zeros(total, bool)
+                chosen[order[: max(1, int(min(1.0, share) * total))].numpy()] = True
+            count = len(made.jacobian)
+            rows = torch.as_tensor(np.flatnonzero(chosen[start : start + count]))
+            columns = None if made.columns is None else made.columns[rows]
+            parts.append(RowDerivatives(made.output, made.leaf, made.jacobian[rows], columns))
+            kept.append(rows.numpy() + start)
+            start += count
+        if start != total:
+            raise NotLinearizable(f"{start} rows were differentiated, and {total} are predicted")
+        rows = np.concatenate(kept)
+        centre = prediction if len(rows) == total else take_rows(prediction, rows)
+        position = parts[0].leaf  # the predictions come first
+        outputs = torch.as_tensor(np.asarray(arrays(centre)[position], np.float32))
+        jacobian = torch.cat([part.jacobian for part in parts])
+        columns = None if parts[0].columns is None else torch.cat([part.columns for part in parts])
+        if outputs.dim() == 1:
+            jacobian = jacobian[:, 0]
+        return Linearization(centre, {position: LinearLeaf(outputs, jacobian, columns)})
+
+    def _check(self, basis: Tensor | None) -> None:
+        """Are derivatives right for the first batch? They are not where rows of a batch depend on each other.
+
+        Raises:
+            NotRowByRow: they are off, or nothing moves.
+        """
+        evaluator, phi = self.evaluator, self.evaluator.phi
+        if basis is None:
+            raise NotRowByRow("the outputs do not depend on phi.")
+        step = TRIED * torch.randn(phi.dim, generator=self.generator)
+        with undisturbed(phi.model):
+            _, made = next(evaluator.outputs(self._derivatives))
+            with phi.restored():
+                phi.write(phi.read() + step.to(phi.read().device))
+                _, moved = next(evaluator.outputs())
+        before, after = (tree_flatten(output.logits)[0][made.leaf].float().cpu() for output in (made.output, moved))
+        expected = made.jacobian @ step
+        true = after - before
+        true = true[:, None] if true.dim() == 1 else true
+        true = true if made.columns is None else true.gather(1, made.columns)
+        off = float((true - expected).norm() / true.norm().clamp_min(1e-30))
+        if not off <= MOST_OFF:
+            raise NotRowByRow(f"row by row, derivatives are off by {off:.2g} of a small step.")
+
+    # By differences
+
+    def _by_differences(self, basis: Tensor, prediction: EvalPrediction) -> Linearization:
+        phi, evaluator = self.evaluator.phi, self.evaluator
+        here = arrays(prediction)
+        floats = [i for i, value in enumerate(here) if _is_float(value) and i in _moving(prediction)]
+        size = sum(4 * here[i].size for i in floats) * basis.shape[1]
+        if not floats:
+            raise NotLinearizable("the model's outputs hold no floating-point numbers")
+        if size > MOST_BYTES:
+            raise NotLinearizable(f"the derivatives of all outputs would take {size / 2**30:.1f} GiB")
+        slopes: dict[int, list[Tensor]] = {i: [] for i in floats}
+        with phi.restored():
+            start = phi.read()
+            for direction in basis.T:
+                phi.write(start + STEP * direction)
+                there = arrays(evaluator.joined(output for _, output in evaluator.outputs()))
+                self._compare(here, there, floats)
+                for i in floats:
+                    slopes[i].append(torch.as_tensor((there[i].astype(np.float32) - here[i]) / STEP))
+        leaves = {i: LinearLeaf(torch.as_tensor(here[i].astype(np.float32)), torch.stack(s, -1)) for i, s in slopes.items()}
+        leaves = {i: leaf for i, leaf in leaves.items() if leaf.jacobian.any()}
+        if not leaves:
+            raise NotLinearizable("the model's outputs do not depend on phi")
+        return Linearization(prediction, leaves, evaluator.concat)
+
+    @staticmethod
+    def _compare(here: list, there: list, floats: list[int]) -> None:
+        if len(here) != len(there) or any(np.shape(a) != np.shape(b) for a, b in zip(here, there, strict=False)):
+            raise NotLinearizable("the shape of the model's outputs changes with phi")
+        for i, (a, b) in enumerate(zip(here, there, strict=True)):
+            if isinstance(a, np.ndarray) and i not in floats and not _is_float(a) and not np.array_equal(a, b):
+                raise NotLinearizable("the model's outputs are whole numbers that change with phi")
+
+
+def _differentiable_leaf(logits: Any, returned: list[Any]) -> tuple[int, Tensor]:
+    """(position, the same with its graph) of the one floating-point array of numbers per row among a batch's logits.
+
+    Raises:
+        NotRowByRow: there are several, none, or none that the model itself has returned in one call.
+    """
+    leaves = [
+        (i, leaf) for i, leaf in enumerate(tree_flatten(logits)[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    if len(returned) != 1 or len(leaves) != 1:
+        raise NotRowByRow(f"{len(returned)} calls of the model make {len(leaves)} arrays of outputs.")
+    ((position, leaf),) = leaves
+    if leaf.dim() > 2 or leaf.dim() == 0:
+        raise NotRowByRow(f"outputs of shape {list(leaf.shape)} are more than some numbers per row.")
+    for tensor in tree_flatten(_plain(returned[0]))[0]:
+        if isinstance(tensor, Tensor) and tensor.shape == leaf.shape and tensor.requires_grad:
+            if torch.equal(tensor.detach().to(leaf.dtype), leaf):
+                return position, tensor
+    raise NotRowByRow("the predictions are not what the model returns, but made of it.")
+
+
+def _plain(output: Any) -> Any:
+    return dict(output) if hasattr(output, "keys") else output
+
+
+def _moving(prediction: EvalPrediction) -> set[int]:
+    """Positions in `arrays` that may depend on phi: those of predictions and losses."""
+    leaves = {id(leaf) for tree in (prediction.predictions, prediction.losses) for leaf in tree_flatten(tree)[0]}
+    return {i for i, leaf in enumerate(arrays(prediction)) if id(leaf) in leaves}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
+

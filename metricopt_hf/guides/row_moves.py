@@ -1,0 +1,150 @@
+"""Row moves: what each row's decision is worth to the metric, from calls in which one row alone is decided otherwise.
+
+The value function V(z) = sum over rows i and classes c of worth[i, c] * softmax(outputs_i(z))_c is differentiable, and
+on a linearization its gradient needs no further call. Such calls recover labels from the black box: for an accuracy,
+the class that raises the metric is the label. So this guide uses the metric as a labelled set would be used; it knows
+of each row what the metric tells of it, and reads no label itself.
+
+Nearest to it are metric-optimised example weights (Zhao et al., 2018) and FWEG (Jiang et al., ICML 2021), which elicit
+weights of training examples, or of groups of them, from a black-box metric; here every row that is observed has its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from transformers import EvalPrediction
+
+from ..evaluation.linearization import Linearization
+from ..evaluation.local_metric import LocalMetric
+from .base import Guide, GuideContext
+
+NOISE = 0.3  # on the logits, so that decisions near the boundary count with either side
+DECAY = 0.9  # of what earlier updates have found
+MOST_CALLS = 250  # in an update: of more moves, so many are drawn
+
+
+class RowMovesGuide(Guide):
+    """Follows the gradient of what the rows' decisions are worth.
+
+    Rows with the same labels and the same decision are exchangeable for a metric that looks at nothing else, so that
+    one call serves them all.
+    """
+
+    def start(self, context: GuideContext) -> None:
+        super().start(context)
+        self.worth: np.ndarray | None = None  # [rows, classes] sums of effects
+        self.count: np.ndarray | None = None  # [rows, classes] of how many
+        self.linear: Linearization | None = None
+
+    def applies(self, metric: LocalMetric) -> bool:
+        """Whether the metric is one of decisions: it is the same if the logits are replaced by their order's top."""
+        linear = metric.linearization
+        if linear is None or metric.on_all_rows or linear.decisions is None or not _labels(linear.centre):
+            return False
+        logits = _two_sided(linear.decisions.outputs)
+        decided = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float() * 2 - 1
+        as_they_are, decided = metric.values_of(
+            lambda i: _planted(linear, (logits, decided)[i]), 2
+        )
+        return bool(np.isclose(as_they_are, decided))
+
+    def fit(self, metric: LocalMetric, z: Tensor) -> None:
+        metric.halve()
+        self.linear, rows = metric.linearization, metric.rows
+        logits = _two_sided(self.linear.decisions.at(z))
+        if self.worth is None or self.worth.shape != logits.shape:
+            self.worth, self.count = np.zeros(logits.shape), np.zeros(logits.shape)
+        seen = logits[torch.as_tensor(rows)]
+        seen = seen + NOISE * torch.randn(seen.shape, generator=self.context.generator)
+        effects, known = self._effects(metric, seen, rows)
+        self.worth *= DECAY
+        self.count *= DECAY
+        self.worth[rows] += effects
+        self.count[rows] += known
+
+    def _effects(self, metric: LocalMetric, logits: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """([rows, classes] by how much the metric changes if a row alone is decided so, [rows, classes] if known)."""
+        count, classes = logits.shape
+        decisions = logits.argmax(1).numpy()
+        kinds = np.column_stack([_kinds(metric.linearization.centre)[rows], decisions])
+        _, first, kind = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
+        kind = kind.reshape(-1)
+        moves = [(i, c) for i in first for c in range(classes) if c != decisions[i]]
+        if len(moves) > MOST_CALLS:
+            drawn = torch.randperm(len(moves), generator=self.context.generator)[:MOST_CALLS]
+            moves = [moves[i] for i in np.sort(drawn.numpy())]
+
+        def moved(i: int) -> EvalPrediction:
+            if i == 0:
+                return _planted(metric.part, logits)
+            row, other = moves[i - 1]
+            changed, own = logits.clone(), decisions[row]
+            changed[row, [own, other]] = logits[row, [other, own]]
+            return _planted(metric.part, changed)
+
+        values = metric.values_of(moved, len(moves) + 1)
+        effects, known = np.zeros((len(first), classes)), np.zeros((len(first), classes))
+        place = {row: i for i, row in enumerate(first)}
+        for (row, other), change in zip(moves, np.nan_to_num(values[1:] - values[0]), strict=True):
+            effects[place[row], other] = change
+            known[place[row], other] = 1
+        known[np.arange(len(first)), decisions[first]] = 1  # as it is, nothing changes
+        return effects[kind], known[kind]
+
+    def gradient(self, z: Tensor) -> Tensor:
+        if self.worth is None or not self.worth.any():
+            return torch.zeros(self.context.dim)
+        worth = torch.as_tensor(self.worth / np.maximum(self.count, 1e-9), dtype=torch.float32)
+        best = worth.max(1)
+        weight = best.values - (worth.sum(1) - best.values) / (worth.shape[1] - 1)  # against the mean of the others
+        leaf = self.linear.decisions
+        outputs = leaf.at(z)
+        target = torch.nn.functional.one_hot(best.indices, worth.shape[1]).float()
+        # of cross-entropy towards each row's best class, weighted by what that class is worth
+        slope = (target - _two_sided(outputs).softmax(1)) * (weight / weight.sum().clamp_min(1e-30))[:, None]
+        return leaf.pull(slope if outputs.dim() == 2 and outputs.shape[1] > 1 else slope[:, 1].reshape(outputs.shape))
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.worth is None:
+            return {}
+        return {"worth": torch.as_tensor(self.worth), "count": torch.as_tensor(self.count)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.worth, self.count = state["worth"].numpy(), state["count"].numpy()
+
+
+def _two_sided(outputs: Tensor) -> Tensor:
+    """[rows, classes]; of one logit per row, the logits 0 and that."""
+    if outputs.dim() == 2 and outputs.shape[1] > 1:
+        return outputs
+    one = outputs.reshape(-1)
+    return torch.stack([torch.zeros_like(one), one], 1)
+
+
+def _planted(linear: Linearization, logits: Tensor) -> EvalPrediction:
+    """Predictions with these logits, [rows, classes] as `_two_sided` has them."""
+    ((position, leaf),) = linear.leaves.items()
+    outputs = leaf.outputs
+    if not (outputs.dim() == 2 and outputs.shape[1] > 1):
+        logits = (logits[:, 1] - logits[:, 0]).reshape(outputs.shape)
+    return linear.planted({position: logits})
+
+
+def _labels(prediction: EvalPrediction) -> list[np.ndarray]:
+    """All label columns, where each has an entry per row; else none."""
+    columns = tree_flatten(prediction.label_ids)[0] if prediction.label_ids is not None else []
+    fine = all(isinstance(column, np.ndarray) and column.ndim for column in columns)
+    return columns if fine and len({len(column) for column in columns}) == 1 else []
+
+
+def _kinds(prediction: EvalPrediction) -> np.ndarray:
+    """[rows, columns] whole numbers, the same for rows with the same labels."""
+    return np.column_stack(
+        [np.unique(c.reshape(len(c), -1), axis=0, return_inverse=True)[1].reshape(-1) for c in _labels(prediction)]
+    )
