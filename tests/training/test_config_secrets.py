@@ -7,7 +7,7 @@ import pytest
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptSeq2SeqConfig
-from metricopt_hf.training.config import without_secrets
+from metricopt_hf.redaction import without_secrets
 
 CONFIGS = (MetricOptConfig, MetricOptSeq2SeqConfig)
 SECRETS = {
