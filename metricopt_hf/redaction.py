@@ -1,7 +1,7 @@
 """What may be shown, logged or pushed of values, texts and command lines: the same with secrets replaced by <NAME>.
 
-A secret is recognised by its name (an option `--token`, a header, a key of a dict, a variable) or by its form (`hf_` and
-letters, a password in a URL). One that has neither, such as a bare password among the words of a command, is not.
+A secret is recognised by its name (an option `--token`, a header, a key of a dict, a variable) or by its form (`hf_...`
+or a password in a URL). One that has neither, such as a bare password among the words of a command, is not.
 """
 
 from __future__ import annotations
