@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigurationError, brief
 from ..evaluation import constraints, direction
+from ..evaluation.answer import plain
 from ..evaluation.metric import INPUTS
 from ..evaluation.model_metric import words_of
 from ..guides import GUIDES
@@ -92,6 +93,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guide": (_one_of(GUIDES), f"one of {', '.join(GUIDES)}"),
     "value_weight": (_number(0), "at least 0 and finite (the sign of the metric is greater_is_better's)"),
     "observation_size": (_unset(_whole(1)), "a whole number of at least 1"),
+    "tune_output_bias": (lambda value: isinstance(value, bool), "True or False"),
 }
 
 
@@ -248,11 +250,15 @@ class MetricOptConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "metric_kwargs"]
 
     def __post_init__(self):
-        self._given_direction = self.greater_is_better
+        for name, value in vars(self).items():
+            setattr(self, name, plain(value))
+        self._given_direction = self.greater_is_better = direction.given(self.greater_is_better)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # None leaves it to Trainer, to whom everything but a loss is better the greater it is
             self.greater_is_better = direction.by_name(self.metric_for_best_model)
         super().__post_init__()
+        if self._given_direction is None and self.greater_is_better is not None:
+            self.greater_is_better = direction.Assumed(self.greater_is_better)  # told apart in `replace(args, ...)`
         for name, (fine, expected) in CHECKS.items():
             if not fine(value := getattr(self, name)):
                 raise ConfigurationError(f"{name}={brief(without_secrets(value))} must be {expected}.")
@@ -269,8 +275,9 @@ class MetricOptConfig(TrainingArguments):
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        """As of `TrainingArguments`, for logs and files; secrets of the metric are hidden too."""
-        return {**super().to_dict(), **self._shown}
+        """As of `TrainingArguments`, for logs and files; secrets of the metric are hidden too, and a direction that was
+        not given is None."""
+        return {**super().to_dict(), "greater_is_better": self._given_direction, **self._shown}
 
     @property
     def _shown(self) -> dict[str, Any]:
