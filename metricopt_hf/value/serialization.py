@@ -78,7 +78,7 @@ def write(
     """Write config, tensors and observations; each file whole or not at all.
 
     Raises:
-        ValueFunctionError: `read` would refuse what would be written; nothing is.
+        ValueFunctionError: a file would be larger than `read` accepts; nothing is written.
     """
     tensors = dict(state)
     normalisation = {name: tensors.pop(name).tolist() for name in NORMALISATION}
@@ -115,7 +115,6 @@ def write(
                 f"The value function is not saved: its {file} would have {len(content)} bytes, and at most "
                 f"{MAX_BYTES[file]} are read. Tune fewer parameters (`phi`), or in fewer coordinates (`phi_dim`)."
             )
-    _signature_shapes(config, sizes["num_coordinates"])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in contents.items():
