@@ -52,9 +52,7 @@ def weights_of(name: str) -> dict[str, float]:
     if not found or found[0].start():
         return {}
     ends = [match.start() for match in found[1:]] + [len(name)]
-    return {
-        name[match.end() : end].strip(): float(match[1] + match[2]) for match, end in zip(found, ends, strict=True)
-    }
+    return {name[match.end() : end].strip(): float(match[1] + match[2]) for match, end in zip(found, ends, strict=True)}
 
 
 def score_of(result: Any, name: str, exact: bool, keys: Sequence[str] = ()) -> float:
