@@ -1,0 +1,192 @@
+"""Observing: a trainer's own data, loss and predictions, as the guidance sees them.
+
+Batches, losses and predictions are made by what Trainer, or its subclass, makes them by.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import find_batch_size
+
+from ..errors import ConfigurationError
+from ..evaluation import data
+from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
+from ..evaluation.ledger import Ledger
+from ..evaluation.metric import Metric
+from ..evaluation.model_metric import ModelEvaluator
+from ..phi import PhiSpace
+from .bookkeeping import bookkeeping_kept
+from .inputs import MetricInputs
+from .overrides import is_overridden
+
+logger = logging.getLogger(__name__)
+
+# Memory for the batches and the frozen activations of the observation set, and as much for the selection set's: a few
+# thousand images, or tens of thousands of rows, which otherwise are collated and computed anew for each pass.
+CACHE_BYTES = 2e9
+
+
+class Observing:
+    """Makes evaluators, batches and gradients for a trainer.
+
+    Args:
+        trainer: whose data, loss and predictions they are of.
+        metric, phi: of the run.
+        inputs: what the metric is given beside predictions and labels.
+        ignore_keys: of the model's outputs, which predictions leave out.
+    """
+
+    def __init__(
+        self, trainer: Trainer, metric: Metric, phi: PhiSpace, inputs: MetricInputs, ignore_keys: list[str] | None = None
+    ):
+        self.trainer, self.metric, self.phi, self.inputs, self.ignore_keys = trainer, metric, phi, inputs, ignore_keys
+        self.unlabelled: Any = None  # the last batch that was predicted, if it had no labels
+
+    def evaluator(self, dataset: Any, ledger: Ledger, split: str = "observation") -> Evaluator:
+        """The metric on a data set.
+
+        Args:
+            split: what the set is called, for a metric that wants to know.
+        """
+        args = self.trainer.args
+        make = Evaluator
+        if not self.metric.of_predictions:
+            make = partial(ModelEvaluator, dataset=dataset, split=split)
+        return make(
+            self.phi,
+            self.predict,
+            tuple if dataset is None else self.batches_of(dataset),
+            self.metric,
+            ledger,
+            CACHE_BYTES,
+            args.eval_do_concat_batches,
+            args.process_index,
+            args.world_size,
+            self.inputs.completing(dataset),
+            args.eval_accumulation_steps,
+        )
+
+    def predict(self, batch: Any) -> BatchOutput:
+        """What the trainer's `prediction_step` says of a batch. It waits for no other rank."""
+        trainer, wanted = self.trainer, self.trainer.args.include_for_metrics
+        with self._alone(), bookkeeping_kept(trainer):
+            loss, logits, labels = trainer.prediction_step(trainer.model, batch, False, ignore_keys=self.ignore_keys)
+        self.unlabelled = batch if labels is None else None
+        if trainer.preprocess_logits_for_metrics is not None:
+            logits = trainer.preprocess_logits_for_metrics(logits, labels)
+        losses, inputs = None, None
+        if "loss" in wanted and loss is not None:
+            losses = loss.repeat(find_batch_size(batch) or trainer.args.eval_batch_size)
+        if "inputs" in wanted:  # as Trainer: with batch_eval_metrics all of the batch
+            main_input = batch[getattr(trainer.model, "main_input_name", "input_ids")]
+            inputs = trainer._prepare_input(batch if trainer.args.batch_eval_metrics else main_input)
+        return BatchOutput(logits, labels, losses, inputs)
+
+    def loss(self, batch: Any) -> Tensor:
+        """The training loss of a batch, by the trainer's `compute_loss`, differentiable."""
+        with self._alone():
+            return self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(batch))
+
+    def loss_gradients(self, count: int) -> Tensor:
+        """[count, d] gradients of the loss by phi on mini-batches of the training set, on the CPU; fewer of fewer."""
+        trainer = self.trainer
+        generator = torch.Generator().manual_seed(trainer.args.seed)
+        rows = []
+        with undisturbed(trainer.model), bookkeeping_kept(trainer):
+            for batch in self.train_batches(count, generator):
+                rows.append(self.phi.gradient(lambda batch=batch: self.loss(batch)).cpu())
+        return torch.stack(rows) if rows else torch.zeros(0, self.phi.dim)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Inside, Trainer's loss counts this rank's labels only: to count all, it would wait for the other ranks."""
+        args = self.trainer.args
+        across, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+        try:
+            yield
+        finally:
+            args.average_tokens_across_devices = across
+
+    # Batches
+
+    def batches_of(self, part: Any) -> Callable[[], Iterator[Any]]:
+        """Makes a fresh iteration over the batches of a part, as Trainer's loader for evaluation, or a user's own."""
+        if is_overridden(self.trainer, "get_eval_dataloader"):
+            return partial(self._own_eval_batches, part)
+        columns = self._columns(part, self.trainer.args.eval_batch_size)
+        return data.in_order(*columns, num_workers=self.trainer.args.dataloader_num_workers)
+
+    def _own_eval_batches(self, part: Any) -> Iterator[Any]:
+        """Of `get_eval_dataloader`, where that is overridden; every rank gets all of them.
+
+        Raises:
+            ConfigurationError: they are not of the part that was asked for.
+        """
+        rows = 0
+        for batch in _whole(self.trainer.get_eval_dataloader(part), self.trainer.args.world_size):
+            rows += find_batch_size(batch) or 0
+            yield batch
+        if hasattr(part, "__len__") and rows > len(part):
+            raise ConfigurationError(
+                f"get_eval_dataloader is overridden; asked for a loader of {len(part)} rows, it made one of {rows}. "
+                "The guidance observes parts of eval_dataset, so let it use its argument: "
+                "get_eval_dataloader(self, eval_dataset=None), and eval_dataset where that is not None."
+            )
+
+    def train_batches(self, count: int, generator: torch.Generator) -> Iterator[Any]:
+        """Of the training set, at random; where it has no rows to draw, or a loader of its own, that one's first."""
+        trainer = self.trainer
+        dataset = trainer.train_dataset
+        has_rows = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+        if has_rows and not is_overridden(trainer, "get_train_dataloader"):
+            dataset, batch_size, collate = self._columns(dataset, trainer._train_batch_size)
+            yield from data.random_batches(dataset, batch_size, count, collate, generator)
+            return
+        torch.manual_seed(trainer.args.seed)  # callers put the random state back
+        loader = trainer.get_train_dataloader()
+        try:
+            yield from islice(loader, count)
+        finally:
+            if hasattr(loader, "end"):  # accelerate's keeps an account of the one that is being iterated
+                loader.end()
+
+    def _columns(self, dataset: Any, batch_size: int) -> tuple[Any, int, Callable]:
+        """`dataset` and a collator without the columns that the model does not take, as Trainer's loaders have them."""
+        trainer = self.trainer
+        if isinstance(dataset, datasets.Dataset):
+            return trainer._remove_unused_columns(dataset, "observation"), batch_size, trainer.data_collator
+        return dataset, batch_size, trainer._get_collator_with_removed_columns(trainer.data_collator, "observation")
+
+
+def _whole(loader: DataLoader, world_size: int) -> Any:
+    """A loader that accelerate may have dealt out to the ranks, with all of its batches.
+
+    Raises:
+        ConfigurationError: they cannot be had back.
+    """
+    if world_size == 1:
+        return loader
+    sampler = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    if sampler is None:
+        raise ConfigurationError(
+            "get_eval_dataloader is overridden, and on several ranks its loader has no batch sampler from which all "
+            "batches could be had. Let it return self.accelerator.prepare(DataLoader(eval_dataset, batch_size=...)), "
+            "or run on one rank."
+        )
+    return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
+
+
+def reordered(prediction: EvalPrediction, order: int) -> EvalPrediction:
+    """The same rows, sorted by their labels (0), or shuffled, with `order` as the seed."""
+    return data.reordered(prediction, order)
