@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from examples.comparison.report import mean_and_error, require
 from metricopt_hf import Bridge
-from metricopt_hf.comparison.report import mean_and_error, require
 
 from . import bridge_codes
 from .run import quiet

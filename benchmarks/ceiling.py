@@ -17,8 +17,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from examples.comparison.report import mean_and_error, require
 from metricopt_hf import ConfigurationError, Ledger, Metric
-from metricopt_hf.comparison.report import mean_and_error, require
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .measure import POST_HOC_CALLS, predictions

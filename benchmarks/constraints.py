@@ -26,9 +26,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser
 
+from examples.comparison.report import mean_and_error
+from examples.comparison.study import Start
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.comparison.report import mean_and_error
-from metricopt_hf.comparison.study import Start
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import tabular

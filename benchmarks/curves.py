@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metricopt_hf.comparison.report import require
+from examples.comparison.report import require
 
 from .comparing import OURS, Key, Row
 from .measure import PLAIN

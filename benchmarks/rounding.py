@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser
 
+from examples.comparison.report import MethodRun, comparison_table, table_note
+from examples.comparison.splits import MEASURED, Splits
+from examples.comparison.study import Start
 from metricopt_hf import ConfigurationError, Ledger, Metric, MetricOptConfig, ModelMetric
-from metricopt_hf.comparison.report import MethodRun, comparison_table, table_note
-from metricopt_hf.comparison.splits import MEASURED, Splits
-from metricopt_hf.comparison.study import Start
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import cifar, scores, text_tasks

@@ -27,8 +27,8 @@ from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from examples.comparison.report import mean_and_error
 from metricopt_hf import BehaviourGuide, MetricOptTrainer, ValueFunction
-from metricopt_hf.comparison.report import mean_and_error
 from metricopt_hf.value import ValueNetwork, fit
 
 from . import cifar, tabular

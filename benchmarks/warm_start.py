@@ -22,9 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from examples.comparison.methods import predictions
+from examples.comparison.report import MethodRun, details_of, paired_difference, save_results
 from metricopt_hf import MetricOptTrainer
-from metricopt_hf.comparison.methods import predictions
-from metricopt_hf.comparison.report import MethodRun, details_of, paired_difference, save_results
 
 from . import cifar
 from .problem import Problem, Rows, no_data

@@ -66,7 +66,7 @@ def test_every_module_is_in_the_wheel(installed):
         return {str(path.relative_to(package)) for path in package.rglob("*.py")}
 
     assert modules(installed / "metricopt_hf") == modules(ROOT / "metricopt_hf")
-    assert not (installed / "tests").exists() and not (installed / "benchmarks").exists()
+    assert not [name for name in ("tests", "benchmarks", "examples", "comparison") if (installed / name).exists()]
 
 
 def test_one_version_is_told_everywhere(installed):

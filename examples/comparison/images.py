@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TimmWrapperConfig
 from transformers import TimmWrapperImageProcessor as TimmProcessor
 
-from .. import ConfigurationError
+from metricopt_hf import ConfigurationError
+
 from .splits import find_column
 from .study import ModelArguments
 

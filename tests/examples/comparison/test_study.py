@@ -6,10 +6,10 @@ import re
 import pytest
 from transformers import TrainingArguments
 
+from comparison.methods import METHODS
+from comparison.splits import DataArguments
+from comparison.study import StudyArguments, parse
 from metricopt_hf import MetricOptConfig
-from metricopt_hf.comparison.methods import METHODS
-from metricopt_hf.comparison.splits import DataArguments
-from metricopt_hf.comparison.study import StudyArguments, parse
 
 TYPES, DEFAULTS = (DataArguments,), {"metric_for_best_model": "loss"}
 

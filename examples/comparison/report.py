@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
-from .. import ConfigurationError, MetricOptTrainer
-from ..extras import require
+from metricopt_hf import ConfigurationError, MetricOptTrainer
+from metricopt_hf.extras import require
 
 BETTER, WORSE, INSIDE_NOISE, ONE_SEED, NO_FIGURE = "better", "worse", "inside noise", "one seed", "no figure"
 # A difference of at most so many standard errors is called noise.

@@ -10,9 +10,8 @@ import pytest
 from helpers import Texts, tiny_bert, worst_class_recall
 from transformers import EvalPrediction
 
-from metricopt_hf import ConfigurationError, Ledger, Metric, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.comparison.methods import measured
-from metricopt_hf.comparison.report import (
+from comparison.methods import measured
+from comparison.report import (
     Difference,
     MethodRun,
     compare,
@@ -25,6 +24,7 @@ from metricopt_hf.comparison.report import (
     save_results,
     table_note,
 )
+from metricopt_hf import ConfigurationError, Ledger, Metric, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow.compute
 import torch
 
-from .. import ConfigurationError
+from metricopt_hf import ConfigurationError
+
 from .splits import Splits
 
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from helpers import save_dataset
 
-from metricopt_hf import ConfigurationError
-from metricopt_hf.comparison.splits import (
+from comparison.splits import (
     DataArguments,
     Splits,
     class_names,
@@ -15,6 +14,7 @@ from metricopt_hf.comparison.splits import (
     load_splits,
     parts_of,
 )
+from metricopt_hf import ConfigurationError
 
 
 def rows(start: int, count: int) -> dict[str, list]:

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from benchmarks import cards, cifar, warm_start, worst_class
-from metricopt_hf.comparison.methods import METHODS
+from comparison.methods import METHODS
 
 
 def images(split):

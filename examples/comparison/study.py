@@ -22,8 +22,9 @@ from typing import Any
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from .. import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
-from .. import metrics as shipped_metrics
+from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
+from metricopt_hf import metrics as shipped_metrics
+
 from .methods import VALUE_FUNCTION, Method, run_method, run_start, summary, write
 from .report import MethodRun, require
 from .splits import Splits
@@ -282,8 +283,7 @@ def run_study(
         All rows, seed by seed.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for name in (__name__, "metricopt_hf.comparison"):
-        logging.getLogger(name).setLevel(logging.INFO if args.should_log else logging.WARNING)
+    logging.getLogger(__package__).setLevel(logging.INFO if args.should_log else logging.WARNING)
 
     arguments = {name: value for group in own for name, value in group.__dict__.items()}
     since, runs = perf_counter(), []

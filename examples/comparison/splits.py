@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .. import ConfigurationError, MetricOptConfig
+from metricopt_hf import ConfigurationError, MetricOptConfig
 
 MEASURED = ("observation", "selection", "report")
 GROUP_METRICS = ("worst_group_accuracy", "equalized_odds_gap")  # of those that come along

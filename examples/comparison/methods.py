@@ -18,8 +18,9 @@ import numpy as np
 from transformers import EvalPrediction
 from transformers.trainer_callback import ProgressCallback
 
-from .. import Ledger, Metric, MetricError, MetricOptTrainer
-from ..posthoc import add_bias, tune_bias
+from metricopt_hf import Ledger, Metric, MetricError, MetricOptTrainer
+from metricopt_hf.posthoc import add_bias, tune_bias
+
 from .report import (
     MethodRun,
     compare,
