@@ -103,7 +103,7 @@ def test_the_committed_report_is_made_of_the_committed_records(tmp_path):
     for path in made:
         text = (written[0] / path).read_bytes()
         assert text == (written[1] / path).read_bytes()
-        assert path.suffix == ".svg" or text == (ROOT / path).read_bytes(), path
+        assert path.suffix == ".png" or text == (ROOT / path).read_bytes(), path
 
 
 def test_the_front_page_is_one_screen_and_its_links_lead_somewhere():
