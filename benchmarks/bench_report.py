@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses(argv)
     records = read(Path(arguments.results))
     if not records:
-        print(f"There are no records in {arguments.results}: run `make bench` first.")
+        print(f"There are no records in {arguments.results}: run `make bench ARGS=run` first.")
         return 2
     results, output = results_of(records), Path(arguments.output)
     folder = output / "docs" / "results"

@@ -1,6 +1,6 @@
 """A metric under a constraint: recall as high as precision allows. Constraints, against what one would do without them.
 
-    python -m benchmarks.constraints            (make bench-constraints)
+    python -m benchmarks.constraints            (make bench ARGS=constraints)
     python -m benchmarks.constraints --bound 0.5 --seeds 0 1 2 3 4 5 6 7 8 9
     python -m benchmarks.constraints --smoke
 

@@ -1,6 +1,6 @@
 """Does guidance win back what rounding costs? Models whose weights are rounded behind their training.
 
-    python -m benchmarks.rounding            (make bench-rounding)
+    python -m benchmarks.rounding            (make bench ARGS=rounding)
     python -m benchmarks.rounding --models ResNet-20 --bits 3 --seeds 0 1 2 3 4
     python -m benchmarks.rounding --smoke
 

@@ -1,6 +1,6 @@
 """What a value function over behaviour is worth on a model other than that it was learned on. Written out, win or not.
 
-    python -m benchmarks.transfer            (make bench-transfer)
+    python -m benchmarks.transfer            (make bench ARGS=transfer)
     python -m benchmarks.transfer --pairs a9a_width a9a_bank --seeds 0 1 2
     python -m benchmarks.transfer --smoke
 

@@ -1,6 +1,6 @@
 """Does a value function that somebody shared save metric calls? Prints what came out, win or not.
 
-    python -m benchmarks.warm_start            (make bench-warm-start)
+    python -m benchmarks.warm_start            (make bench ARGS=warm-start)
 
 The task of `worst_class` (CIFAR-10 as JPEG, a pretrained ResNet-20, worst-class recall). Per seed, a first run leaves a
 value function in a folder; a second run, with another seed, other training images and another observation split, is

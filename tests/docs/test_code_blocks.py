@@ -13,6 +13,7 @@ import given
 import pytest
 from helpers import ROOT, example
 
+from benchmarks.__main__ import commands
 from metricopt_hf import MetricOptConfig
 
 markdown_it = pytest.importorskip("markdown_it")
@@ -118,6 +119,8 @@ def check(words: list[str]) -> None:
     if words[0] == "make":
         targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
         assert words[1] in targets
+        given = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+        assert words[1] != "bench" or not given or given[0].split()[0] in commands()
     elif words[0] == "pip":
         extras = re.findall(r"\[([\w,]+)\]", " ".join(words))
         assert all(f'"{extra}"' in (ROOT / "setup.py").read_text() for extra in ",".join(extras).split(",") if extra)
