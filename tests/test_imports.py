@@ -158,6 +158,7 @@ def test_a_metric_script_stands_alone(file):
     assert not list(ours(FILES[file]))
 
 
+@pytest.mark.slow
 def test_importing_the_library_imports_no_more_than_it_needs():
     heavy = ("timm", "matplotlib", "tabulate", "cma", "benchmarks")
     told = "import sys, metricopt_hf; print(*{name.partition('.')[0] for name in sys.modules})"

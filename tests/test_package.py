@@ -13,6 +13,8 @@ from helpers import ROOT
 import metricopt_hf
 from metricopt_hf import metrics
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("setuptools")
 SOURCES = ("metricopt_hf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BUILD = "from setuptools import build_meta; import sys; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"

@@ -8,6 +8,7 @@ import torch
 from benchmarks import gpu, growth, overhead, passes
 
 
+@pytest.mark.slow
 def test_a_guided_step_is_measured_with_one_thread_and_with_all_beside_workers(monkeypatch):
     args = overhead.OverheadArguments(models=["tiny"], pairs=1, steps=2, workers=1)
     monkeypatch.setitem(overhead.MODELS, "tiny", overhead.Setting(overhead.timm_model("test_resnet"), 4))
@@ -17,6 +18,7 @@ def test_a_guided_step_is_measured_with_one_thread_and_with_all_beside_workers(m
     assert all(float(row[4]) > 0 and float(row[6]) > 0 for row in table)
 
 
+@pytest.mark.bench
 def test_a_pass_is_measured_against_evaluation():
     args = passes.PassArguments(models=["BERT"], rows=24, batch_size=12, repeats=1, points=2)
     found = passes.measure("BERT", args)
@@ -37,6 +39,7 @@ def test_growth_writes_a_page_with_every_size(tmp_path, monkeypatch):
     assert "**2,000**" in page and "**2**" in page and page.count("1.5 |") == page.count("3 |\n") == 3
 
 
+@pytest.mark.slow
 def test_a_run_of_a_size_is_measured_in_a_process_of_its_own():
     seconds, memory = growth.measured(growth.Size(rows=40, logits=3, phi=30, coordinates=2, calls=40))
     assert seconds > 0 and memory >= 0

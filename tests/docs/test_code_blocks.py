@@ -81,6 +81,7 @@ def small_runs(monkeypatch):
     monkeypatch.setattr(MetricOptConfig, "__post_init__", settle_smaller)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({block.page for block in of(CODE)}))
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, hub, small_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -136,6 +137,7 @@ def check(words: list[str]) -> None:
             assert [word for word in mine if word.startswith("--") and word not in options(script.stem)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", of(COMMANDS), ids=str)
 def test_what_a_command_names_is_there(block):
     for line in block.text.replace("\\\n", " ").splitlines():

@@ -24,6 +24,8 @@ from comparison import images as images_room
 from comparison.study import ModelArguments
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer, PhiError, ValueFunction
 
+pytestmark = pytest.mark.slow
+
 CIFAR = DATA / "cifar10"
 
 for needed in ("tabulate", "matplotlib"):

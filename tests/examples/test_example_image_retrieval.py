@@ -15,6 +15,8 @@ from comparison.images import new_model
 from metricopt_hf import ConfigurationError, PhiError
 from metricopt_hf.metrics import path
 
+pytestmark = pytest.mark.slow
+
 for needed in ("tabulate", "matplotlib", "pytorch_metric_learning"):
     pytest.importorskip(needed)
 

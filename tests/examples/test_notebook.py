@@ -5,6 +5,8 @@ import os
 import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 for needed in ("ipykernel", "matplotlib", "tabulate"):

@@ -12,6 +12,7 @@ from metric_names import NAMES, OF_EMBEDDINGS, OF_GROUPS, PER_CLASS
 from metricopt_hf.metrics import greater_is_better, path
 
 
+@pytest.mark.slow
 def test_examples_run_in_a_fresh_process_without_the_hub(tmp_path):
     script = f"""
 import doctest, evaluate

@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_distributed import launch
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "fsdp_script.py"
 
 

@@ -10,6 +10,8 @@ from comparison.methods import METHODS, run_method, run_start
 from comparison.report import MethodRun, constraints_note
 from metricopt_hf import ModelMetric
 
+pytestmark = pytest.mark.slow
+
 SPLITS = {"observation": Texts(40, seed=3), "selection": Texts(40, seed=4), "report": Texts(40, seed=5)}
 SHORT = {"max_steps": 4, "metric_start_ratio": 0.0, "phi_dim": 2, "metric_call_budget": 8, "round_size": 4}
 

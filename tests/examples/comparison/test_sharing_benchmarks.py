@@ -11,6 +11,8 @@ from huggingface_hub import ModelCard
 from benchmarks import cards, cifar, warm_start, worst_class
 from comparison.methods import METHODS
 
+pytestmark = pytest.mark.slow
+
 
 def images(split):
     generator = torch.Generator().manual_seed(len(split))
