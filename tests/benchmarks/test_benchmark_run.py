@@ -46,6 +46,7 @@ def test_the_data_lie_beside_the_project(monkeypatch):
         assert example(name).DATA == beside
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", tasks.tasks())
 def test_splits_are_disjoint_and_cut_by_the_seed(name):
