@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from metricopt_hf.comparison.report import mean_and_error
+from examples.comparison.report import mean_and_error
 
 from .comparing import OURS, UNGUIDED, Result, Row
 from .measure import PLAIN

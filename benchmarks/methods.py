@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from examples.comparison.methods import LOSS_ONLY, METHODS
 from metricopt_hf import DirectionGuide, GuideContext, Ledger, Trajectory, ValueFunctionGuide
-from metricopt_hf.comparison.methods import LOSS_ONLY, METHODS
 
 from . import informed
 from .problem import Problem, Task

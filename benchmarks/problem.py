@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
+from examples.comparison.splits import Splits
 from metricopt_hf import FiLM, PhiSpace
-from metricopt_hf.comparison.splits import Splits
 
 LABELS = ("labels", "group")  # columns that are the metric's; a model looks at no `group`
 

@@ -1,6 +1,6 @@
 """What a value function over behaviour is worth on a model other than that it was learned on. Written out, win or not.
 
-    python -m benchmarks.transfer            (make bench-transfer)
+    python -m benchmarks.transfer            (make bench ARGS=transfer)
     python -m benchmarks.transfer --pairs a9a_width a9a_bank --seeds 0 1 2
     python -m benchmarks.transfer --smoke
 
@@ -27,8 +27,8 @@ from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from examples.comparison.report import mean_and_error
 from metricopt_hf import BehaviourGuide, MetricOptTrainer, ValueFunction
-from metricopt_hf.comparison.report import mean_and_error
 from metricopt_hf.value import ValueNetwork, fit
 
 from . import cifar, tabular

@@ -59,6 +59,7 @@ def test_no_example_of_the_first_run_is_the_target_s():
     assert not seen & own and len(own) > 200
 
 
+@pytest.mark.slow
 @needs_data
 def test_it_runs_at_small_sizes(capsys, monkeypatch):
     monkeypatch.setattr(transfer, "PAGE", None)
