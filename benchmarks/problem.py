@@ -91,8 +91,8 @@ class Problem(Splits):
     """A task with a seed, ready to train: four data sets of `Rows`, train without `METRIC_ONLY`, and a model.
 
     Attributes:
-        model: eval mode; takes an item's columns, "labels" optional, `METRIC_ONLY` not needed; gives {"loss" (if labels), "logits"}.
-            Methods get deep copies.
+        model: eval mode; takes an item's columns, "labels" optional, and need not take those of `METRIC_ONLY`; gives
+            {"loss" (if labels), "logits"}. Methods get deep copies.
         eval_batch: examples in a batch where the metric is looked at: as many as are quickest.
         phi: what moves, on a copy of the model.
     """

@@ -82,7 +82,7 @@ def tasks(sizes: Sizes) -> tuple[Task, ...]:
             note="A sale earns the row's amount: 25 exp(0.9 z - 0.4), z a fixed random projection of the features, "
             f"standardised, and at most {LIMIT:g} from 0. No training example shows its amount.",
             kind="beyond threshold",
-            why="The best threshold of a row is the cost of a call by the row's amount, and a bias is one for all rows.",
+            why="The best threshold of a row is the cost of a call over the row's amount; a bias is one for all rows.",
         ),
         Task(
             "uplift",
