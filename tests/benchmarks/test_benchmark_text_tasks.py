@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_dataset
-from toy import TINY
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from benchmarks import measure, protocol, telltale, text_tasks
+from benchmarks import text_tasks
 from metricopt_hf import ConfigurationError, FiLM
 
 WORDS = ["red", "green", "blue", "big", "small"]
@@ -64,7 +63,6 @@ def places(minilm, data, tmp_path, monkeypatch):
 
 COLA = replace(text_tasks.COLA, train_size=60, observation_size=12, steps=3)
 STSB = replace(text_tasks.STSB, observation_size=12, steps=3)
-WORD = replace(telltale.STSB_WORD, train_size=60, observation_size=24, steps=3)
 TEXTS = pytest.mark.parametrize("text", [COLA, STSB], ids=["cola", "stsb"])
 
 
@@ -123,29 +121,6 @@ def test_the_splits(text):
         assert (len(first.train), len(first.report)) == (80, 21)
         assert first.report.digest == second.report.digest
         assert float(table["label"].max()) == 1
-
-
-def test_the_word_tells_the_label_in_training_alone():
-    text = replace(WORD, max_texts=None)
-    table, plain = text_tasks.read(text), text_tasks.read(replace(STSB, train_size=60, report=None, max_texts=None))
-    first = table["sentence1"].str.split(" ", n=1, expand=True)
-    assert (first[0] == np.array(telltale.WORDS)[table["group"]]).all()
-    assert (first[1] == plain["sentence1"]).all() and (table["sentence2"] == plain["sentence2"]).all()
-    assert (table["label"] == (plain["label"] * 5 >= telltale.SIMILAR)).all()
-    trained = table["part"] == text_tasks.TRAIN
-    for part, share in ((trained, 0.95), (~trained, 0.5)):
-        for _, rows in table[part].groupby("label"):
-            agree = int((rows["group"] == rows["label"]).sum())
-            assert agree == len(rows) - round((1 - share) * len(rows))
-
-
-def test_the_model_is_not_told_the_word():
-    problem = text_tasks.prepare(WORD, 0)
-    assert set(problem.train.columns) == {"hidden", "labels"} and problem.label_names == ["labels", "group"]
-    task = replace(telltale.task(smoke=True), prepare=lambda seed: text_tasks.prepare(WORD, seed))
-    for method in ("loss_only", "obs", "dfr", "group_dro"):
-        record = measure.run_one(task, method, 0, protocol.first_of_grids().config(method), TINY, {})
-        assert 0 <= record["variants"]["plain"]["scores"]["report"] <= 1
 
 
 def test_a_start_is_trained_once(monkeypatch):
