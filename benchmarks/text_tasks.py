@@ -59,7 +59,6 @@ class Text:
         train_size: texts of all splits together, shuffled once, to train on; the others are CUT. None: the train split.
         observation_size: CUT texts to observe on, and as many for selection.
         report: split to report on. None: all CUT texts that are left.
-        label_scale: by which labels are divided; classes are rounded down.
         max_texts: of each part; for a smoke run.
         steps: of the start model's training, with batches of 32.
     """
@@ -73,10 +72,6 @@ class Text:
     report: str | None
     steps: int
     max_texts: int | None = None
-
-    def finished(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The table of `read`, changed where a task wants other texts, with a `group` where it has any."""
-        return table
 
 
 COLA = Text("glue_cola", ("sentence",), 2, 1, train_size=4500, observation_size=800, report=None, steps=300)
@@ -141,7 +136,7 @@ def read(text: Text) -> pd.DataFrame:
         table = table.groupby("part").head(text.max_texts)
     dtype = np.int64 if text.num_labels > 1 else np.float32
     table["label"] = (table["label"] / text.label_scale).astype(dtype)
-    return text.finished(table[[*text.columns, "label", "part"]].reset_index(drop=True))
+    return table[[*text.columns, "label", "part"]].reset_index(drop=True)
 
 
 def tokenized(tokenizer, table: pd.DataFrame, columns: tuple[str, ...]) -> datasets.Dataset:
@@ -197,7 +192,7 @@ def hidden_of(model: BertForSequenceClassification, tokenizer, dataset: datasets
 def make_start(
     text: Text, changed: tuple[str, Callable[[nn.Module], nn.Module]] | None = None
 ) -> tuple[LastBlock, dict[str, Tensor]]:
-    """The trained last block (eval mode); and of all texts `hidden` [n, d], `labels`, `part`, any `group` [n].
+    """The trained last block (eval mode); and of all texts `hidden` [n, d], `labels` [n] and `part` [n].
 
     Takes minutes where it is not in the cache.
 
@@ -213,8 +208,7 @@ def make_start(
         tokens = tokenized(tokenizer, table, text.columns)
         model = train_start(text, tokenizer, tokens.select(np.flatnonzero(table["part"] == TRAIN)))
         tensors = {"hidden": hidden_of(model, tokenizer, tokens)}
-        names = {"label": "labels", "part": "part", "group": "group"}
-        tensors |= {names[name]: torch.tensor(table[name].to_numpy()) for name in names if name in table}
+        tensors |= {"labels": torch.tensor(table["label"].to_numpy()), "part": torch.tensor(table["part"].to_numpy())}
         tensors |= {f"model.{name}": tensor.clone() for name, tensor in LastBlock(model).state_dict().items()}
         if changed is not None:
             tensors["hidden_changed"] = hidden_of(changed[1](model), tokenizer, tokens)
@@ -237,9 +231,8 @@ def cut(text: Text, part: Tensor, seed: int) -> tuple[np.ndarray, ...]:
 
 def prepare(text: Text, seed: int) -> Problem:
     block, made = make_start(text)
-    columns = {name: made[name] for name in ("hidden", "labels", "group") if name in made}
-    train, *measured = (Rows(columns, rows, text.folder) for rows in cut(text, made["part"], seed))
-    return Problem(train.as_training(), *measured, block)
+    columns = {name: made[name] for name in ("hidden", "labels")}
+    return Problem(*(Rows(columns, rows, text.folder) for rows in cut(text, made["part"], seed)), block)
 
 
 MCC = {
