@@ -59,7 +59,7 @@ def toy_images(seed: int) -> Problem:
     columns["pixel_values"] = cifar.activations(net, cifar.Images(pixels, columns["labels"])).pixel_values
     parts = np.split(np.random.default_rng(seed).permutation(40), [10, 20, 30])
     measured = (Rows(columns, part, "toy images") for part in parts[1:])
-    return Problem(Rows(columns, parts[0], "toy images").without("group"), *measured, net)
+    return Problem(Rows(columns, parts[0], "toy images").as_training(), *measured, net)
 
 
 TOY = Task(
