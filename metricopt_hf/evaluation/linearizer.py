@@ -114,12 +114,16 @@ class Linearizer:
         self.evaluator, self.dim, self.loss_gradients, self.generator = evaluator, dim, loss_gradients, generator
         self.way = DIFFERENCES if evaluator.phi.taps() is None or not evaluator.concat else ROW_BY_ROW
 
-    def coordinates(self) -> Coordinates:
-        """The coordinates at the present phi: those that move the model's decisions most."""
+    def coordinates(self, row_by_row: bool = True) -> Coordinates:
+        """The coordinates at the present phi: those that move the model's decisions most.
+
+        Args:
+            row_by_row: whether outputs may be differentiated; else the loss is.
+        """
         phi = self.evaluator.phi
         dim = min(self.dim, phi.dim)
         basis, kind = None, JACOBIAN
-        if self.way == ROW_BY_ROW:
+        if self.way == ROW_BY_ROW and row_by_row:
             try:
                 basis = self._decisive_directions(dim)
                 self._check(basis)
@@ -149,14 +153,12 @@ class Linearizer:
         with undisturbed(self.evaluator.phi.model):
             return self._by_rows(basis, prediction) if self.way == ROW_BY_ROW else self._by_differences(basis, prediction)
 
-    def backward_passes(self, outputs: int) -> int:
-        """Passes over the set that a linearization takes beside the one that predicts, forward or backward.
-
-        Args:
-            outputs: numbers a row.
-        """
+    def passes(self, prediction: EvalPrediction) -> int:
+        """Passes over the set that a linearization takes beside the one that predicts, backward ones counted too."""
         if self.way == DIFFERENCES:
             return min(self.dim, MOST_DIFFERENCES, self.evaluator.phi.dim)
+        shape = np.shape(arrays(prediction)[0])
+        outputs = shape[1] if len(shape) > 1 else 1
         return 1 + (outputs if outputs <= MOST_OUTPUTS else LARGEST_LOGITS)
 
     # Row by row

@@ -75,8 +75,8 @@ class RowMovesGuide(Guide):
         _, first, kind = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
         kind = kind.reshape(-1)
         moves = [(i, c) for i in first for c in range(classes) if c != decisions[i]]
-        if len(moves) > MOST_CALLS:
-            drawn = torch.randperm(len(moves), generator=self.context.generator)[:MOST_CALLS]
+        if len(moves) > (most := max(1, int(min(MOST_CALLS, metric.share - 1)))):
+            drawn = torch.randperm(len(moves), generator=self.context.generator)[:most]
             moves = [moves[i] for i in np.sort(drawn.numpy())]
 
         def moved(i: int) -> EvalPrediction:

@@ -204,6 +204,13 @@ class FiLM(PhiSpace):
         bias = self.model.get_submodule(self._output_layer).bias
         return next(name for name, parameter in self.model.named_parameters() if parameter is bias)
 
+    @property
+    def output_bias_slice(self) -> slice | None:
+        if not self._output_layer:
+            return None
+        size = self._origin[-1].numel()
+        return slice(self.dim - size, self.dim)
+
     def reset(self) -> None:
         reshard(self.model)
         self._origin = [whole(p.detach()).clone() for p in self.parameters]

@@ -16,7 +16,7 @@ import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, Trainer
+from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..errors import ConfigurationError
@@ -95,8 +95,27 @@ class Observing:
 
     def loss(self, batch: Any) -> Tensor:
         """The training loss of a batch, by the trainer's `compute_loss`, differentiable."""
-        with self._alone():
-            return self.trainer.compute_loss(self.trainer.model, self.trainer._prepare_inputs(batch))
+        trainer = self.trainer
+        with self._alone(), trainer.compute_loss_context_manager():
+            return trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+
+    def logged_loss(self, batch: Any) -> Tensor:
+        """The loss of a batch without gradients; nan where the model has none in eval mode."""
+        trainer = self.trainer
+        with undisturbed(trainer.model):
+            trainer.model.training = True  # of the model alone, for a subclass that keeps its numbers by that
+            try:
+                return self.loss(batch).detach()
+            except Exception as error:  # such as torchvision's detectors, which have losses in train mode only
+                logger.debug(f"The loss of a metric step is not known: {error}")
+                return torch.tensor(float("nan"), device=trainer.args.device)
+
+    def loss_gradient(self, batch: Any) -> Tensor:
+        """[d] of the loss of a batch, the mean over the ranks, by phi."""
+        trainer = self.trainer
+        with undisturbed(trainer.model), bookkeeping_kept(trainer):
+            gradient = self.phi.gradient(lambda: self.loss(batch))
+        return trainer.accelerator.reduce(gradient, "mean")
 
     def loss_gradients(self, count: int) -> Tensor:
         """[count, d] gradients of the loss by phi on mini-batches of the training set, on the CPU; fewer of fewer."""
@@ -185,8 +204,3 @@ def _whole(loader: DataLoader, world_size: int) -> Any:
             "or run on one rank."
         )
     return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
-
-
-def reordered(prediction: EvalPrediction, order: int) -> EvalPrediction:
-    """The same rows, sorted by their labels (0), or shuffled, with `order` as the seed."""
-    return data.reordered(prediction, order)

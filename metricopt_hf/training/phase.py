@@ -80,6 +80,7 @@ class MetricPhase:
         self.rates: dict[str, float] = {}
         self.start_step = -1
         self.value = float("nan")  # of the metric at the present phi, see `Metric.merit`
+        self.last_step = -1  # that was made
         self.taken_back = 0  # steps in a row
         self.ended: str | None = None  # why no further step is made
         self.finished = False
@@ -116,7 +117,7 @@ class MetricPhase:
         if self.coordinates is None:
             self.coordinates = self.linearizer.coordinates(row_by_row=False)
         self._start_guides()
-        self.selection.start(step, score)
+        self.selection.start(step)
         logger.info(
             f"Metric phase: steps {step + 1} to {step + self.plan.steps} follow {self.metric.name} ({score:.4f} on the "
             f"observation set at its start). Observed: {self.plan.observe}, in {self.coordinates.dim} coordinates of "
@@ -129,6 +130,7 @@ class MetricPhase:
         Args:
             loss_gradient: gives the gradient of the loss by phi, [d]; asked for where it is blended in.
         """
+        self.last_step = step
         if self.ended is None:
             if self.plan.observe == PREDICTIONS and self._linearization is None:
                 self._linearise(self.evaluator.predictions())

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..errors import MetricError
 from ..evaluation.answer import Score, values_of
+from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.faults import Faults
-from ..evaluation.noise import paired_error
+from ..evaluation.noise import checked_constraints, paired_error
 from ..phi import PhiSpace
 from .bias import with_tuned_bias
 
@@ -69,6 +70,7 @@ class Selection:
         self.candidates: list[Candidate] = []
         self.chosen: Candidate | None = None
         self.why = ""
+        self.constraints: tuple[ConstraintCheck, ...] = ()  # at what was chosen
         self.faults = Faults()
 
     @property
@@ -109,6 +111,11 @@ class Selection:
             self.candidates.append(self._scored(Candidate(BIAS, tuned, step)))
         self.chosen = self._choose()
         self.phi.write(self.chosen.phi)
+        logger.info(f"Kept: {self.chosen.kind} at step {self.chosen.step}; {self.why}.")
+        if self.evaluator.metric.constraints and self.chosen.known:
+            self.constraints = checked_constraints(self.evaluator, self.on_all_rows, self.chosen.raw)
+            for check in self.constraints:
+                logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
 
     def _choose(self) -> Candidate:
         """The best ascent where it is better than the best cheap candidate by `MARGIN`, else that."""
@@ -173,10 +180,15 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         chosen = None if self.chosen is None else next(i for i, c in enumerate(self.candidates) if c is self.chosen)
-        return {"candidates": [vars(candidate) for candidate in self.candidates], "chosen": chosen, "why": self.why}
+        return {
+            "candidates": [vars(candidate) for candidate in self.candidates],
+            "chosen": chosen, "why": self.why,
+            "constraints": [vars(check) for check in self.constraints],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.phi.read().device
         self.candidates = [Candidate(**{**c, "phi": c["phi"].to(device)}) for c in state["candidates"]]
         self.chosen = None if state["chosen"] is None else self.candidates[state["chosen"]]
         self.why = state["why"]
+        self.constraints = tuple(ConstraintCheck(**check) for check in state["constraints"])

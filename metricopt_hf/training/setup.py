@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ..guides import Guide
 from ..hub import ValueFunction
 from ..phi import PhiSpace
 from . import preflight
+from .config import MetricOptConfig
 
 Phi = PhiSpace | Callable[[nn.Module], PhiSpace] | str | None
 
@@ -51,6 +53,11 @@ class Given:
         return preflight.resolve_metric(
             self.metric, trainer.args, trainer.compute_metrics, trainer.eval_dataset, processor, directed
         )
+
+    def reported_metric(self, trainer: Trainer) -> Metric | None:
+        """The metric as far as `evaluate` may add it to Trainer's numbers: no direction is asked for, none is loaded."""
+        loads = isinstance(self.metric, (str, os.PathLike)) or getattr(trainer.args, "metric_name_or_path", None)
+        return None if loads or not isinstance(trainer.args, MetricOptConfig) else self.resolve_metric(trainer, False)
 
     def resolve_phi(self, model: nn.Module, args: Any) -> PhiSpace:
         """What is tuned, on a model.
