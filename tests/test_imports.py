@@ -15,16 +15,17 @@ PACKAGE = ROOT / "metricopt_hf"
 # What a room may import, beside itself.
 BELOW = {
     "errors": set(),
+    "redaction": set(),
     "extras": set(),
     "metrics": {"errors"},
     "phi": {"errors"},
-    "evaluation": {"phi", "metrics", "errors"},
+    "evaluation": {"phi", "metrics", "redaction", "errors"},
     "posthoc": {"evaluation", "errors"},
     "bridge": {"errors"},
     "value": {"evaluation", "phi", "errors"},
     "guides": {"value", "evaluation", "phi", "errors"},
     "hub": {"value", "evaluation", "phi", "errors"},
-    "training": {"hub", "guides", "value", "posthoc", "evaluation", "phi", "extras", "errors"},
+    "training": {"hub", "guides", "value", "posthoc", "evaluation", "phi", "redaction", "extras", "errors"},
 }
 # Built on public names alone, as the benchmarks, the examples and everybody's own scripts are.
 ON_TOP = {"comparison": {"posthoc", "metrics", "extras"}}

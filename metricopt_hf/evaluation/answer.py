@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -50,9 +52,7 @@ def weights_of(name: str) -> dict[str, float]:
     if not found or found[0].start():
         return {}
     ends = [match.start() for match in found[1:]] + [len(name)]
-    return {
-        name[match.end() : end].strip(): float(match[1] + match[2]) for match, end in zip(found, ends, strict=True)
-    }
+    return {name[match.end() : end].strip(): float(match[1] + match[2]) for match, end in zip(found, ends, strict=True)}
 
 
 def score_of(result: Any, name: str, exact: bool, keys: Sequence[str] = ()) -> float:
@@ -64,14 +64,14 @@ def score_of(result: Any, name: str, exact: bool, keys: Sequence[str] = ()) -> f
     Raises:
         MetricError: there is no such number, or it is not finite.
     """
-    if keys and not isinstance(result, dict):
+    if keys and not isinstance(result, Mapping):
         raise MetricError(
             f"The metric {name!r} returned {brief(result)}, and {', '.join(keys)} is wanted too: return a dict of "
             "numbers by name."
         )
     values = [number(look_up(result, key, True), key) for key in keys]
     weights = weights_of(name)
-    if weights and isinstance(result, dict) and _key_in(result, name) is None:
+    if weights and isinstance(result, Mapping) and _key_in(result, name) is None:
         parts = [weight * number(look_up(result, key, True), key) for key, weight in weights.items()]
         score = number(sum(parts), name)
     else:
@@ -81,7 +81,7 @@ def score_of(result: Any, name: str, exact: bool, keys: Sequence[str] = ()) -> f
 
 def look_up(result: Any, name: str, exact: bool) -> Any:
     """What a dict has under `name`, with or without Trainer's prefix; anything else is what it is."""
-    if not isinstance(result, dict):
+    if not isinstance(result, Mapping):
         return result
     key = _key_in(result, name)
     if key is None and len(result) == 1 and not exact:
@@ -95,9 +95,25 @@ def look_up(result: Any, name: str, exact: bool) -> Any:
     return result[key]
 
 
-def _key_in(result: dict, name: str) -> Any:
+def _key_in(result: Mapping, name: str) -> Any:
     bare = name.removeprefix("eval_")
     return next((k for k in (name, bare, f"eval_{bare}") if k in result), None)
+
+
+def plain(value: Any) -> Any:
+    """Python's own bool, int or float for a number of any other type (numpy, torch, Fraction, Decimal); all else as is.
+
+    Example:
+        >>> plain(np.float32(0.5)), plain(torch.tensor(2)), plain(np.True_), plain("0.5"), plain([1])
+        (0.5, 2, True, '0.5', [1])
+    """
+    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) and value.ndim == 0:
+        if np.ma.is_masked(value) or getattr(value.dtype, "kind", "f") not in "fiub":
+            return value
+        value = value.item()
+    if isinstance(value, (bool, int, float)) or not isinstance(value, (Real, Decimal, np.floating)):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def number(result: Any, name: str) -> float:
@@ -105,7 +121,8 @@ def number(result: Any, name: str) -> float:
     array = np.empty(0)
     with suppress(Exception):  # nested lists of unequal lengths; sparse, quantised, meta tensors; and so on
         one = isinstance(result, torch.Tensor) and result.numel() == 1
-        array = np.asarray(result.item() if one else result)
+        value = plain(result.item() if one else result)
+        array = np.asarray(float(value) if isinstance(value, int) else value)  # numpy knows no large int
     if array.size != 1 or array.dtype.kind not in "fiub" or np.ma.is_masked(result):
         raise MetricError(
             f"The metric {name!r} must return one number, got {brief(result)}. Of one number per class, return the "

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
+
+from ..errors import ConfigurationError, brief
+from .answer import plain
 
 SMALLER = frozenset(
     """loss losses error errors err mse mae rmse rmsle msle mape smape mase medae wer cer ter mer wil perplexity ppl
@@ -15,6 +19,36 @@ GREATER = frozenset(
     kappa iou miou jaccard dice r2 em exact match ssim psnr sensitivity specificity hit hits top probability likelihood
     gmean similarity passed reward success""".split()
 )
+
+
+_WORDS = {"true": True, "false": False}  # as of a JSON or YAML file that quotes them
+
+
+class Assumed(int):
+    """A direction that nobody gave, as Trainer assumes one: it counts as a bool, and copies of a config know it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(bool(self))
+
+
+def given(value: Any) -> bool | None:
+    """The direction that a user gave as `greater_is_better`; None if it is None or only `Assumed`.
+
+    Raises:
+        ConfigurationError: it is neither true nor false.
+
+    Example:
+        >>> given(1), given("False"), given(Assumed(1)), given(None)
+        (True, False, None, None)
+    """
+    value = _WORDS.get(value.lower(), value) if isinstance(value, str) else plain(value)
+    if value is None or isinstance(value, Assumed):
+        return None
+    if not isinstance(value, int) or value not in (0, 1):
+        raise ConfigurationError(f"greater_is_better={brief(value)} must be True or False.")
+    return bool(value)
 
 
 def by_name(name: str) -> bool | None:

@@ -25,9 +25,10 @@ from transformers import EvalPrediction
 
 from .. import metrics as shipped_metrics
 from ..errors import ConfigurationError, MetricError, brief
-from .answer import score_of, values_of, weights_of
+from .answer import plain, score_of, values_of, weights_of
 from .constraints import Constraint, ConstraintCheck, shortfall
 from .direct import DirectModule
+from .direction import given
 
 INPUTS = ("auto", "argmax", "scores", "identity")
 PENALTY = 20.0  # of a constraint's relative shortfall, in units of the score
@@ -114,7 +115,8 @@ class Metric:
         exact: bool = False,
         batchwise: bool = False,
     ):
-        self.function, self.name, self.greater_is_better, self.timeout = function, name, greater_is_better, timeout
+        self.function, self.name, self.timeout = function, str(name), plain(timeout)
+        self.greater_is_better = bool(given(greater_is_better))
         self.exact, self.batchwise = exact, batchwise
         self.constraints: tuple[Constraint, ...] = ()
         self._abandoned: threading.Thread | None = None

@@ -11,11 +11,11 @@ import copy
 import inspect
 import json
 import os
+import re
 import shlex
 import shutil
-import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
@@ -25,11 +25,14 @@ from torch import nn
 from transformers import EvalPrediction
 
 from ..errors import ConfigurationError, MetricError, brief
+from ..redaction import SECRET_NAME, command_without_secrets
+from . import processes
 from .evaluator import Evaluator
 from .metric import Metric
 
 MODEL, SPLIT = "{model}", "{split}"  # in a command
-TAIL_BYTES = 2**16  # of a command's output, its last, that are looked at
+FOLDERS = ("PWD", "OLDPWD")  # variables that are no passwords
+LONGEST_LINE = 2**20  # bytes of the last line that a command prints
 
 
 class ModelMetric(Metric):
@@ -82,12 +85,17 @@ class ModelMetric(Metric):
 class CommandMetric(ModelMetric):
     """A command as the black box: the model is saved into a folder, and the command's last line is the number.
 
-    It is run without a shell, where the training script was started; a time-out ends it with all that it has started.
+    It is run without a shell, where the training script was started. When the call is over, on a time-out, and when
+    the training script dies, all processes that it has started are killed; `processes` says which are out of reach.
+
+    Environment variables with names of secrets (HF_TOKEN, WANDB_API_KEY, ...) are not passed on, unless the command
+    names them: `env PASS=OPENAI_API_KEY python judge.py {model}` is given OPENAI_API_KEY. It is no sandbox: the command
+    can read the files of its user, a stored token among them.
 
     Args:
         command: such as "python score.py {model}": `{model}` is the folder; where it says `{split}`, that is
             "observation", "selection", or the prefix that `evaluate` is called with. The last line that it prints is a
-            number, or a JSON object of numbers by name; its exit status must be 0.
+            number, or a JSON object of numbers by name, of at most 1 MiB; its exit status must be 0.
         processor: tokenizer or the like, saved beside the model.
 
     Raises:
@@ -107,7 +115,7 @@ class CommandMetric(ModelMetric):
         words = words_of(command)
         if shutil.which(words[0]) is None:
             raise ConfigurationError(
-                f"metric_command={brief(command)}: there is no program {words[0]!r} that can be run from here "
+                f"metric_command={_shown(command)}: there is no program {_shown(words[0])} that can be run from here "
                 f"({os.getcwd()}). Give its path, or put it into PATH."
             )
 
@@ -121,38 +129,31 @@ class CommandMetric(ModelMetric):
             if hasattr(self.processor, "save_pretrained"):
                 self.processor.save_pretrained(saved)
             words = [word.replace(MODEL, saved).replace(SPLIT, split) for word in words_of(self.command)]
+            environment, withheld = _environment(self.command)
             with open(os.path.join(folder, "out"), "w+b") as out, open(os.path.join(folder, "err"), "w+b") as err:
-                status = self._run(words, out, err)
+                try:
+                    status = processes.run(words, environment, folder, out, err, self.timeout)
+                except subprocess.TimeoutExpired:
+                    raise self._too_slow() from None
                 told, complaint = _last_line(out), _last_line(err)
         if status:
             raise MetricError(
-                f"The metric {self.name!r} failed: {brief(words[0])} ended with exit status {status}"
-                + (f" and said {brief(complaint)}." if complaint else ".")
+                f"The metric {self.name!r} failed: {_shown(words[0])} ended with exit status {status}"
+                + (f" and said {_shown(complaint)}." if complaint else ".")
+                + (f" It was not given {', '.join(withheld)}; it is, if metric_command names it." if withheld else "")
+            )
+        if told is None:
+            raise MetricError(
+                f"The last line that the command of the metric {self.name!r} printed is longer than {LONGEST_LINE} "
+                "bytes. Print a number, or a JSON object of a few numbers by name, on a line of its own."
             )
         try:
             return json.loads(told)
         except (ValueError, RecursionError):
             raise MetricError(
                 f"The last line that the command of the metric {self.name!r} printed must be a number, or a JSON "
-                f"object of numbers by name; it was {brief(told)}."
+                f"object of numbers by name; it was {_shown(told)}."
             ) from None
-
-    def _run(self, words: Sequence[str], out: BinaryIO, err: BinaryIO) -> int:
-        """The exit status."""
-        process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=os.name == "posix"
-        )
-        try:
-            return process.wait(self.timeout)
-        except subprocess.TimeoutExpired:
-            raise self._too_slow() from None
-        finally:
-            if process.poll() is None:  # out of time, or interrupted
-                with suppress(OSError):
-                    if os.name == "posix":
-                        os.killpg(process.pid, signal.SIGKILL)  # what it has started too
-                    process.kill()
-                process.wait()
 
 
 class ModelEvaluator(Evaluator):
@@ -193,10 +194,10 @@ def words_of(command: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise ConfigurationError(f"metric_command={brief(command)} is no command line: {error}.") from None
+        raise ConfigurationError(f"metric_command={_shown(command)} is no command line: {error}.") from None
     if not any(MODEL in word for word in words[1:]):
         raise ConfigurationError(
-            f"metric_command={brief(command)} must say where the folder of the model goes, as in "
+            f"metric_command={_shown(command)} must say where the folder of the model goes, as in "
             f'"python score.py {MODEL}".'
         )
     return words
@@ -221,8 +222,24 @@ def _save(model: nn.Module, folder: str) -> None:
         save_model(model, os.path.join(folder, "model.safetensors"), {"format": "pt"})
 
 
-def _last_line(file: BinaryIO) -> str:
-    """The last one that is not empty, of what was written to a file."""
-    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-    lines = file.read().decode("utf-8", "replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+def _environment(command: str) -> tuple[dict[str, str], list[str]]:
+    """The environment of a command, and the names of variables that it is not given, since they are secrets' names."""
+    named = re.findall(r"\w+", command)
+    withheld = [n for n in os.environ if SECRET_NAME.search(n) and n not in (*FOLDERS, *named)]
+    return {name: value for name, value in os.environ.items() if name not in withheld}, sorted(withheld)
+
+
+def _shown(text: str) -> str:
+    """A command, or what it said, for a message: short and without secrets."""
+    return brief(command_without_secrets(text[:2000]))
+
+
+def _last_line(file: BinaryIO) -> str | None:
+    """The last line that is not empty, of a file that was written; None if it is longer than `LONGEST_LINE`."""
+    start = max(0, file.seek(0, os.SEEK_END) - LONGEST_LINE - 1)
+    file.seek(start)
+    first, *lines = file.read().decode("utf-8", "replace").split("\n")
+    line = next((line.strip() for line in reversed(lines) if line.strip()), None)
+    if line is None and not start:
+        line = first.strip()
+    return line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -23,8 +24,11 @@ TAG = "metricopt"
 MARKER = "<!-- Made by metricopt_hf. Remove this line to keep your own words when the card is made anew. -->"
 
 
-# Fields that are Markdown, or stand in code; all others may hold a stranger's words.
-RAW = {"comparison", "training_results", "hyperparameters", "repo", "finetuned_from", "model_class"}
+# Fields that are Markdown already; all others may hold a stranger's words.
+RAW = {"comparison", "training_results", "start_link"}
+# Fields that stand between quotes, or as a name, in code.
+CODE = {"repo", "model_class"}
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.A)  # what can be a link to the Hub
 # Of a signature, what a card shows in other words, or not at all
 SHOWN_OTHERWISE = {"origin", "basis", "behaviour"}
 # All but what is never markup in a line of Markdown or HTML: it is written as entities.
@@ -53,11 +57,19 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def code(text: str) -> str:
+    """A text that stands between double quotes in a line of code, and ends neither the quotes nor the line."""
+    return json.dumps(printable(text), ensure_ascii=False)[1:-1]
+
+
 def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
-    """The card that a template in `templates/` gives with these metadata and fields; see `RAW` and `plain`."""
+    """The card that a template in `templates/` gives with these metadata and fields; see `RAW`, `CODE` and `plain`."""
     citation = (TEMPLATES / "citation.md").read_text(encoding="utf-8").strip()
     path = str(TEMPLATES / f"{template}.md")
-    fields = {name: value if name in RAW else plain(value) for name, value in fields.items()}
+    if HUB_NAME.fullmatch(fields.get("finetuned_from") or ""):
+        fields["start_link"] = fields["finetuned_from"]
+    escaped = {name: code if name in CODE else plain for name in fields.keys() - RAW}
+    fields = {name: escaped[name](value) if name in escaped else value for name, value in fields.items()}
     return ModelCard.from_template(data, template_path=path, marker=MARKER, citation=citation, **fields)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -16,9 +15,11 @@ from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigurationError, brief
 from ..evaluation import constraints, direction
+from ..evaluation.answer import plain
 from ..evaluation.metric import INPUTS
 from ..evaluation.model_metric import words_of
 from ..guides import GUIDES
+from ..redaction import command_without_secrets, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -45,42 +46,6 @@ GONE = {
 
 # They take their step inside the backward pass, before there is a gradient that could be blended.
 STEP_IN_BACKWARD = {name for name in OptimizerNames if "layerwise" in name.value or "lomo" in name.value}
-
-
-# Names, or the ends of names, of arguments that are nobody else's business, and what such values look like.
-SECRET_NAME = re.compile(r"(key|token|secret|password|passwd|pwd|credentials?|auth|authorization|bearer)s?$", re.I)
-SECRET_VALUE = re.compile(r"(hf_|sk-|gh[pousr]_|xox[a-z]-|AKIA|eyJ|bearer\s)\S{8,}|\w+://[^/\s:@]*:[^/\s@]+@", re.I)
-
-
-def without_secrets(value: Any, name: str = "") -> Any:
-    """The same with what is named, or looks, like a key, token or password replaced by <NAME>, at any depth.
-
-    Example:
-        >>> without_secrets({"average": "macro", "api_key": "abc", "headers": {"X-Auth": ["d"]}})
-        {'average': 'macro', 'api_key': '<API_KEY>', 'headers': {'X-Auth': '<X-AUTH>'}}
-    """
-    if value is not None and not isinstance(value, bool) and SECRET_NAME.search(name):
-        return f"<{name.upper()}>"
-    if isinstance(value, dict):
-        return {key: without_secrets(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(without_secrets(item) for item in value)
-    return "<SECRET>" if isinstance(value, str) and SECRET_VALUE.match(value) else value
-
-
-def command_without_secrets(command: str) -> str:
-    """The same for the words of a command line, and what options of such names are given.
-
-    Example:
-        >>> command_without_secrets("score.py --token abc --key=abc {model}")
-        'score.py --token <TOKEN> --key=<KEY> {model}'
-    """
-    shown, name = [], ""
-    for word in command.split(" "):
-        option, equals, value = word.rpartition("=")
-        shown.append(option + equals + without_secrets(value, option.lstrip("-") if equals else name))
-        name = word.lstrip("-") if word.startswith("-") and not equals else ""
-    return " ".join(shown)
 
 
 def _number(least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], bool]:
@@ -128,6 +93,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guide": (_one_of(GUIDES), f"one of {', '.join(GUIDES)}"),
     "value_weight": (_number(0), "at least 0 and finite (the sign of the metric is greater_is_better's)"),
     "observation_size": (_unset(_whole(1)), "a whole number of at least 1"),
+    "tune_output_bias": (lambda value: isinstance(value, bool), "True or False"),
 }
 
 
@@ -284,14 +250,18 @@ class MetricOptConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "metric_kwargs"]
 
     def __post_init__(self):
-        self._given_direction = self.greater_is_better
+        for name, value in vars(self).items():
+            setattr(self, name, plain(value))
+        self._given_direction = self.greater_is_better = direction.given(self.greater_is_better)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # None leaves it to Trainer, to whom everything but a loss is better the greater it is
             self.greater_is_better = direction.by_name(self.metric_for_best_model)
         super().__post_init__()
+        if self._given_direction is None and self.greater_is_better is not None:
+            self.greater_is_better = direction.Assumed(self.greater_is_better)  # told apart in `replace(args, ...)`
         for name, (fine, expected) in CHECKS.items():
             if not fine(value := getattr(self, name)):
-                raise ConfigurationError(f"{name}={brief(value)} must be {expected}.")
+                raise ConfigurationError(f"{name}={brief(without_secrets(value))} must be {expected}.")
         constraints.parse(self.metric_constraints)
         if self.metric_command is not None:
             words_of(self.metric_command)
@@ -305,8 +275,9 @@ class MetricOptConfig(TrainingArguments):
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        """As of `TrainingArguments`, for logs and files; secrets of the metric are hidden too."""
-        return {**super().to_dict(), **self._shown}
+        """As of `TrainingArguments`, for logs and files; secrets of the metric are hidden too, and a direction that was
+        not given is None."""
+        return {**super().to_dict(), "greater_is_better": self._given_direction, **self._shown}
 
     @property
     def _shown(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import TrainingSummary, make_markdown_table
 from transformers.trainer_utils import HubStrategy
 
+from ..errors import ValueFunctionError
 from ..hub import ValueFunction, cards, client
 from ..phi.space import model_class
+from ..redaction import shareable
 from ..value.serialization import replace_file
 from .phase import MetricPhase
 from .result import RunResult
@@ -57,16 +60,29 @@ class SharingTrainer(Trainer):
             plugin.state_dict_type = kind
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        with self._shareable_args():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:  # Trainer calls this on every rank, and one of them writes
             self._save_value_function(self.args.output_dir if output_dir is None else output_dir)
+
+    @contextmanager
+    def _shareable_args(self) -> Iterator[None]:
+        """Inside, the `training_args.bin` that Trainer writes holds no secrets: it is pushed with the model."""
+        args, self.args = self.args, shareable(self.args)
+        try:
+            yield
+        finally:
+            self.args = args
 
     def _save_value_function(self, output_dir: str) -> None:
         result = self.result
         if result is not None and result.value_function is not None:
             figures = {"rank_correlation": result.rank_correlation, "trust": result.trust, **self._card_fields}
             folder = os.path.join(output_dir, client.SUBFOLDER)
-            result.value_function.save_pretrained(folder, {"repo": self._repo, **figures})
+            try:
+                result.value_function.save_pretrained(folder, {"repo": self._repo, **figures})
+            except ValueFunctionError as error:  # the model is saved, and training goes on
+                logger.warning(str(error))
 
     # Cards
 
@@ -162,7 +178,7 @@ class SharingTrainer(Trainer):
             model_class=model_class(self.model),
             has_value_function=result.value_function is not None,
             hyperparameters=summary.hyperparameters or {},
-            training_results=make_markdown_table(summary.eval_lines) if summary.eval_lines else None,
+            training_results=make_markdown_table([cards.plain(dict(line)) for line in summary.eval_lines or []]),
         )
 
     # Pushes
@@ -192,7 +208,8 @@ class SharingTrainer(Trainer):
         will_push = will_push and (self.args.hub_always_push or self.push_in_progress is None)
         if will_push and self.phase is not None:
             self.create_model_card(model_name=self._repo.rpartition("/")[2])
-        super()._push_from_checkpoint(checkpoint_folder)
+        with self._shareable_args():
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self):
         super()._finish_current_push()

@@ -33,7 +33,7 @@ from ..errors import ValueFunctionError, brief
 from ..evaluation.trajectory import LARGEST, Trajectory
 from ..phi.coordinates import GIVEN, KINDS
 from .behaviour import CLASSES, IDENTITIES, MOST_WIDTH, NUMBERS, VERSION, Behaviour
-from .signature import OVER_BEHAVIOUR, OVER_PHI, BehaviourSignature, Signature
+from .signature import MAX_NAME, OVER_BEHAVIOUR, OVER_PHI, BehaviourSignature, Signature
 
 CONFIG_FILE, TENSORS_FILE, OBSERVATIONS_FILE = "config.json", "model.safetensors", "observations.parquet"
 CARD_FILE = "README.md"
@@ -44,8 +44,8 @@ READABLE = (4, 5, 6)
 # The most that is accepted from a stranger: bytes of a file, and each of the sizes in a config.
 MAX_BYTES = {CONFIG_FILE: 2**20, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
 MAX_SIZES = {"num_coordinates": 2**13, "hidden_size": 2**12, "num_members": 2**8}
-# The same for names and shapes: characters, and dimensions of a parameter.
-MAX_NAME, MAX_DIMS = 500, 16
+# The same for shapes: dimensions of a parameter. Names have `MAX_NAME` characters.
+MAX_DIMS = 16
 # The smallest divisor: with `LARGEST`, quotients still fit into float32.
 SMALLEST = 1e-15
 # What standardises z and the score, and the metric's own noise: plain numbers, for people to read, so in the config.
@@ -75,7 +75,11 @@ def write(
     signature: Signature | BehaviourSignature | None,
     observations: Trajectory,
 ) -> None:
-    """Write config, tensors and observations; each file whole or not at all."""
+    """Write config, tensors and observations; each file whole or not at all.
+
+    Raises:
+        ValueFunctionError: a file would be larger than `read` accepts; nothing is written.
+    """
     tensors = dict(state)
     normalisation = {name: tensors.pop(name).tolist() for name in NORMALISATION}
     config: dict[str, Any] = {"library_name": LIBRARY, "format_version": FORMAT_VERSION, **sizes}
@@ -105,6 +109,12 @@ def write(
     }
     config["sha256"] = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     contents[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
+    for file, content in contents.items():
+        if len(content) > MAX_BYTES[file]:
+            raise ValueFunctionError(
+                f"The value function is not saved: its {file} would have {len(content)} bytes, and at most "
+                f"{MAX_BYTES[file]} are read. Tune fewer parameters (`phi`), or in fewer coordinates (`phi_dim`)."
+            )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in contents.items():

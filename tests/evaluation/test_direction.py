@@ -1,10 +1,16 @@
 """Which way a metric is better: from its name or its module's description, and never guessed."""
 
+import copy
+import dataclasses
+import json
+import pickle
+
 import evaluate
+import numpy as np
 import pytest
 from helpers import Texts, tiny_bert
 
-from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer
+from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptSeq2SeqConfig, MetricOptTrainer
 from metricopt_hf.evaluation.direction import by_description, by_name
 from metricopt_hf.metrics import greater_is_better, names, path
 
@@ -86,5 +92,44 @@ def test_what_nobody_says_is_refused_before_training(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["mse", "eval_wer", "accuracy"])
 def test_trainer_s_own_choice_of_the_best_checkpoint_follows(name):
-    assert MetricOptConfig("out", metric_for_best_model=name).greater_is_better is (name == "accuracy")
+    assert MetricOptConfig("out", metric_for_best_model=name).greater_is_better == (name == "accuracy")
     assert MetricOptConfig("out", metric_for_best_model=name, greater_is_better=True).greater_is_better
+
+
+COPIES = {
+    "replace": lambda args, **changes: dataclasses.replace(args, **changes),
+    "to_dict": lambda args, **changes: type(args)(**{**args.to_dict(), **changes}),
+    "json": lambda args, **changes: type(args)(**{**json.loads(args.to_json_string()), **changes}),
+    "twice": lambda args, **changes: dataclasses.replace(dataclasses.replace(args), **changes),
+    "copy": lambda args, **changes: dataclasses.replace(copy.deepcopy(args), **changes),
+    "pickle": lambda args, **changes: dataclasses.replace(pickle.loads(pickle.dumps(args)), **changes),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("cls", [MetricOptConfig, MetricOptSeq2SeqConfig])
+def test_a_copied_config_knows_that_no_direction_was_given(tmp_path, cls, copied):
+    args = cls(str(tmp_path), metric_for_best_model="gap", report_to=[], use_cpu=True)
+    again = copied(args, seed=1)
+    assert again.seed == 1
+    for config in (args, again):
+        assert config.greater_is_better == 1  # as Trainer's own
+        with pytest.raises(ConfigurationError, match="Nothing says which way the metric 'gap' is better"):
+            config.direction_of("gap")
+    assert copied(args, metric_for_best_model="mse").greater_is_better == 0
+    assert copied(args, greater_is_better=False).direction_of("gap") is False
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("given", [True, False, np.True_, 0, "False", "true"], ids=repr)
+def test_a_direction_that_was_given_is_kept(tmp_path, copied, given):
+    args = MetricOptConfig(
+        str(tmp_path), metric_for_best_model="gap", greater_is_better=given, report_to=[], use_cpu=True
+    )
+    assert copied(args).direction_of("gap") is (str(given).lower() in ("true", "1"))
+
+
+@pytest.mark.parametrize("given", ["no", "smaller", 2, 0.5, [True], ""], ids=repr)
+def test_what_is_no_direction_is_refused(given):
+    with pytest.raises(ConfigurationError, match="greater_is_better=.* must be True or False"):
+        MetricOptConfig("out", greater_is_better=given, report_to=[], use_cpu=True)

@@ -1,8 +1,12 @@
 """A black box that wants the model: it gets a plain copy, and a command's last line is read as a number."""
 
 import os
+import signal
+import subprocess
 import sys
 import time
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from metricopt_hf.evaluation import evaluator as evaluator_module
 from metricopt_hf.evaluation.answer import Score
 from metricopt_hf.evaluation.model_metric import CommandMetric, ModelEvaluator
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 IDS = torch.arange(2, 6)[None]
 
 
@@ -137,6 +142,102 @@ def test_a_command_that_takes_too_long_is_ended_with_all_that_it_started(tmp_pat
     assert time.monotonic() - begun < 5
     time.sleep(0.9)
     assert not (tmp_path / "late").exists()
+
+
+def running(tag):
+    """The processes with this word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            found += [path.parent.name] * (tag.encode() in path.read_bytes().split(b"\0"))
+    return found
+
+
+@LINUX
+@pytest.mark.parametrize("detached", ["", "setsid "])
+@pytest.mark.parametrize(("then", "timeout"), [("echo 0.5", None), ("sleep 98761", 0.5), ("exit 3", None)])
+def test_a_command_leaves_no_process_behind(detached, then, timeout):
+    metric = CommandMetric(f"/bin/sh -c '{detached}sleep 98761 & {then}' x {{model}}", "quality", timeout=timeout)
+    with nullcontext() if then == "echo 0.5" else pytest.raises(MetricError):
+        metric(nn.Linear(1, 1))
+    assert not running("98761")
+
+
+@LINUX
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_neither_its_command_nor_its_files(tmp_path, how):
+    started = tmp_path / "started"
+    command = f"/bin/sh -c 'setsid sleep 98762 & touch {started}; sleep 98762' x {{model}}"
+    code = f"""if True:
+        from torch import nn
+        from metricopt_hf.evaluation.model_metric import CommandMetric
+        CommandMetric({command!r}, "quality")(nn.Linear(1, 1))
+    """
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(temporary)})
+    while not started.exists() and run.poll() is None:
+        time.sleep(0.05)
+    assert running("98762") and list(temporary.glob("metricopt-*"))
+    run.send_signal(how)
+    run.wait()
+    until = time.monotonic() + 10
+    while (running("98762") or list(temporary.glob("metricopt-*"))) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not running("98762") and not list(temporary.glob("metricopt-*"))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ('print("{" + " " * 70000 + "7")', "must be a number"),
+        ('print("0" * 2**21)', "longer than 1048576 bytes"),
+        ('print(7); print(" " * 2**21)', "longer than 1048576 bytes"),
+    ],
+)
+def test_a_long_last_line_is_not_taken_for_its_end(code, message):
+    with pytest.raises(MetricError, match=message):
+        command(code)(nn.Linear(1, 1))
+
+
+def test_a_last_line_of_many_numbers_is_read_whole():
+    numbers = 'import json; numbers = {f"class {i} recall": i / 9000 for i in range(9000)}; '
+    code = f'{numbers} print("x" * 2**21); print(json.dumps(dict(numbers, quality=0.25)))'
+    assert command(code)(nn.Linear(1, 1)) == 0.25
+
+
+def test_a_command_is_given_no_secrets_of_the_environment_but_those_that_it_names(monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, "SECRET")
+    monkeypatch.setenv("PWD", os.getcwd())
+    code = 'import os; print(sum(v == "SECRET" for v in os.environ.values())); os.environ["PATH"], os.environ["PWD"]'
+    assert command(code)(nn.Linear(1, 1)) == 0
+    script = f"env PASS=OPENAI_API_KEY {sys.executable} -c '{code}' {{model}}"
+    assert CommandMetric(script, "quality")(nn.Linear(1, 1)) == 1
+    with pytest.raises(MetricError, match="It was not given .*HF_TOKEN.*if metric_command names it"):
+        command('import os; print(os.environ["HF_" + "TOKEN"])')(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nowhere_to_be_found --token SECRETword {model}",
+        "HF_TOKEN=SECRETword score.py {model}",
+        "score.py --token SECRETword",
+        "score.py --token SECRETword 'x {model}",
+    ],
+)
+def test_a_refusal_shows_no_secrets_of_the_command(line):
+    with pytest.raises(ConfigurationError) as refused:
+        CommandMetric(line, "quality")
+    assert "SECRETword" not in str(refused.value) and "metric_command=" in str(refused.value)
+
+
+@pytest.mark.parametrize("code", ['print("--token SECRETword")', 'import sys; sys.exit("unknown: --token SECRETword")'])
+def test_a_failure_shows_no_secrets_that_the_command_printed(code):
+    with pytest.raises(MetricError) as failed:
+        command(code)(nn.Linear(1, 1))
+    assert "SECRETword" not in str(failed.value)
 
 
 @pytest.mark.parametrize(

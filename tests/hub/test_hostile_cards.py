@@ -1,5 +1,6 @@
 """What a stranger, or a strange name, puts into a card: shown as it is, never as markup; and cards are written."""
 
+import ast
 import os
 import re
 
@@ -77,15 +78,46 @@ def test_ordinary_words_stay_as_they_are(word):
     assert cards.plain(word) == word
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("run"), "score")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_of_a_run_are_no_markup_in_the_card_of_a_model(made, text):
+    """The start model's name, and the keys of `compute_metrics` in the table of evaluations."""
+    path, history = os.path.join(made.args.output_dir, "README.md"), made.state.log_history
+    written = {}
+    for start, key in (("harmless start", "harmless"), ("someone/bert", text), (text, text)):
+        made.model.config._name_or_path = start
+        names = {"eval_other": f"eval_{key}"}
+        made.state.log_history = [{names.get(k, k): value for k, value in row.items()} for row in history]
+        made.create_model_card()
+        assert ModelCard.load(path).data.library_name == "transformers"
+        written[start] = open(path, encoding="utf-8").read()
+    made.state.log_history = history
+    assert "Harmless" in written["harmless start"]
+    assert "[someone/bert](https://huggingface.co/someone/bert), fine-tuned" in written["someone/bert"]
+    link = [f'<a href="https://huggingface.co/{text}">'] if cards.HUB_NAME.fullmatch(text) else []
+    assert shown(written[text]) == sorted(link + shown(written["harmless start"]))
+
+
+@pytest.mark.parametrize("repo", ['a"b/c', "x\ny", "```", "a\\"])
+def test_what_stands_in_code_ends_neither_quotes_nor_line(repo):
+    shown = cards.code(repo)
+    assert ast.literal_eval(f'"{shown}"') == repo and "\n" not in shown
+
+
 def run(folder, name):
     trainer = MetricOptTrainer(
         tiny_bert(),
         MetricOptConfig(
             str(folder), max_steps=4, metric_start_ratio=0, metric_call_budget=16, metric_for_best_model=name,
-            greater_is_better=True, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2,
+            greater_is_better=True, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2, eval_strategy="steps",
+            eval_steps=2,
         ),
         train_dataset=Texts(80, seed=1), eval_dataset=Texts(40, seed=2),
-        compute_metrics=lambda prediction: {name: true_class_probability(prediction)},
+        compute_metrics=lambda prediction: {name: true_class_probability(prediction), "other": 0.5},
     )  # fmt: skip
     trainer.train()
     return trainer

@@ -1,13 +1,15 @@
 """What a notebook or a log shows of the arguments holds no secrets, and what cannot work is refused with its value."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptSeq2SeqConfig
-from metricopt_hf.training.config import without_secrets
+from metricopt_hf.redaction import without_secrets
 
 CONFIGS = (MetricOptConfig, MetricOptSeq2SeqConfig)
 SECRETS = {
@@ -71,6 +73,7 @@ REFUSED = {
     "guide": ["none", None, ["value_function"]],
     "metric_inputs": ["logits", None],
     "metric_kwargs": ["{", "[1]", 3],
+    "tune_output_bias": ["no", "False", 1, None],
 }
 CASES = [(name, value) for name, values in REFUSED.items() for value in values]
 
@@ -91,3 +94,27 @@ def test_what_cannot_work_is_refused_with_its_value(name, value):
 )  # fmt: skip
 def test_what_works_is_taken(given):
     MetricOptConfig("out", use_cpu=True, **given)
+
+
+NUMBERS = {
+    "phi_dim": [np.int64(4), np.array(4), torch.tensor(4)],
+    "metric_start_ratio": [np.float32(0.5), Fraction(1, 2), torch.tensor(0.5)],
+    "greater_is_better": [np.True_],
+    "tune_output_bias": [np.False_],
+    "learning_rate": [np.float64(0.1)],
+    "max_steps": [np.int32(6)],
+    "metric_kwargs": [{"beta": np.float32(0.5), "labels": np.arange(2)}],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, many in NUMBERS.items() for value in many])
+def test_numbers_of_other_types_are_python_s_from_here_on(name, value):
+    args = MetricOptConfig("out", use_cpu=True, report_to=[], **{name: value})
+    assert type(getattr(args, name)) in (int, float, bool, dict)
+    assert json.loads(args.to_json_string())[name] is not None
+
+
+def test_a_value_of_the_wrong_type_is_refused_without_its_secrets():
+    with pytest.raises(ConfigurationError) as refused:
+        MetricOptConfig("out", use_cpu=True, metric_command=["score.py", "--token", "SECRETword", "{model}"])
+    assert "SECRETword" not in str(refused.value) and "score.py" in str(refused.value)

@@ -317,3 +317,28 @@ def test_sizes_are_refused_before_anything_is_allocated(folder):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**24
+
+
+NAMES = ["m" * 501, "a\nb", "\u202e", "", "\udc80", "a\u2028b", "\x00", "f1 \u00e9"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_what_is_written_can_be_read_whatever_the_names(tmp_path, name):
+    made = shared()
+    phi = {"kind": name, "parameters": [[name + ".weight", [2, 5]], ["a.bias", [2]]]}
+    made.signature = Signature(name, phi, "random", name, np.True_, made.signature.origin, made.signature.basis)
+    made.save_pretrained(tmp_path)
+    read = ValueFunction.from_pretrained(tmp_path).signature
+    read.check(phi, name, True)
+    with pytest.raises(ValueFunctionError, match="judged by"):
+        read.check(phi, name + "x", True)
+    with pytest.raises(ValueFunctionError, match="another phi space"):
+        read.check({**phi, "parameters": [[name + ".weight2", [2, 5]], ["a.bias", [2]]]}, name, True)
+
+
+@pytest.mark.parametrize("file", [serialization.CONFIG_FILE, serialization.TENSORS_FILE])
+def test_what_could_not_be_read_is_not_written(tmp_path, monkeypatch, file):
+    monkeypatch.setitem(serialization.MAX_BYTES, file, 100)
+    with pytest.raises(ValueFunctionError, match=f"its {file} would have"):
+        shared().save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
