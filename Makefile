@@ -13,7 +13,7 @@ BENCH := $(abspath $(VENV))/.installed-bench
 DOCS := $(abspath $(VENV))/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-picture test docs check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-import bench-passes bench-growth bench-gpu bench-warm-start bench-transfer bench-bridge bench-rounding bench-constraints bench-ceiling bench-diagnose cards clean
+.PHONY: help demo demo-picture test docs check-groups bench bench-smoke bench-tune bench-report bench-overhead bench-import bench-passes bench-growth bench-gpu bench-warm-start bench-bridge bench-rounding bench-constraints bench-ceiling bench-diagnose cards clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -65,9 +65,6 @@ bench-gpu: $(DEV) ## all that a GPU alone can tell, in one table and some minute
 
 bench-warm-start: $(USE) ## measure what a shared value function saves
 	$(IN_ROOT) $(PY) -m benchmarks.warm_start $(ARGS)
-
-bench-transfer: $(BENCH) ## measure a value function over behaviour on another model
-	$(IN_ROOT) $(PY) -m benchmarks.transfer $(ARGS)
 
 bench-bridge: $(BENCH) ## measure Bridge on sorting ten numbers, and inside of a classifier
 	$(IN_ROOT) $(PY) -m benchmarks.bridge_sorting $(ARGS)
