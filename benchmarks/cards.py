@@ -1,10 +1,9 @@
 """Fills the cards in model_cards/ with figures measured here: a tuned model, and its value function.
 
     python -m benchmarks.cards            (make cards)
-    python -m benchmarks.cards --cards behaviour            (that of a value function over behaviour alone)
 
 The task of `worst_class` in 100 steps, from activations in front of the last block that are computed once. All
-methods of the comparison, several seeds; the model and the value functions that are described are the first seed's.
+methods of the comparison, several seeds; the model and the value function that are described are the first seed's.
 """
 
 from __future__ import annotations
@@ -38,10 +37,6 @@ ABOUT = {
     "dataset": "CIFAR-10 (JPEG copy)",
     "dataset_tags": "cifar10",
 }
-BEYOND = (
-    "What one like it is worth on a ResNet-32, and others on other tasks, is measured by "
-    "`python -m benchmarks.transfer` (docs/results/transfer.md of the repository)."
-)
 SIZES = Sizes(TRAIN, TRAIN // 2, None, 2000)
 
 
@@ -51,10 +46,6 @@ class CardArguments:
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run, two or more."})
     max_steps: int = field(default=100, metadata={"help": "Optimizer steps of every method."})
-    cards: list[str] = field(
-        default_factory=lambda: ["methods", "behaviour"],
-        metadata={"help": "Which: of a model and its value function, and of a value function over behaviour."},
-    )
     folder: str = field(default=str(FOLDER), metadata={"help": "Where to write the cards."})
 
 
@@ -89,11 +80,6 @@ def main(argv: list[str] | None = None) -> int:
     print("computing activations ...", flush=True)
     net = cifar.pretrained(20)
     train, test = (vars(cifar.activations(net, cifar.load(split))) for split in (f"train[:{TRAIN}]", "test"))
-    if "behaviour" in args.cards:
-        with tempfile.TemporaryDirectory() as temporary:
-            over_behaviour(cifar.cut(net, train, test, SIZES, args.seeds[0]), args, Path(temporary) / NAME)
-    if "methods" not in args.cards:
-        return 0
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(args.seeds) * len(METHODS), desc="runs") as bar:
         folder, runs, kept = Path(temporary) / NAME, [], None
         for seed in args.seeds:
@@ -110,16 +96,6 @@ def main(argv: list[str] | None = None) -> int:
         for source, target in (("README.md", f"{NAME}.md"), (LEARNED, f"{NAME}-value-function.md")):
             publish(folder / source, args, target)
     return 0
-
-
-def over_behaviour(problem: Problem, args: CardArguments, folder: Path) -> None:
-    """The card of what a run with `guide="behaviour"` learns."""
-    trainer = make_trainer(
-        args.seeds[0], problem, args.max_steps, str(folder), hub_model_id=f"user/{NAME}", guide="behaviour"
-    )
-    trainer.train()
-    trainer.create_model_card(**ABOUT, comparison=BEYOND)
-    publish(folder / LEARNED, args, f"{NAME}-value-function-over-behaviour.md")
 
 
 def publish(card: Path, args: CardArguments, name: str) -> None:

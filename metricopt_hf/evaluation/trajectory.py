@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ..errors import ValueFunctionError, brief
+
 # what is unpacked at a time of a file that is not trusted
 BATCH_BYTES = 2**22
 # the largest coordinate or score that is taken from one: its squares still fit into float32
@@ -19,8 +20,6 @@ LARGEST = 1e15
 COLUMNS = {"score": "scores", "variance": "variances", "step": "steps", "cost": "costs"}
 # attribute -> what its numbers are, in the order of an Observation's fields
 DTYPES = {"z": np.float32, "scores": float, "variances": float, "steps": np.int64, "costs": float, "raw": float}
-# a last column of older files, which is left out: of which part of the observation set a score was
-FOLD = ("fold", pyarrow.int64())
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Trajectory(Sequence[Observation]):
             found = [(field.name, field.type) for field in file.schema_arrow]
             if not file.metadata.num_rows:
                 return cls()
-            if found not in (expected, [*expected, FOLD]):
+            if found != expected:
                 wrong = next((pair for pair in zip(found, expected, strict=False) if pair[0] != pair[1]), None)
                 raise ValueFunctionError(
                     f"the observations are in {len(found)} columns instead of {len(expected)}, or one is another than "
@@ -196,7 +195,7 @@ class Trajectory(Sequence[Observation]):
                     raise ValueFunctionError(f"the observations unpack to more than {max_bytes} bytes, the most read.")
                 parts.append([column.to_numpy(zero_copy_only=False) for column in batch.columns])
             arrays = [np.concatenate(column) for column in zip(*parts, strict=True)]
-            state = dict(zip(COLUMNS.values(), arrays[num_coordinates:], strict=False))
+            state = dict(zip(COLUMNS.values(), arrays[num_coordinates:], strict=True))
             state["z"], state["raw"] = np.stack(arrays[:num_coordinates], axis=1), np.zeros((rows, 0))
             if not all(np.isfinite(state[name]).all() for name in state if name != "variances"):
                 raise ValueFunctionError("there are observations that are not finite.")

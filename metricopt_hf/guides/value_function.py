@@ -32,7 +32,7 @@ class ValueFunctionGuide(Guide):
 
     def start(self, context: GuideContext) -> None:
         super().start(context)
-        self.network = ValueNetwork.begun(context.dim, context.network, context.generator)
+        self.network = ValueNetwork.started(context.dim, context.network, context.generator)
         self.is_fitted = context.network is not None
         self.origin = torch.zeros(context.dim)
         self.z, self.values = np.zeros((0, context.dim), np.float32), np.zeros(0)

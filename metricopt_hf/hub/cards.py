@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..value import OVER_PHI
 from ..value.serialization import LIBRARY, replace_file
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ RAW = {"comparison", "training_results", "start_link"}
 CODE = {"repo", "model_class"}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.A)  # what can be a link to the Hub
 # Of a signature, what a card shows in other words, or not at all
-SHOWN_OTHERWISE = {"origin", "basis", "behaviour"}
+SHOWN_OTHERWISE = {"origin", "basis"}
 # All but what is never markup in a line of Markdown or HTML: it is written as entities.
 _SAFE = re.compile(r"[^\w ,.:;%()=+'/-]|_(?![^\W_])|(?<![^\W_])_|(?<=/)/|(?<=:)/|(?<=www)\.|(?<=[\w.])@", re.I)
 
@@ -113,15 +112,14 @@ def write(
         model_name=name if results else None,
         eval_results=results,
     )
-    scores, over_phi = observations.scores, signature is None or signature.over == OVER_PHI
+    scores = observations.scores
     fields = {
         "name": name,
         "repo": repo,
         "task": task,
         "dataset": dataset,
         "signature": signature and {n: value for n, value in vars(signature).items() if n not in SHOWN_OTHERWISE},
-        "behaviour": None if over_phi else str(signature.behaviour),
-        "phi_dim": signature.origin.numel() if signature and over_phi else None,
+        "phi_dim": signature.origin.numel() if signature else None,
         "num_coordinates": value_function.num_coordinates,
         "num_members": value_function.num_members,
         "hidden_size": value_function.hidden_size,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ValueFunctionError
 from ..evaluation.trajectory import Trajectory
 from ..phi import Coordinates
-from ..value import OVER_PHI, BehaviourSignature, Signature, ValueNetwork, serialization
+from ..value import Signature, ValueNetwork, serialization
 from . import cards, client
 
 logger = logging.getLogger(__name__)
@@ -31,36 +31,32 @@ class ValueFunction(ValueNetwork):
         num_coordinates, hidden_size, num_members: see `ValueNetwork`.
 
     Attributes:
-        signature: what its inputs z are, coordinates of phi or a summary of behaviour, and the metric; None for one
-            that was never part of a run.
+        signature: which coordinates of which phi its inputs z are, and the metric; None for one that was never part of
+            a run.
         observations: what it was fitted to.
     """
 
     def __init__(self, num_coordinates: int, hidden_size: int = 32, num_members: int = 6):
         super().__init__(num_coordinates, hidden_size, num_members)
-        self.signature: Signature | BehaviourSignature | None = None
+        self.signature: Signature | None = None
         self.observations = Trajectory()
 
     @classmethod
-    def of(
-        cls, network: ValueNetwork, signature: Signature | BehaviourSignature | None, observations: Trajectory
-    ) -> ValueFunction:
+    def of(cls, network: ValueNetwork, signature: Signature | None, observations: Trajectory) -> ValueFunction:
         """A copy of a network, with what others need to use it."""
         value_function = cls(network.num_coordinates, network.hidden_size, network.num_members)
         value_function.load_state_dict(network.state_dict())
         value_function.signature, value_function.observations = signature, observations
         return value_function.eval()
 
-    @property
-    def has_coordinates(self) -> bool:
-        """Whether it brings those in which it was learned: one over phi that was part of a run does."""
-        return self.signature is not None and self.signature.over == OVER_PHI
-
     def coordinates_from(self, phi: Tensor) -> Coordinates:
-        """The coordinates in which it was learned, on phi's device. phi: [d], a start that may lie elsewhere."""
-        signature = self.signature
-        basis = None if signature.basis is None else signature.basis.to(phi.device)
-        coordinates = Coordinates(signature.origin.to(phi.device), basis, signature.coordinates)
+        """The coordinates in which it was learned, on phi's device; it must have a signature.
+
+        Args:
+            phi: [d], a start that may lie elsewhere.
+        """
+        origin, basis = self.signature.origin.to(phi.device), self.signature.basis.to(phi.device)
+        coordinates = Coordinates(origin, basis, self.signature.coordinates)
         if len(self.observations):
             z, known = coordinates.encode(phi).cpu().numpy(), self.observations.z
             low, high = known.min(0), known.max(0)

@@ -12,14 +12,6 @@ from torch import Tensor, nn
 from ..errors import ValueFunctionError
 
 
-def rescaled(vectors: Tensor) -> Tensor:
-    """The same by a power of two, so that the largest entry is near 1: exact, and squares neither overflow nor vanish.
-
-    A metric may be of any size, and where only a direction counts, float32 must not decide how large it may be.
-    """
-    return torch.ldexp(vectors, -torch.frexp(vectors.abs().max()).exponent)
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside, torch uses one thread of the CPU.
@@ -77,8 +69,8 @@ class ValueNetwork(nn.Module):
         self.reset_parameters(torch.Generator().manual_seed(0))
 
     @classmethod
-    def begun(cls, num_coordinates: int, given: ValueNetwork | None, generator: torch.Generator) -> ValueNetwork:
-        """One to fit: a copy of `given`, or, where that is None, a new one with weights drawn from `generator`."""
+    def started(cls, num_coordinates: int, given: ValueNetwork | None, generator: torch.Generator) -> ValueNetwork:
+        """A network to fit: a copy of `given`, or, where that is None, one with weights drawn from `generator`."""
         if given is None:
             network = cls(num_coordinates)
             network.reset_parameters(generator)
@@ -126,33 +118,10 @@ class ValueNetwork(nn.Module):
     def noise(self, value: float) -> None:
         self.noise_std.fill_(min(value / float(self.score_std), torch.finfo(torch.float32).max))
 
-    def gradient(self, z: Tensor) -> Tensor:
-        """Gradient of the predicted mean, in units of the metric per unit of z. z: [n, k] (or [k]) -> same shape."""
-        return self._gradients(z).mean(0)
-
-    @one_thread()
-    def gradient_and_agreement(self, z: Tensor, slope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`gradient` and `agreement` from one pass through the networks, which never waits for a device.
-
-        Args:
-            slope: [k, m] of z in m other coordinates, in which both are then told.
-        """
-        gradients = self._gradients(z)
-        gradients = gradients if slope is None else gradients @ slope
-        return gradients.mean(0), _agreement(gradients)
-
-    def agreement(self, z: Tensor) -> Tensor:
-        """How far the members agree on the gradient at z: [n, k] (or [k]) -> [n] (or a scalar), in [0, 1].
-
-        The intraclass correlation of their gradients: which share of a member's squared gradient all have in common. 1
-        where they are the same, 0 where they have no more in common than random ones would, as at an optimum.
-        """
-        return _agreement(self._gradients(z))
-
     @one_thread()
     @torch.no_grad()
-    def _gradients(self, z: Tensor) -> Tensor:
-        """Every member's gradient. z: [n, k] (or [k]) -> [members, n, k] (or [members, k]).
+    def gradient(self, z: Tensor) -> Tensor:
+        """Gradient of the predicted mean, in units of the metric per unit of z. z: [n, k] (or [k]) -> same shape.
 
         Step by step what autograd would do, to the same bits, in a third of the time: it is needed at every step.
         """
@@ -166,7 +135,7 @@ class ValueNetwork(nn.Module):
         for before, weight in zip(reversed(inner), reversed(self.weights[:-1]), strict=True):
             gradients = torch.bmm(torch.ops.aten.silu_backward(gradients, before), weight.mT)
         gradients = (gradients + self.slopes.mT) / self.z_std * self.score_std
-        return gradients.reshape(self.num_members, *z.shape)
+        return gradients.mean(0).reshape(z.shape)
 
     def _checked(self, z: Tensor) -> Tensor:
         if z.dim() not in (1, 2) or z.shape[-1] != self.num_coordinates:
@@ -175,12 +144,3 @@ class ValueNetwork(nn.Module):
             )
         return z
 
-
-def _agreement(gradients: Tensor) -> Tensor:
-    """See `ValueNetwork.agreement`. gradients: [members, n, k] (or [members, k]) -> [n] (or a scalar)."""
-    gradients, members = rescaled(gradients), len(gradients)
-    squared = gradients.square().sum(-1).mean(0)
-    if members == 1:
-        return torch.ones_like(squared)
-    share = gradients.mean(0).square().sum(-1) / squared.clamp_min(torch.finfo(squared.dtype).tiny)
-    return ((members * share - 1) / (members - 1)).clamp(0, 1)

@@ -2,10 +2,9 @@
 
 A folder holds
 
-    config.json            format version, sizes, normalisation; the signature: metric and direction, and phi space and
-                           coordinates, or over which behaviour it is; and the hashes of the next two, so that files of
-                           two saves do not pass for one
-    model.safetensors      weights and, over phi, origin phi_0 and basis Q, all float32
+    config.json            format version, sizes, normalisation; the signature: metric and direction, phi space and
+                           coordinates; and the hashes of the next two, so that files of two saves do not pass for one
+    model.safetensors      weights, origin phi_0 and basis Q, all float32
     observations.parquet   what it was fitted to, so that others can refit: see `Trajectory.to_parquet`
     README.md              the card, for people; not read
 
@@ -31,15 +30,14 @@ from torch import Tensor
 
 from ..errors import ValueFunctionError, brief
 from ..evaluation.trajectory import LARGEST, Trajectory
-from ..phi.coordinates import GIVEN, KINDS
-from .behaviour import CLASSES, IDENTITIES, MOST_WIDTH, NUMBERS, VERSION, Behaviour
-from .signature import MAX_NAME, OVER_BEHAVIOUR, OVER_PHI, BehaviourSignature, Signature
+from ..phi.coordinates import GIVEN, JACOBIAN, LOSS, RANDOM
+from .signature import MAX_NAME, Signature
 
 CONFIG_FILE, TENSORS_FILE, OBSERVATIONS_FILE = "config.json", "model.safetensors", "observations.parquet"
 CARD_FILE = "README.md"
-# 4: observations in flat columns; 5: without the column of folds; 6: over behaviour, which earlier versions refuse so
-LIBRARY, FORMAT_VERSION, OF_BEHAVIOUR = "metricopt_hf", 5, 6
-READABLE = (4, 5, 6)
+# 7: over parameters that the model has; earlier ones are over parameters that were inserted into it, or over behaviour
+LIBRARY, FORMAT_VERSION = "metricopt_hf", 7
+KINDS = (JACOBIAN, LOSS, RANDOM, GIVEN)
 
 # The most that is accepted from a stranger: bytes of a file, and each of the sizes in a config.
 MAX_BYTES = {CONFIG_FILE: 2**20, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
@@ -72,7 +70,7 @@ def write(
     folder: str | os.PathLike,
     sizes: Mapping[str, int],
     state: Mapping[str, Tensor],
-    signature: Signature | BehaviourSignature | None,
+    signature: Signature | None,
     observations: Trajectory,
 ) -> None:
     """Write config, tensors and observations; each file whole or not at all.
@@ -84,22 +82,12 @@ def write(
     normalisation = {name: tensors.pop(name).tolist() for name in NORMALISATION}
     config: dict[str, Any] = {"library_name": LIBRARY, "format_version": FORMAT_VERSION, **sizes}
     config.update(normalisation=normalisation, signature=None)
-    if isinstance(signature, BehaviourSignature):
-        config["format_version"] = OF_BEHAVIOUR
-        config["signature"] = {
-            "over": signature.over,
-            "model": signature.model,
-            "behaviour": signature.behaviour.description,
-            "metric": {"name": signature.metric, "greater_is_better": signature.greater_is_better},
-        }
-    elif signature is not None:
-        tensors["origin"] = signature.origin
-        if signature.basis is not None:
-            tensors["basis"] = signature.basis
+    if signature is not None:
+        tensors.update(origin=signature.origin, basis=signature.basis)
         config["signature"] = {
             "model": signature.model,
             "phi": signature.phi,
-            "coordinates": {"kind": signature.coordinates, "identity": signature.basis is None},
+            "coordinates": signature.coordinates,
             "metric": {"name": signature.metric, "greater_is_better": signature.greater_is_better},
         }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -123,7 +111,7 @@ def write(
 
 def read(
     folder: str | os.PathLike, name: str
-) -> tuple[dict[str, int], dict[str, Tensor], Signature | BehaviourSignature | None, Trajectory]:
+) -> tuple[dict[str, int], dict[str, Tensor], Signature | None, Trajectory]:
     """Sizes, state, signature and observations of a value function in a folder, or nothing at all.
 
     Args:
@@ -189,10 +177,13 @@ def _read_config(content: bytes) -> tuple[dict[str, int], dict[str, Any]]:
     config = json.loads(content.decode("utf-8"), parse_int=_whole_number)
     if not isinstance(config, dict) or config.get("library_name") != LIBRARY:
         raise ValueFunctionError(f"{CONFIG_FILE} is not that of a value function of {LIBRARY}.")
-    if config.get("format_version") not in READABLE:
+    if (version := config.get("format_version")) != FORMAT_VERSION:
+        if version in range(1, FORMAT_VERSION):
+            remedy = "that one is over parameters that are not inserted any more. Learn it anew with this version."
+        else:
+            remedy = f"pip install --upgrade {LIBRARY}."
         raise ValueFunctionError(
-            f"it has format version {brief(config.get('format_version'))}, this version of {LIBRARY} reads "
-            f"{' and '.join(map(str, READABLE))}: pip install --upgrade {LIBRARY}."
+            f"it has format version {brief(version)}, this version of {LIBRARY} reads {FORMAT_VERSION}: {remedy}"
         )
     sizes = {name: config.get(name) for name in MAX_SIZES}
     for name, size in sizes.items():
@@ -227,54 +218,20 @@ def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[s
     signature = config["signature"]
     if signature is None:
         return {}
-    if _over(signature) == OVER_BEHAVIOUR:
-        _check_behaviour(signature, num_coordinates)
-        return {}
     phi, coordinates, metric = signature["phi"], signature["coordinates"], signature["metric"]
-    strings = [signature["model"], phi["kind"], coordinates["kind"], metric["name"]]
-    flags = [coordinates["identity"], metric["greater_is_better"]]
+    strings = [signature["model"], phi["kind"], metric["name"]]
     rows = [(name, shape) for name, shape in phi["parameters"]]
     dims = [d for _, shape in rows for d in shape]
-    fine = all(_is_name(s) for s in strings + [name for name, _ in rows]) and coordinates["kind"] in (*KINDS, GIVEN)
-    fine &= all(type(f) is bool for f in flags) and all(type(shape) is list for _, shape in rows)
+    fine = all(_is_name(s) for s in strings + [name for name, _ in rows]) and coordinates in KINDS
+    fine &= type(metric["greater_is_better"]) is bool and all(type(shape) is list for _, shape in rows)
     fine &= all(type(d) is int and 0 <= d <= MAX_BYTES[TENSORS_FILE] for d in dims)
     fine &= max((len(shape) for _, shape in rows), default=0) <= MAX_DIMS
     if not fine or not rows:
         raise ValueFunctionError(f"the signature in {CONFIG_FILE} is malformed.")
     dim = sum(_product(shape) for _, shape in rows)
-    if num_coordinates > dim or (coordinates["identity"] and num_coordinates != dim):
+    if num_coordinates > dim:
         raise ValueFunctionError(f"{num_coordinates} coordinates do not fit a phi of {dim} numbers.")
-    return {"origin": (dim,), **({} if coordinates["identity"] else {"basis": (dim, num_coordinates)})}
-
-
-def _over(signature: Mapping[str, Any]) -> str:
-    """Of what it is; earlier files do not say so, and are over phi."""
-    over = signature["over"] if "over" in signature else OVER_PHI
-    if over not in (OVER_PHI, OVER_BEHAVIOUR):
-        raise ValueFunctionError(f"the signature in {CONFIG_FILE} says that it is over {brief(over)}.")
-    return over
-
-
-def _check_behaviour(signature: Mapping[str, Any], num_coordinates: int) -> None:
-    """Refuse a signature over behaviour with an entry that is not as it must be, or that contradicts the sizes."""
-    behaviour, metric = signature["behaviour"], signature["metric"]
-    if behaviour["version"] != VERSION:
-        raise ValueFunctionError(
-            f"it reads a summary of version {brief(behaviour['version'])}, this version of {LIBRARY} makes {VERSION}."
-        )
-    fine = all(_is_name(name) for name in (signature["model"], metric["name"]))
-    fine &= type(metric["greater_is_better"]) is bool and behaviour["labels"] in (CLASSES, NUMBERS, IDENTITIES)
-    widths = [behaviour["num_outputs"], behaviour["num_labels"]]
-    fine &= all(type(width) is int and 0 <= width <= MOST_WIDTH for width in widths)
-    if not fine:
-        raise ValueFunctionError(f"the signature in {CONFIG_FILE} is malformed.")
-    size = _behaviour(behaviour).size
-    if size != num_coordinates:
-        raise ValueFunctionError(f"it reads {num_coordinates} numbers, and its behaviour has {size}.")
-
-
-def _behaviour(entry: Mapping[str, Any]) -> Behaviour:
-    return Behaviour(entry["labels"], entry["num_outputs"], entry["num_labels"])
+    return {"origin": (dim,), "basis": (dim, num_coordinates)}
 
 
 def _is_name(value: Any) -> bool:
@@ -315,22 +272,9 @@ def _read_tensors(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict
     return tensors
 
 
-def _signature(
-    config: Mapping[str, Any], origin: Tensor | None, basis: Tensor | None
-) -> Signature | BehaviourSignature | None:
-    signature = config["signature"]
-    if signature is None:
+def _signature(config: Mapping[str, Any], origin: Tensor | None, basis: Tensor | None) -> Signature | None:
+    if (signature := config["signature"]) is None:
         return None
-    metric = signature["metric"]
-    if _over(signature) == OVER_BEHAVIOUR:
-        behaviour = _behaviour(signature["behaviour"])
-        return BehaviourSignature(signature["model"], behaviour, metric["name"], metric["greater_is_better"])
-    return Signature(
-        signature["model"],
-        {"kind": signature["phi"]["kind"], "parameters": signature["phi"]["parameters"]},
-        signature["coordinates"]["kind"],
-        metric["name"],
-        metric["greater_is_better"],
-        origin,
-        basis,
-    )
+    phi = {name: signature["phi"][name] for name in ("kind", "parameters")}
+    metric = signature["metric"]["name"], signature["metric"]["greater_is_better"]
+    return Signature(signature["model"], phi, signature["coordinates"], *metric, origin, basis)

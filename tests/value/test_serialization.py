@@ -17,7 +17,7 @@ from helpers import config
 from safetensors.torch import load_file, save_file
 
 from metricopt_hf import Observation, Trajectory, ValueFunction, ValueFunctionError
-from metricopt_hf.phi import random_basis
+from metricopt_hf.phi.coordinates import random_directions
 from metricopt_hf.value import Signature, fit, serialization
 
 D, K = 12, 4
@@ -31,7 +31,7 @@ def shared(seed=0):
     scores = z @ [1.0, -2.0, 0.5, 0.0] + 7
     made = ValueFunction(K, hidden_size=8, num_members=3)
     fit(made, z, scores, np.full(40, np.nan), torch.Generator().manual_seed(seed))
-    basis = random_basis(D, K, torch.Generator().manual_seed(seed))
+    basis = random_directions(D, K, torch.Generator().manual_seed(seed))
     made.signature = Signature("Linear", PHI, "random", "f1", True, torch.randn(D), basis)
     made.observations = Trajectory(
         [Observation(p, float(s), float("nan"), i // 8, 0.5) for i, (p, s) in enumerate(zip(z, scores, strict=True))]
@@ -87,20 +87,10 @@ def test_what_is_written_is_read_again(folder):
     assert sorted(path.name for path in folder.iterdir()) == sorted([*serialization.MAX_BYTES, "README.md"])
 
 
-def test_one_that_was_written_with_folds_is_read_without_them(folder):
-    """Format 4 had one more column: on which part of the observation set a score was taken."""
-    observations(folder, fold=pyarrow.array([0, 1] * 20, pyarrow.int64()))
-    config(folder, format_version=4)
-    loaded, written = load(folder), shared()
-    assert np.array_equal(loaded.observations.z, written.observations.z)
-    assert loaded.observations.scores.tolist() == written.observations.scores.tolist()
-    assert torch.equal(loaded.predict(torch.zeros(K))[0], written.predict(torch.zeros(K))[0])
-
-
 def test_the_config_tells_people_what_it_is_of(folder):
     told, normalised = json.loads((folder / "config.json").read_text()), shared()
-    assert told["format_version"] == 5 and told["signature"]["phi"] == PHI
-    assert told["signature"]["coordinates"] == {"kind": "random", "identity": False}
+    assert told["format_version"] == 7 and told["signature"]["phi"] == PHI
+    assert told["signature"]["coordinates"] == "random"
     assert told["signature"]["metric"] == {"name": "f1", "greater_is_better": True}
     assert told["normalisation"]["z_mean"] == normalised.z_mean.tolist()
     assert told["normalisation"]["score_std"] == float(normalised.score_std)
@@ -155,9 +145,10 @@ STRANGE = {
     "a list": (lambda f: (f / "config.json").write_text("[]"), "not that of a value function"),
     "deep JSON": (lambda f: (f / "config.json").write_text("[" * 100_000), "RecursionError|JSONDecodeError"),
     "a later version": (
-        lambda f: config(f, format_version=7),
-        "format version 7, .* reads 4 and 5 and 6: pip install --upgrade",
+        lambda f: config(f, format_version=8),
+        "format version 8, .* reads 7: pip install --upgrade",
     ),
+    "an earlier version": (lambda f: config(f, format_version=5), "format version 5.*Learn it anew with this version"),
     "no version": (lambda f: config(f, format_version=None), "format version None"),
     "a size that is text": (lambda f: config(f, hidden_size="8"), "hidden_size='8'"),
     "a size that is a truth": (lambda f: config(f, num_members=True), "num_members=True"),
@@ -170,7 +161,8 @@ STRANGE = {
     "an astronomical phi": (lambda f: config(f, signature__phi__parameters=[["a", [2**40]]]), "malformed"),
     "a phi of many dimensions": (lambda f: config(f, signature__phi__parameters=[["a", [1] * 17]]), "malformed"),
     "a shape that is text": (lambda f: config(f, signature__phi__parameters=[["a", "12"]]), "malformed"),
-    "unknown coordinates": (lambda f: config(f, signature__coordinates__kind="pca"), "malformed"),
+    "coordinates that are a list": (lambda f: config(f, signature__coordinates=["random"]), "malformed"),
+    "unknown coordinates": (lambda f: config(f, signature__coordinates="pca"), "malformed"),
     "a heading for a metric": (lambda f: config(f, signature__metric__name="f1\n# Free money"), "malformed"),
     "a long name": (lambda f: config(f, signature__model="x" * 501), "malformed"),
     "an empty name": (lambda f: config(f, signature__model=""), "malformed"),

@@ -87,18 +87,6 @@ def test_the_gradient_is_that_of_the_predicted_mean():
     assert torch.allclose(network.gradient(z[0]), numeric[0], rtol=1e-5, atol=1e-7)
 
 
-def with_slopes(*slopes):
-    """A value function whose members all are linear, with these gradients; standardised scores have a spread of 3."""
-    network = ValueNetwork(K, num_members=len(slopes))
-    with torch.no_grad():  # what is behind the linear part is zero before there is a fit
-        network.slopes.copy_(torch.as_tensor(np.stack(slopes), dtype=torch.float32)[..., None])
-    network.score_std.fill_(3.0)
-    return network
-
-
-ONE, TWO = np.eye(K)[:2]
-
-
 def test_the_gradient_is_what_autograd_makes_of_the_same_network():
     generator = torch.Generator().manual_seed(3)
     network = ValueNetwork(K, num_members=3)
@@ -109,50 +97,13 @@ def test_the_gradient_is_what_autograd_makes_of_the_same_network():
     for z in (torch.randn(K, generator=generator), torch.randn(4, K, generator=generator)):
         points = z.expand(3, *z.shape).clone().requires_grad_()
         (by_autograd,) = torch.autograd.grad(network(points.reshape(3, -1, K)).sum(), points)
-        gradient, agreement = network.gradient_and_agreement(z)
+        gradient = network.gradient(z)
         assert torch.equal(gradient, (by_autograd * network.score_std).mean(0))
-        assert torch.equal(gradient, network.gradient(z)) and torch.equal(agreement, network.agreement(z))
-
-
-@pytest.mark.parametrize(
-    ("slopes", "agreement"),
-    [
-        ([SLOPE, SLOPE, SLOPE], 1.0),
-        ([SLOPE], 1.0),  # nobody to disagree with
-        ([SLOPE, -SLOPE], 0.0),
-        ([ONE, TWO], 0.0),  # nothing in common, as random directions
-        ([ONE + TWO, ONE - TWO], 0.0),
-        ([2 * ONE + TWO, 2 * ONE - TWO], 0.6),  # the mean holds 4 / 5 of the square: (2 * 4 / 5 - 1) / (2 - 1)
-        ([0 * ONE, 0 * ONE], 0.0),
-    ],
-)
-def test_agreement_is_what_the_members_gradients_have_in_common(slopes, agreement):
-    network = with_slopes(*slopes)
-    assert float(network.agreement(torch.zeros(K))) == pytest.approx(agreement, abs=1e-6)
-    assert torch.allclose(network.agreement(torch.randn(4, K)), torch.full((4,), agreement), atol=1e-6)
-    mean = 3 * torch.as_tensor(np.mean(slopes, 0), dtype=torch.float32)
-    assert torch.allclose(network.gradient(torch.zeros(K)), mean)
-
-
-def test_members_agree_on_a_slope_and_not_at_an_optimum():
-    network = fitted(*observed(quadratic), num_members=5)[0]
-    at_optimum, away = torch.as_tensor(OPTIMUM, dtype=torch.float32), torch.zeros(K)
-    assert network.agreement(away) > 0.8 > 2 * network.agreement(at_optimum)
-
-
-def test_members_agree_on_a_slope_and_in_the_mean_over_fits_not_at_an_optimum():
-    made = [fitted(*observed(quadratic), seed=seed)[0] for seed in range(5)]
-    away, at_optimum = (
-        [float(network.agreement(torch.as_tensor(z, dtype=torch.float32))) for network in made]
-        for z in (np.zeros(K), OPTIMUM)
-    )
-    assert min(away) > 0.8 > 2 * np.mean(at_optimum)
 
 
 def test_one_point_and_many_give_the_same_numbers():
     network = fitted(*observed())[0]
     z = torch.randn(3, K)
-    assert torch.allclose(network.agreement(z)[1], network.agreement(z[1]), atol=1e-6)
     mean, std = network.predict(z)
     assert mean.shape == std.shape == (3,) and network.gradient(z).shape == (3, K)
     one_mean, one_std = network.predict(z[1])
@@ -162,7 +113,7 @@ def test_one_point_and_many_give_the_same_numbers():
 
 @pytest.mark.parametrize("shape", [(K + 1,), (3, K - 1), (2, 3, K), ()])
 def test_points_of_another_shape_are_refused(shape):
-    for ask in (ValueNetwork(K).predict, ValueNetwork(K).gradient, ValueNetwork(K).agreement):
+    for ask in (ValueNetwork(K).predict, ValueNetwork(K).gradient):
         with pytest.raises(ValueFunctionError, match=rf"\[n, {K}\]"):
             ask(torch.zeros(shape))
 
@@ -171,6 +122,14 @@ def test_points_of_another_shape_are_refused(shape):
 def test_sizes_below_one_are_refused(sizes):
     with pytest.raises(ValueFunctionError, match="at least 1"):
         ValueNetwork(*sizes)
+
+
+def test_a_network_is_started_from_a_given_one_or_from_the_generator():
+    given, z = fitted(*observed(), num_members=3)[0], torch.randn(4, K)
+    copy = ValueNetwork.started(K, given, generator())
+    assert torch.equal(copy.predict(z)[0], given.predict(z)[0]) and copy.weights[0] is not given.weights[0]
+    first, same, other = (ValueNetwork.started(K, None, generator(seed)).weights[0] for seed in (0, 0, 1))
+    assert torch.equal(first, same) and not torch.equal(first, other)
 
 
 # ---- what the fit makes of its data

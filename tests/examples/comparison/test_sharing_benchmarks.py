@@ -49,8 +49,6 @@ def test_cards_are_filled(tmp_path):
         assert all(f"| {method.title} " in card.text for method in METHODS.values())
         assert f"- {METHODS['metricopt'].title} - {METHODS['loss_only'].title}: " in card.text
         assert card.data.eval_results and f"user/{cards.NAME}" in card.text
-    over_behaviour = (tmp_path / f"{cards.NAME}-value-function-over-behaviour.md").read_text()
-    assert "predictions of 10 classes" in over_behaviour and 'guide="behaviour"' in over_behaviour
 
 
 def test_warm_is_compared_with_cold(capsys, tmp_path):
