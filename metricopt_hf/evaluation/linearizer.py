@@ -31,7 +31,7 @@ from ..phi.coordinates import (
 from ..phi.space import is_sharded
 from ..phi.taps import NotRowByRow, jacobian_rows, tapped
 from .evaluator import BatchOutput, Evaluator, undisturbed
-from .linearization import LinearLeaf, Linearization, arrays
+from .linearization import Linearization, LinearLeaf, arrays
 from .rows import num_rows, take_rows
 
 logger = logging.getLogger(__name__)
@@ -187,16 +187,10 @@ class Linearizer:
         with differentiable(phi.model) as returned, tapped(taps):
             output = self.evaluator.predict(batch)
             leaf, outputs = _differentiable_leaf(output.logits, returned)
-            flat = outputs if outputs.dim() == 2 else outputs[:, None]
-            columns = None
-            if flat.shape[1] > MOST_OUTPUTS:
-                columns = flat.detach().topk(LARGEST_LOGITS, 1).indices.sort(1).values
-                flat = flat.gather(1, columns)
-            parts = []
-            for column in range(flat.shape[1]):
-                rows = jacobian_rows(flat[:, column], taps)
-                parts.append(rows if basis is None else rows @ basis)
-            jacobian = torch.stack(parts, 1)
+            with torch.enable_grad():
+                flat, columns = _numbers_per_row(outputs)
+                rows = (jacobian_rows(flat[:, column], taps) for column in range(flat.shape[1]))
+                jacobian = torch.stack([part if basis is None else part @ basis for part in rows], 1)
         output = tree_map_only(Tensor, Tensor.detach, output)
         return RowDerivatives(output, leaf, jacobian.cpu(), None if columns is None else columns.cpu())
 
@@ -306,6 +300,16 @@ def _differentiable_leaf(logits: Any, returned: list[Any]) -> tuple[int, Tensor]
             if torch.equal(tensor.detach().to(leaf.dtype), leaf):
                 return position, tensor
     raise NotRowByRow("the predictions are not what the model returns, but made of it.")
+
+
+def _numbers_per_row(outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """([rows, m], which columns): the largest of many logits, else all, None."""
+    if outputs.dim() == 1:
+        return outputs[:, None], None
+    if outputs.shape[1] <= MOST_OUTPUTS:
+        return outputs, None
+    columns = outputs.detach().topk(LARGEST_LOGITS, 1).indices.sort(1).values
+    return outputs.gather(1, columns), columns
 
 
 def _plain(output: Any) -> Any:

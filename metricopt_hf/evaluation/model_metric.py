@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from time import perf_counter
 from typing import ClassVar, Literal
 
@@ -31,12 +30,12 @@ from ..evaluation.ranks import agreed
 from ..evaluation.rows import num_rows, take_rows
 from ..evaluation.trajectory import Trajectory
 from ..extras import require
-from ..guides import GuideContext, from_spec
+from ..guides import AUTO, GuideContext, from_spec
 from ..phi import Coordinates
 from ..posthoc import add_bias, logits_of, tune_bias
 from .ascent import ascend
 from .observing import Observing
-from .plan import PREDICTIONS, PhasePlan
+from .plan import PhasePlan
 from .setup import Setup
 
 Candidate = Literal["start", "bias", "phi"]
@@ -223,16 +222,18 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None) -> Diagnos
     generator = torch.Generator().manual_seed(args.seed)
     plan = PhasePlan.from_args(args, 1, True)
     with tqdm(total=6, desc="diagnosing", leave=False, disable=args.disable_tqdm or not trainer.is_local_process_zero()) as bar:
-        folds = []
-        coordinates = None
+        folds: list[_Fold] = []
+        coordinates, way = None, None
         for part in (setup.observation, setup.selection):
             evaluator = seen.evaluator(part, ledger)
             score, prediction = evaluator.evaluate_with_predictions("observe")
             if prediction is None:
                 raise ConfigurationError("The metric is computed batch by batch, so that nothing can be told from all predictions.")
             linearizer = Linearizer(evaluator, plan.dim, seen.loss_gradients, generator)
+            linearizer.way = way or linearizer.way
             try:
                 coordinates = coordinates or linearizer.coordinates()
+                way = linearizer.way
                 linear = linearizer.linearize(coordinates.basis, prediction)
             except NotLinearizable as error:
                 raise ConfigurationError(
@@ -268,7 +269,7 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None) -> Diagnos
 def _ascended(fold: _Fold, plan: PhasePlan, generator: torch.Generator, seen: Observing) -> Tensor:
     """z, [k], to which the better of the guides goes on a fold's linearization."""
     best, best_value = torch.zeros(fold.coordinates.dim), fold.value
-    for guide in from_spec("auto", linearised=True).values():
+    for guide in from_spec(AUTO, linearised=True).values():
         local = LocalMetric(
             fold.evaluator, fold.coordinates, fold.linear, plan.spread(fold.coordinates.dim), generator, Faults(),
             Trajectory(), 0, fold.value, plan.on_all_rows, allowance=plan.calls // 2,
@@ -277,8 +278,8 @@ def _ascended(fold: _Fold, plan: PhasePlan, generator: torch.Generator, seen: Ob
         if not guide.applies(local):
             continue
         rate = plan.learning_rate(fold.coordinates.dim) / 2
-        z = ascend(guide, local, UPDATES, rate, partial(_adam))
-        value = local.values_of(lambda i, z=z: fold.linear.at(z), 1)[0]
+        z = ascend(guide, local, UPDATES, rate, _adam)
+        value = _value(fold.evaluator, fold.linear.at(z))
         if value > best_value:
             best, best_value = z, value
     return best
@@ -301,24 +302,30 @@ def _measured(fitted: _Fold, held_out: _Fold, z: Tensor, seed: int) -> tuple[dic
             )
             predictions[BIAS if name == START else PHI] = add_bias(predictions[name], bias)
 
-    def value(prediction: EvalPrediction) -> float:
-        try:
-            return evaluator.metric.merit(evaluator.score(prediction, "select"))
-        except MetricError:
-            return float("nan")
-
     def compute() -> tuple[dict[str, float], dict[str, np.ndarray]]:
         generator = np.random.default_rng(seed)
         rows = num_rows(held_out.linear.centre, evaluator.concat)
         enough = rows >= FEWEST_ROWS and evaluator.complete is None
         halves = [np.sort(generator.permutation(rows)[: rows // 2]) for _ in range(HALVES * enough)]
         on_halves = {
-            name: np.array([value(take_rows(p, half, evaluator.concat)) for half in halves])
+            name: np.array([_merit(evaluator, take_rows(p, half, evaluator.concat)) for half in halves])
             for name, p in predictions.items()
         }
-        return {name: value(p) for name, p in predictions.items()}, on_halves
+        return {name: _merit(evaluator, p) for name, p in predictions.items()}, on_halves
 
     return agreed(evaluator.rank, evaluator.world_size, compute)
+
+
+def _value(evaluator: Evaluator, prediction: EvalPrediction) -> float:
+    """The metric of predictions, the same on every rank; nan where it fails."""
+    return agreed(evaluator.rank, evaluator.world_size, lambda: _merit(evaluator, prediction))
+
+
+def _merit(evaluator: Evaluator, prediction: EvalPrediction) -> float:
+    try:
+        return evaluator.metric.merit(evaluator.score(prediction, "select"))
+    except MetricError:
+        return float("nan")
 
 
 def _gain(found: list[tuple[dict[str, float], dict[str, np.ndarray]]], pair: tuple[str, str]) -> Gain:

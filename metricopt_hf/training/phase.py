@@ -31,7 +31,7 @@ from ..guides import Guide, GuideContext
 from ..phi import Coordinates
 from ..value import ValueNetwork
 from .ascent import ascend
-from .plan import MOST_MOVED, PREDICTIONS, SCORES, PhasePlan
+from .plan import MOST_MOVED, PREDICTIONS, PhasePlan
 from .selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,8 @@ class MetricPhase:
         if self.coordinates is None:
             self.coordinates = self.linearizer.coordinates(row_by_row=False)
         self._start_guides()
+        if not self.plan.calls:
+            self._end("metric_call_budget is 0")
         self.selection.start(step)
         logger.info(
             f"Metric phase: steps {step + 1} to {step + self.plan.steps} follow {self.metric.name} ({score:.4f} on the "
@@ -268,7 +270,7 @@ class MetricPhase:
         )
         for name, guide in list(self.guides.items()):
             guide.start(context)
-            if len(self.guides) > 1 and not guide.applies(local):
+            if len(self.guides) > 1 and self.plan.calls and not guide.applies(local):
                 del self.guides[name]
         self.rates = dict.fromkeys(self.guides, 1.0)
 

@@ -53,7 +53,7 @@ def value_function_of(phase: MetricPhase) -> ValueFunction | None:
     if len(trajectory) < FEWEST or not coordinates.dim:
         return None
     generator = torch.Generator().manual_seed(phase.plan.seed)
-    network = ValueNetwork.begun(coordinates.dim, None, generator)
+    network = ValueNetwork.started(coordinates.dim, None, generator)
     scores = metric.sign * trajectory.scores  # in the metric's own direction
     fit(network, trajectory.z, scores, trajectory.variances, generator)
     signature = Signature(
