@@ -17,7 +17,7 @@ from ..phi import Coordinates
 from .selection import Candidate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunResult:
     """A run whose metric phase has begun; printed, five lines.
 

@@ -32,7 +32,7 @@ MARGIN = 0.5  # standard errors of the paired difference by which an ascent must
 NEAR = 0.5  # share of a gain by which a second answer may differ from the first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself alone: its phi cannot be asked whether it is equal
 class Candidate:
     """A phi and what it scores.
 
