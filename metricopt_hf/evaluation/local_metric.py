@@ -19,6 +19,9 @@ from .ranks import shared_out
 from .trajectory import Observation, Trajectory
 
 
+PERTURBED = 64
+
+
 class BudgetSpent(Exception):
     """No metric call is left."""
 
@@ -86,8 +89,11 @@ class LocalMetric:
         self.share = self.remaining / updates
 
     def draw(self, count: int) -> Tensor:
-        """Random perturbations: [count, k]."""
-        return torch.randn(count, self.dim, generator=self.generator) * self.spread
+        """Random perturbations of the leading coordinates: [count, k]."""
+        drawn = torch.zeros(count, self.dim)
+        leading = min(PERTURBED, self.dim)
+        drawn[:, :leading] = torch.randn(count, leading, generator=self.generator) * self.spread
+        return drawn
 
     def halve(self) -> None:
         """From now on another random half of the rows is seen, where the metric makes sense on a part."""
