@@ -1,4 +1,4 @@
-"""Measures `metricopt_hf.Bridge`: sorting ten numbers, and k-means codes inside of a classifier of digits.
+"""Measures `metricopt_hf.experimental.Bridge`: sorting ten numbers, and k-means codes inside of a classifier of digits.
 
     python -m benchmarks.bridge_sorting --minutes 60            (make bench-bridge)
 
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from metricopt_hf import Bridge
 from metricopt_hf.comparison.report import mean_and_error, require
+from metricopt_hf.experimental import Bridge
 
 from . import bridge_codes
 from .run import quiet

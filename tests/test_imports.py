@@ -21,23 +21,22 @@ BELOW = {
     "phi": {"errors"},
     "evaluation": {"phi", "metrics", "redaction", "errors"},
     "posthoc": {"evaluation", "errors"},
-    "bridge": {"errors"},
     "value": {"evaluation", "phi", "errors"},
     "guides": {"value", "evaluation", "phi", "errors"},
+    "experimental": {"guides", "evaluation", "errors"},
     "hub": {"value", "evaluation", "phi", "errors"},
     "training": {"hub", "guides", "value", "posthoc", "evaluation", "phi", "redaction", "extras", "errors"},
 }
 # Built on public names alone, as the benchmarks, the examples and everybody's own scripts are.
 ON_TOP = {"comparison": {"posthoc", "metrics", "extras"}}
 # Rooms that are public beside the names of the package.
-PUBLIC = {"posthoc", "metrics"}
+PUBLIC = {"experimental", "posthoc", "metrics"}
 # Of a lower room, the only parts that a room may know.
 PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
 INSPECTED = {
     "benchmarks/overhead.py": {"guides", "phi"},
     "benchmarks/passes.py": {"evaluation"},
-    "benchmarks/transfer.py": {"value"},  # the control is fitted to shuffled scores
     "benchmarks/training.py": {"phi", "training"},  # the coordinates that a run would take, and how often it evaluates
     # searchers have the trainer's evaluation, its cache and its rounds
     "benchmarks/searchers.py": {"evaluation", "phi", "training"},
