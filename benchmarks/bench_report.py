@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(ReportArguments).parse_args_into_dataclasses(argv)
     records = read(Path(arguments.results))
     if not records:
-        print(f"There are no records in {arguments.results}: run `make bench` first.")
+        print(f"There are no records in {arguments.results}: run `make bench ARGS=run` first.")
         return 2
     results, output = results_of(records), Path(arguments.output)
     folder = output / "docs" / "results"
@@ -47,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         folder / "harm.md": pages.harm_page(results),
         folder / "decision.md": decision.page(results),
     }
-    plot_forest(folder / "forest.svg", results)
+    plot_forest(folder / "forest.png", results)
     for result in results:
         name = result.task.name
         written[folder / f"{name}.md"] = pages.task_page(result)
         written[folder / f"{name}.csv"] = methods_csv(result)
-        plot_curves(folder / f"{name}.svg", result.task, result.rows)
+        plot_curves(folder / f"{name}.png", result.task, result.rows)
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
     decision.write_into(output / "README.md", results)

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from metricopt_hf.comparison.report import mean_and_error, require
+from examples.comparison.report import mean_and_error, require
 from metricopt_hf.experimental import Bridge
 
 from .training import SILENT

@@ -1,6 +1,6 @@
 """Measures `metricopt_hf.experimental.Bridge`: sorting ten numbers, and k-means codes inside of a classifier of digits.
 
-    python -m benchmarks.bridge_sorting --minutes 60            (make bench-bridge)
+    python -m benchmarks.bridge_sorting --minutes 60            (make bench ARGS="bridge --minutes 60")
 
 Sorting is the first experiment of the paper on differentiable approximation bridges (Ramapuram and Webb, arXiv
 1905.03658), with its sizes: an encoder 10-128-128-256 with tanh, signum with a margin of 0.5, an output 256-100, the
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from metricopt_hf.comparison.report import mean_and_error, require
+from examples.comparison.report import mean_and_error, require
 from metricopt_hf.experimental import Bridge
 
 from . import bridge_codes

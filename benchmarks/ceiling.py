@@ -1,6 +1,6 @@
 """How much is there to gain? What a bias per logit can reach on the report split, from the start model's predictions.
 
-    python -m benchmarks.ceiling            (make bench-ceiling)
+    python -m benchmarks.ceiling            (make bench ARGS=ceiling)
 
 A bias moves decision thresholds, and nothing costs less. It is searched (`metricopt_hf.posthoc`) on the observation
 split, as all can do; on observation and selection together, which is twice the examples; and on the report split
@@ -17,8 +17,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from examples.comparison.report import mean_and_error, require
 from metricopt_hf import ConfigurationError, Ledger, Metric
-from metricopt_hf.comparison.report import mean_and_error, require
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .measure import POST_HOC_CALLS, predictions

@@ -1,6 +1,6 @@
 """A metric under a constraint: recall as high as precision allows. Constraints, against what one would do without them.
 
-    python -m benchmarks.constraints            (make bench-constraints)
+    python -m benchmarks.constraints            (make bench ARGS=constraints)
     python -m benchmarks.constraints --bound 0.5 --seeds 0 1 2 3 4 5 6 7 8 9
     python -m benchmarks.constraints --smoke
 
@@ -26,9 +26,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser
 
+from examples.comparison.report import mean_and_error
+from examples.comparison.study import Start
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.comparison.report import mean_and_error
-from metricopt_hf.comparison.study import Start
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import tabular

@@ -7,26 +7,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from metricopt_hf.comparison.report import require
+from examples.comparison.report import require
 
 from .comparing import OURS, Key, Row
 from .measure import PLAIN
 from .methods import RIVALS
 from .problem import Task
 
+DOTS = 120  # per inch: legible, and no figure takes more than 60 kB
+
 
 @contextmanager
-def svg(path: Path, size: tuple[float, float]) -> Iterator:
-    """A figure to draw in, of that size in inches, and then to find at `path`; the same drawing, the same bytes."""
+def png(path: Path, size: tuple[float, float]) -> Iterator:
+    """Yields a figure of `size` inches to draw in, then writes it to `path`; the same drawing gives the same bytes."""
     require("matplotlib", "plot")
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": path.stem, "svg.fonttype": "none", "path.simplify": False}):
-        figure = Figure(figsize=size, layout="constrained")
-        yield figure
-        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    figure = Figure(figsize=size, dpi=DOTS, layout="constrained")
+    yield figure
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    drawn.quantize(255, Image.Quantize.MAXCOVERAGE).save(path, format="png", optimize=True)
 
 
 def best_so_far(task: Task, row: Row) -> np.ndarray:
@@ -36,7 +41,7 @@ def best_so_far(task: Task, row: Row) -> np.ndarray:
 
 
 def plot_curves(path: Path, task: Task, rows: dict[Key, Row]) -> None:
-    with svg(path, (11, 4.2)) as figure:
+    with png(path, (11, 4.2)) as figure:
         by_passes, by_seconds = figure.subplots(1, 2, sharey=True)
         for index, (method, rival) in enumerate(RIVALS.items()):
             row = rows.get((method, PLAIN))

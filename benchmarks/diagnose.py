@@ -1,6 +1,6 @@
 """What `trainer.diagnose()` recommends before training, against what the committed runs then came to.
 
-    python -m benchmarks.diagnose            (make bench-diagnose)
+    python -m benchmarks.diagnose            (make bench ARGS=diagnose)
     python -m benchmarks.diagnose --tasks bank_f1 dominoes --seeds 0
     python -m benchmarks.diagnose --smoke
 

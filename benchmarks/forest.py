@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .comparing import ABOVE, BELOW, LOSS, OURS, TIE, WIN, Result, groups
-from .curves import svg
+from .curves import png
 from .measure import PLAIN, POST_HOC
 
 BETTER, EITHER, WORSE = "#0072b2", "#888888", "#d55e00"  # apart for colour-blind eyes too
@@ -22,7 +22,7 @@ def plot_forest(path: Path, results: Sequence[Result]) -> None:
     lines: list[str | Result] = []  # from top to bottom: kinds, and results
     for kind, members in groups(results).items():
         lines += [kind, *members]
-    with svg(path, (10, 1.2 + 0.28 * len(lines))) as figure:
+    with png(path, (10, 1.2 + 0.28 * len(lines))) as figure:
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, (variant, title) in zip(panels, PANELS.items(), strict=True):
             axes.axvline(0, color="black", linewidth=0.8)

@@ -19,7 +19,7 @@ def problem(sizes: Sizes, seed: int) -> Problem:
     plain = tabular.problem("a9a", sizes, 0.0, seed)
 
     def grouped(rows: Rows) -> Rows:
-        return Rows({**rows.columns, "group": rows.columns["features"][:, MALE].long()}, rows.rows, rows.pool)
+        return rows.with_column("group", rows.columns["features"][:, MALE].long())
 
     return replace(plain, **{name: grouped(rows) for name, rows in plain.measured.items()})
 

@@ -1,6 +1,6 @@
 """How the seconds and the memory of a guided run grow with the data, the outputs, phi, the coordinates and the calls.
 
-    python -m benchmarks.growth              (make bench-growth), some minutes; writes docs/results/growth.md
+    python -m benchmarks.growth              (make bench ARGS=growth), some minutes; writes docs/results/growth.md
     python -m benchmarks.growth --calls 100000
 
 One thing is varied at a time, the others stay as in the first row. Every run is a process of its own: seconds are its
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 from tabulate import tabulate
+from threadpoolctl import threadpool_limits
 from torch import nn
 from transformers import HfArgumentParser
 
@@ -171,6 +172,7 @@ def page(rows: list[list[str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(GrowthArguments).parse_args_into_dataclasses(argv)
     transformers.logging.set_verbosity_error()
+    threadpool_limits(1)  # the runs are forked from this process and inherit it
     rows = []
     for name, size in sizes(args):
         seconds, memory = measured(size)

@@ -1,6 +1,6 @@
 """What `import metricopt_hf` takes, beside `from transformers import Trainer`, each in processes of their own.
 
-    python -m benchmarks.import_time            (make bench-import)
+    python -m benchmarks.import_time            (make bench ARGS=import)
 
 Processor time of one thread, the least of several tries. The ratio should be at most 1.1.
 """

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
+from examples.comparison.methods import LOSS_ONLY, METHODS
 from metricopt_hf import DirectionGuide, GuideContext, Ledger, Trajectory, ValueFunctionGuide
-from metricopt_hf.comparison.methods import LOSS_ONLY, METHODS
 
 from . import informed
 from .problem import Problem, Task
@@ -128,12 +128,12 @@ def _unguided(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _train_and_observation(task, problem, seed, budget, folder, config) -> Outcome:
-    both = ConcatDataset([problem.train, problem.observation.without("group")])
+    both = ConcatDataset([problem.train, problem.observation.as_training()])
     return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config}, train_dataset=both)
 
 
 def _observation(task, problem, seed, budget, folder, config) -> Outcome:
-    observed = problem.observation.without("group")
+    observed = problem.observation.as_training()
     return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config}, train_dataset=observed)
 
 

@@ -106,7 +106,7 @@ def front(results: Sequence[Result]) -> str:
     return page(
         "# Benchmarks",
         lead(results),
-        "![MetricOpt minus loss only, by task, as they are and both with post-hoc tuning](docs/results/forest.svg)",
+        "![MetricOpt minus loss only, by task, as they are and both with post-hoc tuning](docs/results/forest.png)",
         overview(results),
         "Scores are means over seeds on the report split. Differences are paired by seed and positive where MetricOpt "
         "is better; brackets are 95 % intervals (filled marks in the figure: win or loss; hollow ones: the interval "
@@ -136,7 +136,7 @@ def task_page(result: Result) -> str:
         f"All methods and columns: [{task.name}.csv]({task.name}.csv). Of the black-box searchers, and of the methods "
         "that train on observation labels, the table shows the one that is best on the selection split. How to read "
         "it: [protocol](../protocol.md#how-to-read-the-tables).",
-        f"![{task.title}, {task.metric_name}: curves]({task.name}.svg)",
+        f"![{task.title}, {task.metric_name}: curves]({task.name}.png)",
         WRITTEN,
     )
 

@@ -1,6 +1,6 @@
 """What a pass over the observation set costs behind a frozen prefix, against `trainer.evaluate()` on the same rows.
 
-    python -m benchmarks.passes              (make bench-passes)
+    python -m benchmarks.passes              (make bench ARGS=passes)
     python -m benchmarks.passes --device cuda --models ViT-B/16 --rows 2000 --batch_size 250
 
 Random weights, random data, nothing to fetch. A pass is `Evaluator.predictions`, with a metric that costs nothing, at

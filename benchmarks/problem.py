@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
+from examples.comparison.splits import Splits
 from metricopt_hf import FiLM, PhiSpace
-from metricopt_hf.comparison.splits import Splits
 
-LABELS = ("labels", "group")  # columns that are the metric's; a model looks at no `group`
+METRIC_ONLY = ("group", "amount", "treatment")  # columns that the metric alone reads; train has none of them
+LABELS = ("labels", *METRIC_ONLY)  # what a metric is given, in this order
 
 # What a metric asks for, stated before a task is run
 KINDS = {
@@ -70,8 +71,14 @@ class Rows(torch.utils.data.Dataset):
         labels = label_ids_of({name: self.columns[name][rows] for name in LABELS if name in self.columns})
         return EvalPrediction(logits, tuple(x.numpy() for x in labels) if isinstance(labels, tuple) else labels.numpy())
 
-    def without(self, column: str) -> Rows:
-        return Rows({name: values for name, values in self.columns.items() if name != column}, self.rows, self.pool)
+    def with_column(self, name: str, values: Tensor) -> Rows:
+        """values: [n], of the whole pool."""
+        return Rows({**self.columns, name: values}, self.rows, self.pool)
+
+    def as_training(self) -> Rows:
+        """These rows without the columns that the metric alone reads."""
+        columns = {name: values for name, values in self.columns.items() if name not in METRIC_ONLY}
+        return Rows(columns, self.rows, self.pool)
 
     @property
     def digest(self) -> str:
@@ -81,11 +88,11 @@ class Rows(torch.utils.data.Dataset):
 
 @dataclass
 class Problem(Splits):
-    """A task with a seed, ready to train: four data sets of `Rows`, train without groups, and a model.
+    """A task with a seed, ready to train: four data sets of `Rows`, train without `METRIC_ONLY`, and a model.
 
     Attributes:
-        model: eval mode; takes an item's columns, those of `LABELS` optional; gives {"loss" (if labels), "logits"}.
-            Methods get deep copies.
+        model: eval mode; takes an item's columns, "labels" optional, and need not take those of `METRIC_ONLY`; gives
+            {"loss" (if labels), "logits"}. Methods get deep copies.
         eval_batch: examples in a batch where the metric is looked at: as many as are quickest.
         phi: what moves, on a copy of the model.
     """
@@ -116,7 +123,7 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def label_ids_of(batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """Labels, or labels and groups, as Trainer hands them to a metric."""
+    """Labels, or labels and the metric's other columns, as Trainer hands them to a metric."""
     found = tuple(batch[name] for name in LABELS if name in batch)
     return found if len(found) > 1 else found[0]
 
@@ -141,7 +148,7 @@ class Task:
     """What is tuned, and for which metric.
 
     Attributes:
-        metric: of logits and labels, and of groups where the task has any.
+        metric: of logits and labels, and of the `METRIC_ONLY` columns that the task has.
         headline: whether it is one of those that the claims are made for.
         labels: "classes", "binary" (two classes; these two can be tuned post hoc) or "numbers".
         prepare: seed -> problem.

@@ -40,7 +40,7 @@ class Protocol:
 
 def load(path: Path = FILE) -> Protocol:
     if not path.exists():
-        raise ConfigurationError(f"{path.name} is not there: choose the settings first, with `make bench-tune`.")
+        raise ConfigurationError(f"{path.name} is not there: choose the settings first, with `make bench ARGS=tune`.")
     document = json.loads(path.read_text(encoding="utf-8"))
     return Protocol(document["settings"], Budget(**document["budget"]), document["chosen"])
 

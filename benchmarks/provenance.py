@@ -86,7 +86,7 @@ def made_by(records: list[dict]) -> str:
     peak = max(r["peak_mib"] for r in records)
     hours = sum(r["seconds"]["whole"] for r in records) / 3600
     return (
-        f"`python -m benchmarks.run` (`make bench`), {len(records)} runs, "
+        f"`python -m benchmarks.run` (`make bench ARGS=run`), {len(records)} runs, "
         f"{hours:.1f} hours in all, at most {peak / 1024:.1f} GiB a process; "
         f"at {', '.join(commits)}; with {'; '.join(versions)}. `perturbation_std` is called "
         "`explore_std` in older commits; the records have the new name, and no other change. "

@@ -1,6 +1,6 @@
 """Does guidance win back what rounding costs? Models whose weights are rounded behind their training.
 
-    python -m benchmarks.rounding            (make bench-rounding)
+    python -m benchmarks.rounding            (make bench ARGS=rounding)
     python -m benchmarks.rounding --models ResNet-20 --bits 3 --seeds 0 1 2 3 4
     python -m benchmarks.rounding --smoke
 
@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, HfArgumentParser
 
+from examples.comparison.report import MethodRun, comparison_table, table_note
+from examples.comparison.splits import MEASURED, Splits
+from examples.comparison.study import Start
 from metricopt_hf import ConfigurationError, Ledger, Metric, MetricOptConfig, ModelMetric
-from metricopt_hf.comparison.report import MethodRun, comparison_table, table_note
-from metricopt_hf.comparison.splits import MEASURED, Splits
-from metricopt_hf.comparison.study import Start
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import cifar, scores, text_tasks

@@ -1,8 +1,8 @@
 """Runs the benchmark: tasks x methods x seeds, one JSON line per run; what is there already is not run again.
 
-    python -m benchmarks.run            (make bench)
+    python -m benchmarks.run            (make bench ARGS=run)
     python -m benchmarks.run --tasks bank_f1 --methods loss_only metricopt --seeds 0 1
-    python -m benchmarks.run --smoke            (make bench-smoke)
+    python -m benchmarks.run --smoke            (make bench ARGS="run --smoke")
 
 The settings are those of `protocol.json`. A run killed in the middle is taken up by starting it again.
 """

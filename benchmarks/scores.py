@@ -1,6 +1,7 @@
 """The metrics of the benchmark's tasks: `EvalPrediction -> number`, from logits.
 
-Those with groups are given `label_ids` as a tuple: labels [n] and group [n], both counted from 0.
+Metrics that read another column are given `label_ids` as a tuple: labels [n] and group [n], both counted from 0;
+labels and amount [n]; labels and treatment [n].
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from transformers import EvalPrediction
 
 PRECISION = 0.6  # of `recall_at_precision`
 TOLERATED_GAP = 0.05  # of `fair_accuracy`
+CALL_COST = 10.0  # of `profit`, in the unit of the amounts
+TREATMENT_COST, PROPENSITY = 0.02, 0.5  # of `policy_value`; the propensity is the share of treated rows
 
 
 def _decisions(prediction: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
@@ -128,6 +131,23 @@ def fair_accuracy(prediction: EvalPrediction) -> float:
     (labels, group), decided = prediction.label_ids, prediction.predictions.argmax(-1)
     gap = equalized_odds_gap(decided, labels, group)
     return float((decided == labels).mean()) - max(0.0, gap - TOLERATED_GAP)
+
+
+def profit(prediction: EvalPrediction) -> float:
+    """Mean profit per row: a call costs `CALL_COST`, and a call to a row of label 1 earns the row's amount."""
+    (labels, amount), decided = prediction.label_ids, prediction.predictions.argmax(-1)
+    return float((decided * (labels * amount - CALL_COST)).mean())
+
+
+def policy_value(prediction: EvalPrediction) -> float:
+    """Mean outcome if the rows of decision 1, and no others, are treated, minus `TREATMENT_COST` for each of these.
+
+    The mean is estimated by inverse propensity weighting (Horvitz and Thompson 1952): a row counts where its random
+    treatment is the decision. The labels are the outcomes.
+    """
+    (outcomes, treatment), decided = prediction.label_ids, prediction.predictions.argmax(-1)
+    propensity = np.where(decided == 1, PROPENSITY, 1 - PROPENSITY)
+    return float((outcomes * (treatment == decided) / propensity - TREATMENT_COST * decided).mean())
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
-from metricopt_hf.comparison.report import mean_and_error, require
+from examples.comparison.report import mean_and_error, require
 
 from .comparing import (
     BLACK_BOX,

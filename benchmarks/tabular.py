@@ -105,11 +105,16 @@ def problem(
     Args:
         flipped: share of the positive training labels that is turned to negative, before the model is trained.
     """
-    train, test = (
-        {column: values[:: 1 if size is None else len(values) // size][:size] for column, values in split.items()}
-        for split, size in zip(load(name), (sizes.train_pool, sizes.test_pool), strict=True)
-    )
+    train, test = thinned(load(name), sizes)
     return cut(name, train, test, sizes.observation, flipped, seed, build, phi)
+
+
+def thinned(splits: tuple[dict[str, Tensor], ...], sizes: Sizes) -> tuple[dict[str, Tensor], ...]:
+    """Train and test split, evenly thinned to the sizes of their pools."""
+    return tuple(
+        {column: values[:: 1 if size is None else len(values) // size][:size] for column, values in split.items()}
+        for split, size in zip(splits, (sizes.train_pool, sizes.test_pool), strict=True)
+    )
 
 
 def cut(

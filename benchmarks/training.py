@@ -16,9 +16,9 @@ import transformers
 from torch import Tensor
 from transformers import EvalPrediction
 
+from examples.comparison.methods import LOSS_ONLY
+from examples.comparison.study import Start
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.comparison.methods import LOSS_ONLY
-from metricopt_hf.comparison.study import Start
 from metricopt_hf.phi import Coordinates
 from metricopt_hf.training.plan import CHECKS, SELECTIONS
 

@@ -1,6 +1,6 @@
 """Chooses one setting per method for all tasks, on development seeds and the selection split; writes `protocol.json`.
 
-    python -m benchmarks.tune            (make bench-tune)
+    python -m benchmarks.tune            (make bench ARGS=tune)
 
 Every method's grid is of the same size. A setting's worth is its score on the selection split, in each task in units of
 that score's standard error (bootstrap over the items, at the start), so that noise counts as noise; then averaged over

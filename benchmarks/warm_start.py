@@ -1,6 +1,6 @@
 """Does a value function that somebody shared save metric calls? Prints what came out, win or not.
 
-    python -m benchmarks.warm_start            (make bench-warm-start)
+    python -m benchmarks.warm_start            (make bench ARGS=warm-start)
 
 The task of `worst_class` (CIFAR-10 as JPEG, a pretrained ResNet-20, worst-class recall). Per seed, a first run leaves a
 value function in a folder; a second run, with another seed, other training images and another observation split, is
@@ -22,9 +22,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from examples.comparison.methods import predictions
+from examples.comparison.report import MethodRun, details_of, paired_difference, save_results
 from metricopt_hf import MetricOptTrainer
-from metricopt_hf.comparison.methods import predictions
-from metricopt_hf.comparison.report import MethodRun, details_of, paired_difference, save_results
 
 from . import cifar
 from .problem import Problem, Rows, no_data

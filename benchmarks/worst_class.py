@@ -9,10 +9,10 @@ from __future__ import annotations
 import transformers
 from scipy.stats import t as student_t
 
+from examples.comparison.methods import REFERENCE
+from examples.comparison.report import MethodRun, compare
+from examples.comparison.study import Start
 from metricopt_hf import MetricOptConfig, MetricOptTrainer
-from metricopt_hf.comparison.methods import REFERENCE
-from metricopt_hf.comparison.report import MethodRun, compare
-from metricopt_hf.comparison.study import Start
 
 from .problem import Problem
 

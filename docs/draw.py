@@ -1,4 +1,4 @@
-"""Draws docs/images/how_it_works.svg: one round of the method, computed on a toy of two coordinates.
+"""Draws docs/images/how_it_works.png: one round of the method, computed on a toy of two coordinates.
 
     python docs/draw.py            (part of make docs)
 
@@ -10,9 +10,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
-PATH = Path(__file__).resolve().parent / "images" / "how_it_works.svg"
+PATH = Path(__file__).resolve().parent / "images" / "how_it_works.png"
 STEP = 0.9  # how far from phi the passes go, in the coordinates' unit
 SPREAD = 0.55  # standard deviation of the points on which the metric is called
 BLUE, ORANGE, GREEN = "tab:blue", "tab:orange", "tab:green"
@@ -52,8 +54,8 @@ def draw(path: Path = PATH) -> None:
     scores = metric(outputs(points), labels, groups)
     fit, *_ = np.linalg.lstsq(features(points), scores, rcond=None)
 
-    matplotlib.rcParams.update({"svg.hashsalt": "metricopt_hf", "svg.fonttype": "none", "font.size": 10})
-    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    matplotlib.rcParams.update({"font.size": 10})
+    figure = Figure(figsize=(11, 4.1), dpi=120, layout="constrained")
     first, second, third = figure.subplots(1, 3, sharex=True, sharey=True)
     for axes, title in (
         (first, "1. A few forward passes\naround phi"),
@@ -90,7 +92,10 @@ def draw(path: Path = PATH) -> None:
     arrow(third, 0.85 * uphill, ORANGE, "the metric", uphill * 0.95 + [0.3, 0])
     arrow(third, 0.85 * blended, GREEN, "the step", blended * 0.92)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    drawn.quantize(255, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

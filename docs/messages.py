@@ -1,4 +1,4 @@
-"""The library's error messages, as its source has them, for the page on troubleshooting.
+"""The error messages of the library and of its scripts, as the source has them, for the page on troubleshooting.
 
     python docs/messages.py            (what the page lacks, and what it has and the source has not)
 
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE, PAGE = ROOT / "metricopt_hf", ROOT / "docs" / "troubleshooting.md"
+PACKAGE, COMPARISON = ROOT / "metricopt_hf", ROOT / "examples" / "comparison"
+PAGE = ROOT / "docs" / "troubleshooting.md"
 LEAST = 20  # characters of a stem, so that it says something
 FILLED = "…"
 
@@ -93,11 +94,12 @@ class Module:
 
 
 def messages() -> dict[str, Message]:
-    """Stem -> message, of every error that the library raises on purpose."""
+    """Stem -> message, of every error that the library and its scripts raise on purpose."""
     classes = [node for node in Module(PACKAGE / "errors.py").tree.body if isinstance(node, ast.ClassDef)]
     names = {error.name for error in classes} | {"ImportError"}
     # `metrics/*/` holds scripts of `evaluate`, whose errors are the metric's own
-    modules = [Module(path) for path in sorted(PACKAGE.rglob("*.py")) if path.parents[1].name != "metrics"]
+    paths = [path for folder in (PACKAGE, COMPARISON) for path in sorted(folder.rglob("*.py"))]
+    modules = [Module(path) for path in paths if path.parents[1].name != "metrics"]
     return {message.stem: message for module in modules for message in module.messages(names)}
 
 

@@ -42,11 +42,10 @@ from scipy.ndimage import uniform_filter, zoom
 from sklearn.datasets import load_digits
 from transformers import Trainer, set_seed
 
-from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison.images import image_column, load_model, new_model, processing_class, with_pixels
-from metricopt_hf.comparison.methods import METHODS
-from metricopt_hf.comparison.report import MethodRun
-from metricopt_hf.comparison.splits import (
+from comparison.images import image_column, load_model, new_model, processing_class, with_pixels
+from comparison.methods import METHODS
+from comparison.report import MethodRun
+from comparison.splits import (
     GROUP_METRICS,
     DataArguments,
     Splits,
@@ -55,7 +54,8 @@ from metricopt_hf.comparison.splits import (
     load_splits,
     with_group,
 )
-from metricopt_hf.comparison.study import FIRST_PHASE, ModelArguments, Start, parse, run_script, run_study, start
+from comparison.study import FIRST_PHASE, ModelArguments, Start, parse, run_script, run_study, start
+from metricopt_hf import ConfigurationError, MetricOptConfig
 
 SMALL = (
     "It shows how the library is used and what that costs, and nothing about other models and data. No setting was "

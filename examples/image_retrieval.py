@@ -35,12 +35,12 @@ import numpy as np
 import torch
 from transformers import set_seed
 
+from comparison.images import image_column, load_model, new_model, processing_class, with_pixels
+from comparison.methods import LOSS_ONLY, METHODS, Method
+from comparison.report import MethodRun, require
+from comparison.splits import Splits, class_names, default_dataset, find_column, load_dataset, sample
+from comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison.images import image_column, load_model, new_model, processing_class, with_pixels
-from metricopt_hf.comparison.methods import LOSS_ONLY, METHODS, Method
-from metricopt_hf.comparison.report import MethodRun, require
-from metricopt_hf.comparison.splits import Splits, class_names, default_dataset, find_column, load_dataset, sample
-from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -53,13 +53,13 @@ from transformers import (
     set_seed,
 )
 
+from comparison.boxes import check_objects, class_names, collate, with_pixels
+from comparison.images import image_column
+from comparison.methods import METHODS
+from comparison.report import MethodRun, require
+from comparison.splits import DataArguments, default_dataset, find_column, load_splits
+from comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison.boxes import check_objects, class_names, collate, with_pixels
-from metricopt_hf.comparison.images import image_column
-from metricopt_hf.comparison.methods import METHODS
-from metricopt_hf.comparison.report import MethodRun, require
-from metricopt_hf.comparison.splits import DataArguments, default_dataset, find_column, load_splits
-from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
 
 logger = logging.getLogger(__name__)
 

@@ -46,10 +46,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, EvalPrediction, set_seed
 
-from metricopt_hf import ConfigurationError, MetricOptConfig
-from metricopt_hf.comparison.methods import METHODS
-from metricopt_hf.comparison.report import MethodRun, require
-from metricopt_hf.comparison.splits import (
+from comparison.methods import METHODS
+from comparison.report import MethodRun, require
+from comparison.splits import (
     DataArguments,
     class_names,
     default_dataset,
@@ -57,7 +56,8 @@ from metricopt_hf.comparison.splits import (
     load_splits,
     with_group,
 )
-from metricopt_hf.comparison.study import ModelArguments, Start, parse, run_script, run_study, start
+from comparison.study import ModelArguments, Start, parse, run_script, run_study, start
+from metricopt_hf import ConfigurationError, MetricOptConfig
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

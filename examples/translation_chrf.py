@@ -32,11 +32,11 @@ from transformers import (
     set_seed,
 )
 
+from comparison.methods import METHODS, REFERENCE, in_order, run_method
+from comparison.report import MethodRun, comparison_table, save_results, table_note
+from comparison.splits import MEASURED, DataArguments, find_column, load_splits
+from comparison.study import ModelArguments, run_script
 from metricopt_hf import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
-from metricopt_hf.comparison.methods import METHODS, REFERENCE, in_order, run_method
-from metricopt_hf.comparison.report import MethodRun, comparison_table, save_results, table_note
-from metricopt_hf.comparison.splits import MEASURED, DataArguments, find_column, load_splits
-from metricopt_hf.comparison.study import ModelArguments, run_script
 
 DEFAULTS = {
     "output_dir": "out/translation",
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
     if data.dataset_name is None:
         parser.error("name the data: --dataset_name Helsinki-NLP/opus_books --dataset_config_name en-fr, or a folder")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("metricopt_hf.comparison").setLevel(logging.INFO)
+    logging.getLogger("comparison").setLevel(logging.INFO)
     tokenizer = AutoTokenizer.from_pretrained(named.model_name_or_path, **named.loading)
 
     def read(dataset: datasets.Dataset) -> datasets.Dataset:

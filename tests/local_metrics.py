@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from metricopt_hf import FiLM, GuideContext, Ledger, Metric, Trajectory
+from metricopt_hf import FiLM, GuideContext, Ledger, Metric
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
 from metricopt_hf.evaluation.faults import Faults
 from metricopt_hf.evaluation.linearizer import Linearizer
 from metricopt_hf.evaluation.local_metric import LocalMetric
+from metricopt_hf.evaluation.trajectory import Trajectory
 
 ROWS, FEATURES, CLASSES, DIM = 60, 4, 2, 6
 SPREAD = 0.3

@@ -27,10 +27,8 @@ BELOW = {
     "hub": {"value", "evaluation", "phi", "errors"},
     "training": {"hub", "guides", "value", "posthoc", "evaluation", "phi", "redaction", "extras", "errors"},
 }
-# Built on public names alone, as the benchmarks, the examples and everybody's own scripts are.
-ON_TOP = {"comparison": {"posthoc", "metrics", "extras"}}
-# Rooms that are public beside the names of the package.
-PUBLIC = {"experimental", "posthoc", "metrics"}
+# Rooms that benchmarks, examples and everybody's own scripts may import beside the names of the package.
+PUBLIC = {"experimental", "posthoc", "metrics", "extras"}
 # Of a lower room, the only parts that a room may know.
 PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
@@ -64,7 +62,7 @@ def room_of(file):
     return FILES[file].relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-ABOVE = sorted(set(FILES) - set(INSIDE) - set(SCRIPTS) | {name for name in INSIDE if room_of(name) in ON_TOP})
+ABOVE = sorted(set(FILES) - set(INSIDE) - set(SCRIPTS))
 
 
 def imports(path):
@@ -88,7 +86,7 @@ def ours(path):
         package, _, inner = module.partition(".")
         if package == "metricopt_hf":
             room, _, part = inner.partition(".")
-            if not room and (name in BELOW or name in ON_TOP):
+            if not room and name in BELOW:
                 yield name, "", ""
             elif room and not part and (PACKAGE / room / f"{name}.py").exists():
                 yield room, name, ""
@@ -96,7 +94,7 @@ def ours(path):
                 yield room, part, name
 
 
-@pytest.mark.parametrize("file", [name for name in INSIDE if room_of(name) not in ON_TOP])
+@pytest.mark.parametrize("file", INSIDE)
 def test_a_room_rests_on_lower_ones(file):
     own = room_of(file)
     assert own in BELOW, "a new room needs its place in BELOW"
@@ -107,7 +105,7 @@ def test_a_room_rests_on_lower_ones(file):
 
 def test_no_room_rests_on_itself():
     assert list(TopologicalSorter({room: below for room, below in BELOW.items()}).static_order())[0] == "errors"
-    rooms = {room: set() for room in (*BELOW, *ON_TOP)}
+    rooms = {room: set() for room in BELOW}
     for file in INSIDE:
         rooms[room_of(file)] |= {room for room, *_ in ours(FILES[file]) if room not in ("", room_of(file))}
     order = list(TopologicalSorter(rooms).static_order())  # raises CycleError
@@ -136,15 +134,11 @@ def test_no_module_rests_on_itself():
 
 @pytest.mark.parametrize("file", ABOVE)
 def test_what_is_built_on_top_uses_public_names(file):
-    own = room_of(file) if file in INSIDE else None
     for room, part, name in ours(FILES[file]):
         if room == "":
             assert name in metricopt_hf.__all__
-        elif own is not None:
-            assert room == own or room in ON_TOP[own], f"{room} is not public: import from metricopt_hf"
         else:
-            public = room in ON_TOP or room in PUBLIC or room in INSPECTED.get(file, ())
-            assert public, f"{room} is not public: import from metricopt_hf"
+            assert room in PUBLIC or room in INSPECTED.get(file, ()), f"{room} is not public: import from metricopt_hf"
         assert not name.startswith("_") and not part.startswith("_")
 
 
@@ -153,7 +147,7 @@ def test_few_know_transformers_and_who_shares_the_hub(file):
     own = room_of(file)
     for module, name, _ in imports(FILES[file]):
         package = module.partition(".")[0]
-        if package == "transformers" and own in BELOW and own != "training":
+        if package == "transformers" and own != "training":
             assert name in TRANSFORMERS.get(own, ())
         if package == "huggingface_hub":
             assert own in KNOW_THE_HUB
@@ -164,6 +158,7 @@ def test_a_metric_script_stands_alone(file):
     assert not list(ours(FILES[file]))
 
 
+@pytest.mark.slow
 def test_importing_the_library_imports_no_more_than_it_needs():
     heavy = ("timm", "matplotlib", "tabulate", "cma", "benchmarks")
     told = "import sys, metricopt_hf; print(*{name.partition('.')[0] for name in sys.modules})"

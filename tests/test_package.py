@@ -13,6 +13,8 @@ from helpers import ROOT
 import metricopt_hf
 from metricopt_hf import metrics
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("setuptools")
 SOURCES = ("metricopt_hf", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 BUILD = "from setuptools import build_meta; import sys; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -66,7 +68,7 @@ def test_every_module_is_in_the_wheel(installed):
         return {str(path.relative_to(package)) for path in package.rglob("*.py")}
 
     assert modules(installed / "metricopt_hf") == modules(ROOT / "metricopt_hf")
-    assert not (installed / "tests").exists() and not (installed / "benchmarks").exists()
+    assert not [name for name in ("tests", "benchmarks", "examples", "comparison") if (installed / name).exists()]
 
 
 def test_one_version_is_told_everywhere(installed):

@@ -121,8 +121,7 @@ def number(result: Any, name: str) -> float:
     array = np.empty(0)
     with suppress(Exception):  # nested lists of unequal lengths; sparse, quantised, meta tensors; and so on
         one = isinstance(result, torch.Tensor) and result.numel() == 1
-        value = plain(result.item() if one else result)
-        array = np.asarray(float(value) if isinstance(value, int) else value)  # numpy knows no large int
+        array = np.asarray(plain(result.item() if one else result))
     if array.size != 1 or array.dtype.kind not in "fiub" or np.ma.is_masked(result):
         raise MetricError(
             f"The metric {name!r} must return one number, got {brief(result)}. Of one number per class, return the "

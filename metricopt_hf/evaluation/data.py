@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from transformers import EvalPrediction
 
 from ..errors import ConfigurationError
 
@@ -202,3 +203,22 @@ def _labels(dataset: Any, label_name: str) -> np.ndarray:
             f'{hint}; found {labels.dtype} labels of shape {list(labels.shape)}. Use "gradient_pca".'
         )
     return labels
+
+
+def reordered(prediction: EvalPrediction, order: int) -> EvalPrediction:
+    """The same rows, sorted by their labels (0), or shuffled, with `order` as the seed."""
+    labels = rows = prediction.label_ids
+    while isinstance(rows, (tuple, list)) and len(rows):
+        rows = rows[0]
+    count = len(rows) if isinstance(rows, np.ndarray) and rows.ndim else 0
+    sortable = order == 0 and isinstance(labels, np.ndarray) and labels.ndim == 1
+    places = np.argsort(labels, kind="stable") if sortable else np.random.default_rng(order).permutation(count)
+
+    def turn(rows: Any) -> Any:
+        if isinstance(rows, tuple):
+            return tuple(map(turn, rows))
+        has_rows = isinstance(rows, np.ndarray) and rows.ndim and len(rows) == count
+        return rows[places].copy() if has_rows else rows
+
+    fields = ("predictions", "label_ids", "inputs", "losses")
+    return EvalPrediction(**{name: turn(getattr(prediction, name)) for name in fields})

@@ -134,12 +134,7 @@ class Evaluator:
     ) -> tuple[float, EvalPrediction | None]:
         """The same, and the predictions it is of; None of a metric that comes batch by batch."""
         with self.ledger.charge(purpose, passes=1):
-            if not self.phi.read().isfinite().all():
-                raise MetricError(
-                    f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity "
-                    "has moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
-                    "learning_rate and phi_learning_rate."
-                )
+            self._check_finite()
             complete = complete or self.complete
             if self.metric.batchwise and complete is None and self.world_size == 1:
                 with undisturbed(self.phi.model):
@@ -147,6 +142,14 @@ class Evaluator:
             prediction = self.predictions()
             score = agreed(self.rank, self.world_size, lambda: self.metric(prediction, complete))
             return score, prediction
+
+    def _check_finite(self) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self.phi.parameters):
+            raise MetricError(
+                f"phi is not finite, so the metric {self.metric.name!r} is not asked: a loss of nan or infinity has "
+                "moved it. What was selected before stays. Look for a division by zero in the loss, or lower "
+                "learning_rate and phi_learning_rate."
+            )
 
     def score(self, prediction: EvalPrediction, purpose: str) -> float:
         """The metric of predictions, on this rank alone. Raises MetricError."""

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-PURPOSES = ("check", "observe", "select", "offline", "post-hoc")
+PURPOSES = ("check", "observe", "noise", "select", "offline", "post-hoc")
 
 
 class Ledger:
     """Counts metric calls, forward passes over a whole set, and their seconds, by purpose.
 
-    Purposes: "check" (before training, that the metric works), "observe" (what the guidance learns from), "select"
+    Purposes: "check" (before training, that the metric works), "observe" (what the guidance learns from), "noise" (how far
+    the metric is off by the choice of rows), "select"
     (choosing the best phi), "offline" and "post-hoc" (before and after training, by the user or a benchmark).
 
     Args:

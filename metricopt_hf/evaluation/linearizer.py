@@ -31,7 +31,7 @@ from ..phi.coordinates import (
 from ..phi.space import is_sharded
 from ..phi.taps import NotRowByRow, jacobian_rows, tapped
 from .evaluator import BatchOutput, Evaluator, undisturbed
-from .linearization import LinearLeaf, Linearization, arrays
+from .linearization import Linearization, LinearLeaf, arrays
 from .rows import num_rows, take_rows
 
 logger = logging.getLogger(__name__)
@@ -114,12 +114,16 @@ class Linearizer:
         self.evaluator, self.dim, self.loss_gradients, self.generator = evaluator, dim, loss_gradients, generator
         self.way = DIFFERENCES if evaluator.phi.taps() is None or not evaluator.concat else ROW_BY_ROW
 
-    def coordinates(self) -> Coordinates:
-        """The coordinates at the present phi: those that move the model's decisions most."""
+    def coordinates(self, row_by_row: bool = True) -> Coordinates:
+        """The coordinates at the present phi: those that move the model's decisions most.
+
+        Args:
+            row_by_row: whether outputs may be differentiated; else the loss is.
+        """
         phi = self.evaluator.phi
         dim = min(self.dim, phi.dim)
         basis, kind = None, JACOBIAN
-        if self.way == ROW_BY_ROW:
+        if self.way == ROW_BY_ROW and row_by_row:
             try:
                 basis = self._decisive_directions(dim)
                 self._check(basis)
@@ -149,14 +153,12 @@ class Linearizer:
         with undisturbed(self.evaluator.phi.model):
             return self._by_rows(basis, prediction) if self.way == ROW_BY_ROW else self._by_differences(basis, prediction)
 
-    def backward_passes(self, outputs: int) -> int:
-        """Passes over the set that a linearization takes beside the one that predicts, forward or backward.
-
-        Args:
-            outputs: numbers a row.
-        """
+    def passes(self, prediction: EvalPrediction) -> int:
+        """Passes over the set that a linearization takes beside the one that predicts, backward ones counted too."""
         if self.way == DIFFERENCES:
             return min(self.dim, MOST_DIFFERENCES, self.evaluator.phi.dim)
+        shape = np.shape(arrays(prediction)[0])
+        outputs = shape[1] if len(shape) > 1 else 1
         return 1 + (outputs if outputs <= MOST_OUTPUTS else LARGEST_LOGITS)
 
     # Row by row
@@ -185,16 +187,10 @@ class Linearizer:
         with differentiable(phi.model) as returned, tapped(taps):
             output = self.evaluator.predict(batch)
             leaf, outputs = _differentiable_leaf(output.logits, returned)
-            flat = outputs if outputs.dim() == 2 else outputs[:, None]
-            columns = None
-            if flat.shape[1] > MOST_OUTPUTS:
-                columns = flat.detach().topk(LARGEST_LOGITS, 1).indices.sort(1).values
-                flat = flat.gather(1, columns)
-            parts = []
-            for column in range(flat.shape[1]):
-                rows = jacobian_rows(flat[:, column], taps)
-                parts.append(rows if basis is None else rows @ basis)
-            jacobian = torch.stack(parts, 1)
+            with torch.enable_grad():
+                flat, columns = _numbers_per_row(outputs)
+                rows = (jacobian_rows(flat[:, column], taps) for column in range(flat.shape[1]))
+                jacobian = torch.stack([part if basis is None else part @ basis for part in rows], 1)
         output = tree_map_only(Tensor, Tensor.detach, output)
         return RowDerivatives(output, leaf, jacobian.cpu(), None if columns is None else columns.cpu())
 
@@ -304,6 +300,16 @@ def _differentiable_leaf(logits: Any, returned: list[Any]) -> tuple[int, Tensor]
             if torch.equal(tensor.detach().to(leaf.dtype), leaf):
                 return position, tensor
     raise NotRowByRow("the predictions are not what the model returns, but made of it.")
+
+
+def _numbers_per_row(outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """([rows, m], which columns): the largest of many logits, else all, None."""
+    if outputs.dim() == 1:
+        return outputs[:, None], None
+    if outputs.shape[1] <= MOST_OUTPUTS:
+        return outputs, None
+    columns = outputs.detach().topk(LARGEST_LOGITS, 1).indices.sort(1).values
+    return outputs.gather(1, columns), columns
 
 
 def _plain(output: Any) -> Any:

@@ -19,6 +19,9 @@ from .ranks import shared_out
 from .trajectory import Observation, Trajectory
 
 
+PERTURBED = 64
+
+
 class BudgetSpent(Exception):
     """No metric call is left."""
 
@@ -39,10 +42,12 @@ class LocalMetric:
         trajectory: takes in every observation.
         step: of the run.
         on_all_rows: whether the metric makes sense on all rows only.
+        allowance: the most calls that may be made here.
 
     Attributes:
         origin: [k] coordinates of phi: z counts from there.
         value: of the metric at phi on all rows, as `Metric.merit`; nan where it is not known.
+        share: how many calls an update should make.
     """
 
     def __init__(
@@ -57,10 +62,12 @@ class LocalMetric:
         step: int,
         value: float,
         on_all_rows: bool = False,
+        allowance: float = float("inf"),
     ):
         self.evaluator, self.coordinates, self.linearization = evaluator, coordinates, linearization
         self.spread, self.generator, self.faults = spread, generator, faults
         self.trajectory, self.step, self.value = trajectory, step, value
+        self.allowance, self.share = allowance, allowance
         self.on_all_rows = on_all_rows or evaluator.complete is not None  # what completes knows all rows by their place
         self.phi = evaluator.phi.read()
         self.origin = coordinates.encode(self.phi).cpu()
@@ -74,12 +81,19 @@ class LocalMetric:
 
     @property
     def remaining(self) -> float:
-        """Calls that the budget still allows."""
-        return self.evaluator.ledger.remaining
+        """Calls that are still allowed."""
+        return min(self.allowance, self.evaluator.ledger.remaining)
+
+    def allow(self, updates: int) -> None:
+        """So many updates are left: `share` is what one of them may call."""
+        self.share = self.remaining / updates
 
     def draw(self, count: int) -> Tensor:
-        """Random perturbations: [count, k]."""
-        return torch.randn(count, self.dim, generator=self.generator) * self.spread
+        """Random perturbations of the leading coordinates: [count, k]."""
+        drawn = torch.zeros(count, self.dim)
+        leading = min(PERTURBED, self.dim)
+        drawn[:, :leading] = torch.randn(count, leading, generator=self.generator) * self.spread
+        return drawn
 
     def halve(self) -> None:
         """From now on another random half of the rows is seen, where the metric makes sense on a part."""
@@ -122,6 +136,7 @@ class LocalMetric:
         evaluator = self.evaluator
         if count > self.remaining:
             raise BudgetSpent
+        self.allowance -= count
         start = perf_counter()
 
         def call(i: int) -> tuple[float, str | None]:
@@ -140,6 +155,7 @@ class LocalMetric:
         """A forward pass and a call for each of z."""
         if len(z) > self.remaining:
             raise BudgetSpent
+        self.allowance -= len(z)
         evaluator, found, errors = self.evaluator, [], []
         with evaluator.phi.restored():
             for point in z:

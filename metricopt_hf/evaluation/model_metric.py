@@ -16,7 +16,6 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
-from contextlib import suppress
 from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
@@ -29,6 +28,7 @@ from ..redaction import SECRET_NAME, command_without_secrets
 from . import processes
 from .evaluator import Evaluator
 from .metric import Metric
+from .ranks import agreed
 
 MODEL, SPLIT = "{model}", "{split}"  # in a command
 FOLDERS = ("PWD", "OLDPWD")  # variables that are no passwords
@@ -157,10 +157,10 @@ class CommandMetric(ModelMetric):
 
 
 class ModelEvaluator(Evaluator):
-    """Gives a `ModelMetric` at points of phi. Predictions are still to be had, for guides that want them.
+    """Gives a `ModelMetric` at points of phi.
 
-    Every rank makes as many calls of a function, so that one may wait for the others. A command waits for nobody, and
-    is run where its answer is needed.
+    A function is called on every rank, since it may wait for the others, and the first rank's answer counts. A command
+    waits for nobody, and is run on the first rank alone.
 
     Args:
         dataset: given to a function that takes one.
@@ -174,15 +174,38 @@ class ModelEvaluator(Evaluator):
     def freeze(self, moved) -> None:
         """Nothing to be replayed: the metric runs the model itself."""
 
-    def _score(self, prediction: EvalPrediction | None = None, complete: Callable | None = None) -> float:
-        with self.phi.merged():
-            model = copy.deepcopy(self.phi.model)
-        return self.metric(model.eval().requires_grad_(False), self.dataset, self.split)
+    def evaluate_with_predictions(self, purpose: str, complete: Callable | None = None) -> tuple[float, None]:
+        with self.ledger.charge(purpose, passes=1):
+            self._check_finite()
+            return score_of_model(self.metric, self.phi.model, self.dataset, self.split, self.rank, self.world_size), None
 
-    def _accompany(self) -> None:
-        if not isinstance(self.metric, CommandMetric):
-            with suppress(MetricError):
-                self._score()
+
+def score_of_model(
+    metric: ModelMetric, model: nn.Module, dataset: Any, split: str, rank: int = 0, world_size: int = 1
+) -> float:
+    """The metric of a copy of a model as it is now; the same on every rank.
+
+    Raises:
+        MetricError: see `Metric`.
+    """
+
+    def compute() -> float:
+        return metric(copy.deepcopy(model).eval().requires_grad_(False), dataset, split)
+
+    if isinstance(metric, CommandMetric) or world_size == 1:
+        return agreed(rank, world_size, compute)
+    outcome: float | MetricError
+    try:
+        outcome = compute()
+    except MetricError as error:
+        outcome = error
+
+    def told() -> float:
+        if isinstance(outcome, MetricError):
+            raise outcome
+        return outcome
+
+    return agreed(rank, world_size, told)
 
 
 def words_of(command: str) -> list[str]:

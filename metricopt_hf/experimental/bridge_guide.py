@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..evaluation.linearization import Linearization
 from ..evaluation.local_metric import LocalMetric
 from ..guides import Guide, GuideContext
+from ..guides.pairs import observed_pairs
 from .labels import labels_of
 from .set_network import expected, features, set_network
 
@@ -31,7 +32,7 @@ class BridgeGuide(Guide):
     What the metric knows beside these, such as groups, it does not see.
 
     Args:
-        count: antithetic pairs in an update, of two metric calls each.
+        count: the most antithetic pairs in an update, of two metric calls each.
     """
 
     def __init__(self, count: int = PAIRS):
@@ -49,11 +50,9 @@ class BridgeGuide(Guide):
         return labels_of(metric.linearization) is not None
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:
-        metric.halve()
         self.linear = metric.linearization
-        offsets = metric.draw(self.count)
-        points = torch.cat([z + offsets, z - offsets])
-        values = torch.as_tensor(metric.values(points), dtype=torch.float32)
+        values, offsets = observed_pairs(metric, z, self.count)
+        points, values = torch.cat([z + offsets, z - offsets]), torch.as_tensor(values, dtype=torch.float32)
         fine = values.isfinite()
         if fine.sum() < 2:
             return

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from ..evaluation.linearization import Linearization
 from ..evaluation.local_metric import LocalMetric
 from ..guides import Guide, GuideContext
 from ..guides.blend import unit
+from ..guides.pairs import slope_of
 from .labels import classes_of, logits_of, num_classes
 
 PAIRS = 8  # in an update
@@ -36,7 +36,7 @@ class LossAlignmentGuide(Guide):
     Needs one column of labels that are classes of the outputs.
 
     Args:
-        count: antithetic pairs of losses in an update, of two metric calls each.
+        count: the most antithetic pairs of losses in an update, of two metric calls each.
     """
 
     def __init__(self, count: int = PAIRS):
@@ -57,14 +57,14 @@ class LossAlignmentGuide(Guide):
         self.linear = metric.linearization
         if self.matrix is None:
             self.matrix = torch.eye(num_classes(self.linear.decisions))
-        drawn = torch.randn(self.count, *self.matrix.shape, generator=self.context.generator)
+        count = max(1, int(min(self.count, metric.share // 2)))
+        drawn = torch.randn(count, *self.matrix.shape, generator=self.context.generator)
         offsets = PERTURBATION * torch.triu(drawn)
         offsets = offsets + torch.triu(offsets, 1).mT
         length = metric.spread * metric.dim**0.5  # as far as an ordinary perturbation
         losses = torch.cat([self.matrix + offsets, self.matrix - offsets])
         values = metric.values(torch.stack([z + length * unit(descent(metric.part, z, loss)) for loss in losses]))
-        differences = np.nan_to_num(values[: self.count] - values[self.count :])
-        slope = torch.tensordot(torch.as_tensor(differences, dtype=torch.float32), offsets, 1)
+        slope = slope_of(values, offsets.flatten(1)).reshape(self.matrix.shape)
         self.matrix = (self.matrix + STEP * unit(slope)).clamp(-1, 1)
 
     def gradient(self, z: Tensor) -> Tensor:

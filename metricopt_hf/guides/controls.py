@@ -7,18 +7,15 @@ from torch import Tensor
 
 from ..evaluation.local_metric import LocalMetric
 from .base import Guide, GuideContext
-from .pairs import PairsGuide, slope_of
+from .pairs import PairsGuide, observed_pairs, slope_of
 
 
 class ShuffledGuide(PairsGuide):
     """Makes the calls of `PairsGuide`, and learns from their values in a random order."""
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:
-        metric.halve()
-        offsets = metric.draw(self.count)
-        values = metric.values(torch.cat([z + offsets, z - offsets]))
-        values = values[torch.randperm(len(values), generator=self.context.generator).numpy()]
-        self.slope = slope_of(values[: self.count] - values[self.count :], offsets)
+        values, offsets = observed_pairs(metric, z, self.count)
+        self.slope = slope_of(values[torch.randperm(len(values), generator=self.context.generator).numpy()], offsets)
 
 
 class RandomGuide(Guide):

@@ -29,15 +29,25 @@ class PairsGuide(Guide):
         self.slope: Tensor | None = None
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:
-        metric.halve()
-        offsets = metric.draw(self.count)
-        values = metric.values(torch.cat([z + offsets, z - offsets]))
-        self.slope = slope_of(values[: self.count] - values[self.count :], offsets)
+        values, offsets = observed_pairs(metric, z, self.count)
+        self.slope = slope_of(values, offsets)
 
     def gradient(self, z: Tensor) -> Tensor:
         return self.slope
 
 
-def slope_of(differences: np.ndarray, offsets: Tensor) -> Tensor:
-    """[k] from differences [n] of the metric at both ends of offsets [n, k]; those that are nan say nothing."""
+def observed_pairs(metric: LocalMetric, z: Tensor, count: int) -> tuple[np.ndarray, Tensor]:
+    """([2n] values at both ends of random offsets from z, the first ends first, offsets [n, k]), on a half of the rows.
+
+    Args:
+        count: the most pairs; fewer where an update may not call as often.
+    """
+    metric.halve()
+    offsets = metric.draw(max(1, int(min(count, metric.share // 2))))
+    return metric.values(torch.cat([z + offsets, z - offsets])), offsets
+
+
+def slope_of(values: np.ndarray, offsets: Tensor) -> Tensor:
+    """[k] from what `observed_pairs` gives; values that are nan say nothing."""
+    differences = values[: len(offsets)] - values[len(offsets) :]
     return torch.as_tensor(np.nan_to_num(differences), dtype=torch.float32) @ offsets

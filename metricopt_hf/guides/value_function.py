@@ -14,6 +14,7 @@ from torch import Tensor
 from ..evaluation.local_metric import LocalMetric
 from ..value import ValueNetwork, fit
 from .base import Guide, GuideContext
+from .pairs import observed_pairs
 
 PAIRS = 4  # in an update
 MOST = 512  # the latest observations, which are fitted to
@@ -37,11 +38,9 @@ class ValueFunctionGuide(Guide):
         self.z, self.values = np.zeros((0, context.dim), np.float32), np.zeros(0)
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:
-        metric.halve()
         self.origin = metric.origin
-        offsets = metric.draw(self.count)
+        values, offsets = observed_pairs(metric, z, self.count)
         points = torch.cat([z + offsets, z - offsets])
-        values = metric.values(points)
         fine = np.isfinite(values)
         self.z = np.concatenate([self.z, (self.origin + points).numpy()[fine]])[-MOST:]
         self.values = np.concatenate([self.values, values[fine]])[-MOST:]

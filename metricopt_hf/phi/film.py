@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +202,13 @@ class FiLM(PhiSpace):
         # of a bias that two layers share (D-FINE's, RT-DETR v2's heads), the name that the model goes by
         bias = self.model.get_submodule(self._output_layer).bias
         return next(name for name, parameter in self.model.named_parameters() if parameter is bias)
+
+    @property
+    def output_bias_slice(self) -> slice | None:
+        if not self._output_layer:
+            return None
+        size = self._origin[-1].numel()
+        return slice(self.dim - size, self.dim)
 
     def reset(self) -> None:
         reshard(self.model)

@@ -81,6 +81,11 @@ class PhiSpace(ABC):
         parameters = [[n, list(p.shape)] for n, p in zip(self.names, self.parameters, strict=True)]
         return {"kind": type(self).__name__, "parameters": parameters}
 
+    @property
+    def output_bias_slice(self) -> slice | None:
+        """Where in phi the bias of the layer that makes the logits stands; None where that is not known."""
+        return None
+
     def reset(self) -> None:  # noqa: B027, a space without an origin of its own has nothing to do
         """Take the model's present weights for phi's origin, from which `read` and `write` count."""
 
@@ -186,6 +191,14 @@ class Union(PhiSpace):
     @property
     def names(self) -> tuple[str, ...]:
         return self.parts[0].names + self.parts[1].names
+
+    @property
+    def output_bias_slice(self) -> slice | None:
+        first, second = self.parts
+        if first.output_bias_slice is not None:
+            return first.output_bias_slice
+        where = second.output_bias_slice
+        return where and slice(where.start + first.dim, where.stop + first.dim)
 
     def reset(self) -> None:
         for part in self.parts:

@@ -11,14 +11,13 @@ from numbers import Integral, Real
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigurationError, brief
 from ..evaluation import constraints, direction
 from ..evaluation.answer import plain
 from ..evaluation.metric import INPUTS
 from ..evaluation.model_metric import words_of
-from ..guides import GUIDES
+from ..guides import AUTO, GUIDES
 from ..redaction import command_without_secrets, without_secrets
 
 logger = logging.getLogger(__name__)
@@ -31,22 +30,20 @@ GONE = {
     "function, metric=Metric(function, name) does",
     "metric_on_all_rows": 'say observe="predictions_on_all_rows"',
     "phi_coordinates": "it is an argument of the trainer now: MetricOptTrainer(..., coordinates=...)",
+    "metric_start_ratio": "metric_steps says how many of the last optimizer steps follow the metric (10 by default)",
+    "forward_pass_budget": "a metric step makes a few passes, whatever the number of calls: metric_steps says how many steps",
+    "tune_output_bias": "a tuned bias is always among the candidates, and the selection split says whether it is kept",
     "loss_alone_ratio": "every step of the metric phase is guided",
     "unguided_ratio": "every step of the metric phase is guided",
     "unguided_learning_rate": "every step of the metric phase is guided, at phi_learning_rate",
     "observation_folds": "every metric call on scores sees the whole observation set",
-    "observe_steps": "rounds of observations are spread evenly over the metric phase, as many as forward_pass_budget "
-    "and metric_call_budget allow",
-    "observations_per_step": "how many observations are made in all, forward_pass_budget and metric_call_budget say",
-    "select_steps": "the selection split is evaluated after each 20th of the metric phase",
+    "observe_steps": "metric_call_budget is spread evenly over the metric steps",
+    "observations_per_step": "metric_call_budget says how many observations are made in all",
+    "select_steps": "the selection split is evaluated after each metric step",
     "perturbation_std": "it is a constant",
     "max_metric_failures": "guidance ends behind 8 failures of the metric in a row",
     "observation_cache_gb": "up to 2 GB of each set are kept in memory",
 }
-
-# They take their step inside the backward pass, before there is a gradient that could be blended.
-STEP_IN_BACKWARD = {name for name in OptimizerNames if "layerwise" in name.value or "lomo" in name.value}
-
 
 def _number(least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], bool]:
     """Whether it is a finite number from `least` (above: beyond it) to below `most`."""
@@ -84,16 +81,17 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "metric_inputs": (_one_of(INPUTS), f"one of {', '.join(INPUTS)}"),
     "metric_timeout": (_unset(_number(0, above=True)), "a positive, finite number of seconds; None for no limit"),
-    "metric_start_ratio": (_number(0, 1), "in [0, 1)"),
+    "metric_steps": (_unset(_whole(1)), "a whole number of at least 1; None for the default"),
     "metric_call_budget": (_unset(_whole(0)), "a whole number of at least 0; None for the default"),
-    "forward_pass_budget": (_unset(_whole(0)), "a whole number of at least 0; None for the default"),
     "observe": (_one_of(OBSERVE), f"one of {', '.join(OBSERVE)}"),
     "phi_dim": (_whole(1), "a whole number of at least 1"),
-    "phi_learning_rate": (_unset(_number(0, above=True)), "positive and finite"),
-    "guide": (_one_of(GUIDES), f"one of {', '.join(GUIDES)}"),
-    "value_weight": (_number(0), "at least 0 and finite (the sign of the metric is greater_is_better's)"),
+    "phi_learning_rate": (_number(0, above=True), "positive and finite"),
+    "guide": (_one_of((AUTO, *GUIDES)), f"one of {', '.join((AUTO, *GUIDES))}"),
+    "value_weight": (
+        lambda value: _number(0)(value) or value == math.inf,
+        "at least 0; inf: the loss has no say (the sign of the metric is greater_is_better's)",
+    ),
     "observation_size": (_unset(_whole(1)), "a whole number of at least 1"),
-    "tune_output_bias": (lambda value: isinstance(value, bool), "True or False"),
 }
 
 
@@ -105,9 +103,8 @@ class MetricOptConfig(TrainingArguments):
 
     - the metric: `metric_name_or_path`, `metric_inputs`, `metric_kwargs`, `metric_timeout`, `metric_command`,
       `metric_constraints`
-    - the metric phase, and what is tuned in it: `metric_start_ratio`, `phi`, `phi_dim`, `phi_learning_rate`,
-      `tune_output_bias`
-    - observations: `observe`, `forward_pass_budget`, `metric_call_budget`, `observation_size`
+    - the metric phase, and what is tuned in it: `metric_steps`, `phi`, `phi_dim`, `phi_learning_rate`
+    - observations: `observe`, `metric_call_budget`, `observation_size`
     - guidance: `guide`, `value_weight`, `value_function_name_or_path`
 
     Raises:
@@ -153,37 +150,28 @@ class MetricOptConfig(TrainingArguments):
             'ece<=0.05".'
         },
     )
-    metric_start_ratio: float = field(
-        default=0.75,
+    metric_steps: int | None = field(
+        default=None,
         metadata={
-            "help": "Share of the optimizer steps that is ordinary training; then everything but phi is frozen and the "
-            "metric phase begins. 0: the metric phase alone, for a model that is trained already."
+            "help": "The last optimizer steps, in which phi goes up the metric; all before are Trainer's own. Default: "
+            "10, or half of a shorter run. As many as max_steps: for a model that is trained already."
         },
     )
     observe: str = field(
         default="predictions",
         metadata={
-            "help": "What is observed of the model: predictions, from a few forward passes round phi, between which "
-            "they are interpolated, so that each pass serves many metric calls, most of them on a random half of the "
-            "rows; predictions_on_all_rows, for a metric that makes no sense on a part (a complete gallery, rows by "
-            "position); or scores, a pass for each call, as is done anyway where predictions cannot be interpolated "
-            "(generated text).",
+            "help": "What is observed of the model: predictions, linearised round phi, so that a metric call costs no "
+            "forward pass, and most see a random half of the rows; predictions_on_all_rows, for a metric that makes no "
+            "sense on a part (a complete gallery, rows by position); or scores, a pass for each call, as is done anyway "
+            "where predictions cannot be linearised (generated text).",
             "choices": OBSERVE,
-        },
-    )
-    forward_pass_budget: int | None = field(
-        default=None,
-        metadata={
-            "help": "The most forward passes over the observation set that the guidance may make. Default: 60, of "
-            "scores 160. 0: no guidance."
         },
     )
     metric_call_budget: int | None = field(
         default=None,
         metadata={
-            "help": "The most metric calls that the guidance may make to observe. Default: 1200, of scores 160; of a "
-            "slow metric on predictions fewer, as many as take no longer than the forward passes do, or than a minute. "
-            "0: no guidance."
+            "help": "The most metric calls that the guidance may make to observe. Default: 5000, of scores 160; of a "
+            "slow metric fewer: as many as take no longer than training did, or a minute. 0: no guidance."
         },
     )
     phi: str = field(
@@ -195,43 +183,34 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     phi_dim: int = field(
-        default=6, metadata={"help": "Number of compact coordinates of phi that the value function sees."}
+        default=64,
+        metadata={"help": "The most compact coordinates in which phi moves: those that move the outputs most."},
     )
-    phi_learning_rate: float | None = field(
-        default=1e-2,
-        metadata={
-            "help": "Peak learning rate of phi in the metric phase, which runs the schedule once of its own. "
-            "None: learning_rate."
-        },
+    phi_learning_rate: float = field(
+        default=1.0,
+        metadata={"help": "Size of an update of phi; 1 is right for FiLM. Too large ones are taken back and halved."},
     )
     guide: str = field(
-        default="value_function",
+        default=AUTO,
         metadata={
-            "help": "What says which way the metric improves: value_function (over phi); behaviour (a value "
-            "function over what the model predicts, which other models can start from); through the loss, bridge (a "
-            "network that expects the metric of a batch) and loss_alignment (a loss whose parameters are adapted); "
-            "or a control, shuffled (a value function fitted to shuffled scores) and random (a random direction).",
-            "choices": GUIDES,
+            "help": "What says which way the metric improves: pairs (the slope of perturbed predictions; any metric), "
+            "rows (what each row's decision is worth; decisions only), auto (both, the better step of the two), "
+            "value_function (networks fitted to all observations; what auto takes where scores are observed), or a "
+            "control: shuffled, random.",
+            "choices": (AUTO, *GUIDES),
         },
     )
     value_weight: float = field(
-        default=20.0,
+        default=math.inf,
         metadata={
-            "help": "lambda: length of the value gradient against the task gradient's, at full trust and agreement."
-        },
-    )
-    tune_output_bias: bool = field(
-        default=True,
-        metadata={
-            "help": "Search a bias per logit on the observation set behind the last step, at the start and at the best "
-            "phi, and let the selection split say whether it is kept. It becomes part of the output layer."
+            "help": "lambda: length of the value gradient against the loss gradient's, with which it is blended. "
+            "inf: the loss has no say in the metric phase."
         },
     )
     value_function_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "A value function to start from: a folder, or a name on the Hub. One over phi is for the same "
-            "model, one over behaviour for guide=behaviour."
+            "help": "A value function to start from: a folder, or a name on the Hub. It is for the same model and phi."
         },
     )
     observation_size: int | None = field(
@@ -308,11 +287,3 @@ class MetricOptConfig(TrainingArguments):
             f"as its {'name' if told is None else 'description'} says. Set it to be sure."
         )
         return greater
-
-    def check_optimizer(self) -> None:
-        """Raises ConfigurationError for an `optim` whose gradients cannot be blended."""
-        if self.optim in STEP_IN_BACKWARD:
-            raise ConfigurationError(
-                f"optim={self.optim.value!r} steps inside the backward pass, so there is no gradient to blend with. "
-                "Take one that steps after it, such as adamw_torch or sgd; or train without a metric."
-            )

@@ -1,312 +1,347 @@
-"""MetricPhase: one metric phase; it observes, learns, blends and selects.
+"""MetricPhase: the last steps of a run, in which phi goes up the metric.
 
-This is the sentence of the whole library, as `advance` and `correct` read it:
+This is the sentence of the whole library, as `advance` reads it:
 
-    Rounds (phi.read -> passes -> Interpolator -> metric calls -> Trajectory -> guide.observe)
-        -> guide.direction (with trust) -> blend
+    linearise(phi) -> metric calls on outputs + jacobian z -> guide.gradient(z), blended -> a step of phi
+        -> a real pass: is it better? -> the selection split
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import EvalPrediction
 
-from ..evaluation.answer import values_of
-from ..evaluation.constraints import ConstraintCheck
+from ..errors import MetricError
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.noise import checked_constraints
-from ..guides import Direction, Guide, GuideContext, blend
-from ..hub import ValueFunction
-from ..phi import Coordinates, PhiSpace
-from ..phi.space import model_class
-from ..value import BehaviourSignature, Signature
-from .plan import PhasePlan
-from .polish import polish
-from .result import RunResult
-from .rounds import MakePlan, Rounds
+from ..evaluation.faults import Faults
+from ..evaluation.linearization import Linearization
+from ..evaluation.linearizer import Linearizer, NotLinearizable
+from ..evaluation.local_metric import LocalMetric
+from ..evaluation.noise import standard_error
+from ..evaluation.trajectory import Trajectory
+from ..guides import Guide, GuideContext
+from ..phi import Coordinates
+from ..value import ValueNetwork
+from .ascent import ascend
+from .plan import MOST_MOVED, PREDICTIONS, PhasePlan
 from .selection import Selection
 
 logger = logging.getLogger(__name__)
 
-# entries of the curve, of which every second goes when there are more
-MOST_ENTRIES = 4096
+GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 16  # of a guide's rate, relative to its first
+ANNEALED = 0.0
+MOST_TAKEN_BACK = 3  # steps in a row, behind which the phase ends
+MOST_OBSERVATIONS = 4096  # kept, the latest ones
 
 
 class MetricPhase:
     """State and work of one metric phase.
 
     Args:
-        phi: tuned here.
-        moving: what moves, and so what is selected: phi, or more of the model where the guide's `scope` is "all".
-        evaluator: the metric on the observation set.
-        selector: the metric on the selection split; None where there is none (then the last phi stays).
-        guide: follows or does not.
-        make_coordinates: computes Q at the start of the phase.
-        make_plan: makes the numbers.
+        evaluator: phi, and the metric on the observation set.
+        selection: chooses among candidates.
+        plan: the numbers.
+        make_guides: whether predictions are linearised -> the guides, by name. Each goes up from the same
+            linearization, and the step behind which the model scores best is taken.
+        make_optimizer: (parameter, learning rate) -> an optimizer of the user's class over it.
+        loss_gradients: count -> [count, d], gradients of the loss by phi on as many mini-batches.
+        observing_scores: the plan where predictions cannot be linearised.
+        coordinates, network: of a value function to start from.
     """
 
     def __init__(
         self,
-        phi: PhiSpace,
-        moving: PhiSpace,
         evaluator: Evaluator,
-        selector: Evaluator | None,
-        guide: Guide,
-        make_coordinates: Callable[[], Coordinates],
-        make_plan: MakePlan,
+        selection: Selection,
+        plan: PhasePlan,
+        make_guides: Callable[[bool], dict[str, Guide]],
+        make_optimizer: Callable[[Tensor, float], Optimizer],
+        loss_gradients: Callable[[int], Tensor] | None = None,
+        observing_scores: PhasePlan | None = None,
+        coordinates: Coordinates | None = None,
+        network: ValueNetwork | None = None,
     ):
-        self.phi, self.moving, self.evaluator, self.guide = phi, moving, evaluator, guide
-        self.make_coordinates = make_coordinates
-        self.metric, self.ledger = evaluator.metric, evaluator.ledger
-        self.rounds = Rounds(evaluator, guide, make_plan)
-        self.faults = self.rounds.faults
-        self.selection = Selection(selector, moving, self.faults)
-        self.coordinates: Coordinates | None = None
+        self.evaluator, self.selection, self.plan = evaluator, selection, plan
+        self.phi, self.metric, self.ledger = evaluator.phi, evaluator.metric, evaluator.ledger
+        self.make_guides, self.make_optimizer, self.loss_gradients = make_guides, make_optimizer, loss_gradients
+        self.observing_scores = observing_scores or plan
+        self.coordinates, self.network = coordinates, network
+        self.faults, self.trajectory = Faults(), Trajectory()
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        self.linearizer = Linearizer(evaluator, plan.dim, loss_gradients, self.generator)
+        self.guides: dict[str, Guide] = {}
+        self.rates: dict[str, float] = {}
         self.start_step = -1
-        self.before = False  # whether this is still the run's first phase, in which everything is trained
-        self.start_phi: Tensor | None = None
-        self.last_phi: Tensor | None = None  # where training ended, whichever phi was selected
-        self.direction: Direction | None = None  # of the last update
-        self.constraints: tuple[ConstraintCheck, ...] = ()  # at the best phi on the selection split
-        self.curve: list[dict[str, Any]] = []  # one entry per round, for plots and logs
+        self.value = float("nan")  # of the metric at the present phi, see `Metric.merit`
+        self.last_step = -1  # that was made
+        self.taken_back = 0  # steps in a row
+        self.ended: str | None = None  # why no further step is made
+        self.finished = False
+        self.curve: list[dict[str, Any]] = []
+        self._linearization: Linearization | None = None  # at the present phi
 
     @property
     def started(self) -> bool:
-        return self.coordinates is not None
+        """Whether the first metric step has begun."""
+        return self.start_step >= 0
 
-    @property
-    def plan(self) -> PhasePlan:
-        """The numbers, as they have come to be."""
-        return self.rounds.plan
+    def start(self, step: int) -> None:
+        """Begin where the model is now: what is not phi stands still from here on.
 
-    @property
-    def failures(self) -> int:
-        """Metric calls that failed or gave an impossible answer."""
-        return self.faults.total
+        Raises:
+            MetricError: the metric fails at the start.
+        """
+        self.phi.reset()
+        self.start_step = step
+        self._freeze()
+        self.ledger.budget = self.plan.calls
+        score, prediction = self.evaluator.evaluate_with_predictions("observe")
+        self.value = self.metric.merit(score)
+        linearises = self.plan.observe == PREDICTIONS and prediction is not None
+        if linearises:
+            try:
+                self.coordinates = self.coordinates or self.linearizer.coordinates()
+                self._linearise(prediction)
+                self.plan = replace(self.plan, scale=self._scale())
+            except NotLinearizable as error:
+                self._observe_scores(str(error))
+        elif self.plan.observe == PREDICTIONS:
+            self._observe_scores("the metric is computed batch by batch")
+        if self.coordinates is None:
+            self.coordinates = self.linearizer.coordinates(row_by_row=False)
+        self._start_guides()
+        if not self.plan.calls:
+            self._end("metric_call_budget is 0")
+        self.selection.start(step)
+        logger.info(
+            f"Metric phase: steps {step + 1} to {step + self.plan.steps} follow {self.metric.name} ({score:.4f} on the "
+            f"observation set at its start). Observed: {self.plan.observe}, in {self.coordinates.dim} coordinates of "
+            f"the {self.phi.dim} numbers of phi; guides: {', '.join(self.guides)}."
+        )
 
-    def start(self, step: int, coordinates: Coordinates | None = None, before: bool = False) -> None:
-        """Begin, and forget what was observed in other coordinates: what does not move stands still from here on.
+    def advance(self, step: int, loss_gradient: Callable[[], Tensor] | None = None) -> None:
+        """One metric step: every guide goes up from here, and the best of their steps is taken, or none.
 
         Args:
-            step: optimizer steps taken so far.
-            coordinates: those of an interrupted run.
-            before: begin with the run's first phase, in which all of the model moves: nothing is selected there.
+            loss_gradient: gives the gradient of the loss by phi, [d]; asked for where it is blended in.
         """
-        self.start_step, self.start_phi, self.before = step, self.moving.read(), before
-        self.coordinates = coordinates or self.make_coordinates()
-        self.rounds.start(step, self.coordinates)
-        self.phi_description = self.phi.description  # of what merging takes out nothing could be said later
-        self._start_guide()
-        if self.moving is self.phi and not before:
-            for evaluator in (self.evaluator, self.selection.evaluator):
-                if evaluator is not None:
-                    evaluator.freeze(lambda: self.rounds.observer.moved(self.coordinates))
-
-    def rehearse(self, coordinates: Coordinates) -> dict[str, Any]:
-        """What `state_dict` would be right behind a `start`; the guide is started, the phase is not."""
-        begun = copy.copy(self)
-        begun.coordinates, begun.start_phi = coordinates, self.moving.read()
-        begun._start_guide()
-        return begun.state_dict()
-
-    def due(self, step: int) -> bool:
-        """Whether `advance` has something to do."""
-        return self._selects(step) or self.guide.off is None and self.rounds.due(step)
-
-    def _selects(self, step: int) -> bool:
-        return (step - self.start_step) % self.plan.select_steps == 0 and not self.before
-
-    def advance(self, step: int) -> None:
-        """Before the update of `step`: select, observe and learn, where it is time to."""
-        selects = self._selects(step)
-        score = self.selection.consider(step) if selects else None
-        observes = self.guide.off is None and self.rounds.observe(step)
-        if selects or observes:
-            self._record(step, score)
-
-    def correct(self) -> None:
-        """Add the guide's direction, if it has one, to the task gradient at phi."""
-        if self.plan.value_weight == 0:
-            return
-        self.direction = self.guide.direction(self.phi.read())
-        if self.direction is None:
-            return
-        trust = self.direction.trust
-        if isinstance(trust, Tensor) or trust > 0:  # a tensor is not asked: that would wait for the device
-            task_grad = self.phi.read_grad()
-            self.phi.add_grad(
-                blend.correction(task_grad, self.direction.vector, trust, self.plan.value_weight)
-            )
-
-    def loss(self, inputs: dict[str, Any], outputs: Any, task_loss: Tensor) -> Tensor:
-        """The task's loss, or, as far as the guide is trusted, the guide's instead of it; both means over the batch."""
-        trust, _ = self.guide.standing
-        if trust == 0:
-            return task_loss
-        loss = self.guide.loss(inputs, outputs, task_loss)
-        return task_loss if loss is None else task_loss + trust * (loss - task_loss)
+        self.last_step = step
+        if self.ended is None:
+            if self.plan.observe == PREDICTIONS and self._linearization is None:
+                self._linearise(self.evaluator.predictions())
+            tried = self._tried(step, loss_gradient)
+            self._judge(tried, step)
+            self.selection.consider(step + 1)
+            if (reason := self.faults.reason) is not None:
+                self._end(reason)
 
     def finish(self, step: int) -> None:
-        """The last phi is a candidate too; then the best is put in place, or `last_phi` where there is none."""
-        self.last_phi = self.moving.read()
-        self._record(step, self.selection.consider(step))
-        if self.plan.tune_bias and self.moving is self.phi and self.metric.of_predictions:
-            polish(self.evaluator, self.selection, self.start_phi, step)
-        self.selection.confirm()
-        best = self.selection.best
-        if best.phi is None:
-            self.moving.write(self.last_phi)
-        else:
-            self.moving.write(best.phi)
-            tuned = ", with its output bias tuned" * best.bias_tuned
-            logger.info(
-                f"Best {self.metric.name} on the selection split: {best.score:.4f} at step {best.step}{tuned}; this "
-                "phi is kept."
+        """Choose among all candidates, and put the chosen phi in place."""
+        self.finished = True
+        self.selection.finish(step, self.evaluator)
+        self._linearization = None
+
+    # A step
+
+    def _tried(self, step: int, loss_gradient: Callable[[], Tensor] | None) -> dict[str, tuple[float, Tensor]]:
+        """(value, phi) where each guide has gone that is still followed."""
+        phi, tried = self.phi.read(), {}
+        gradient = None
+        if self.plan.blends and loss_gradient is not None:
+            gradient = (self.coordinates.basis.T @ loss_gradient()).cpu()
+        followed = [name for name in self.guides if self.rates[name] >= SMALLEST_RATE]
+        for name in followed:
+            steps_left = max(1, self.start_step + self.plan.steps - step)
+            local = LocalMetric(
+                self.evaluator,
+                self.coordinates,
+                self._linearization,
+                self.plan.spread(self.coordinates.dim),
+                self.generator,
+                self.faults,
+                self.trajectory,
+                step,
+                self.value,
+                self.plan.on_all_rows,
+                allowance=int(self.ledger.remaining / steps_left / len(followed)),
             )
-        if self.metric.constraints and best.phi is not None:
-            on_all_rows = self.plan.observe == "predictions_on_all_rows"
-            self.constraints = checked_constraints(self.selection.evaluator, on_all_rows, best.raw)
-            for check in self.constraints:
-                logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
+            share = (step - self.start_step) / self.plan.steps
+            rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
+            z = ascend(
+                self.guides[name], local, self.plan.updates, rate, self.make_optimizer, gradient, self.plan.value_weight
+            )
+            tried[name] = self._scored(phi, z)
+        return tried
 
-    def result(self) -> RunResult:
-        """What can be told of the phase by now; it must have begun."""
-        best, trust = self.selection.best, self.guide.trust
-        return RunResult(
-            metric=self.metric.name,
-            greater_is_better=self.metric.greater_is_better,
-            start_step=self.start_step,
-            best_phi=best.phi,
-            best_score=best.score,
-            best_step=best.step,
-            bias_tuned=best.bias_tuned,
-            last_phi=self.last_phi,
-            curve=self.curve,
-            constraints=self.constraints,
-            keys=self.metric.keys,
-            trajectory=self.rounds.trajectory,
-            ledger=self.ledger,
-            failed_calls=self.failures,
-            phi=self.phi_description,
-            coordinates=self.coordinates,
-            trust=trust.value()[0],
-            rank_correlation=trust.correlation,
-            value_function=self.value_function,
-        )
+    def _scored(self, phi: Tensor, z: Tensor) -> tuple[float, Tensor]:
+        """(value, phi) with a step z from phi: minus infinity where the metric fails, or nothing has moved."""
+        there = phi + self.coordinates.lift(z.to(phi.device))
+        if not bool(z.any()):
+            return float("-inf"), there
+        with self.phi.restored():
+            self.phi.write(there)
+            try:
+                return self.metric.merit(self.evaluator.evaluate("observe")), there
+            except MetricError as error:
+                self.faults.add([str(error)], succeeded=0)
+                return float("-inf"), there
 
-    @property
-    def value_function(self) -> ValueFunction | None:
-        """A copy of what the guide has fitted, with all that others need to use it; None where there is nothing."""
-        network = self.guide.network if self.started else None
-        if network is None:
-            return None
-        coordinates, model = self.coordinates, model_class(self.phi.model)
-        metric = self.metric.name, self.metric.greater_is_better
-        if self.guide.behaviour is not None:
-            behaviour, seen = self.guide.behaviour
-            return ValueFunction.of(network, BehaviourSignature(model, behaviour, *metric), seen)
-        signature = Signature(
-            model,
-            self.phi_description,
-            coordinates.kind,
-            *metric,
-            coordinates.origin.cpu(),
-            None if coordinates.basis is None else coordinates.basis.cpu(),
+    def _judge(self, tried: dict[str, tuple[float, Tensor]], step: int) -> None:
+        """Take the best step, unless its value is worse by more than the metric's standard error."""
+        error = self._standard_error()
+        best = max(tried, key=lambda name: tried[name][0], default=None)
+        taken = best is not None and tried[best][0] >= self.value - error
+        for name, (value, _) in tried.items():
+            pays = value > self.value
+            self.rates[name] = min(MOST_RATE, self.rates[name] * GROWTH) if pays else self.rates[name] / 2
+        if taken:
+            self.value, phi = tried[best]
+            self.phi.write(phi)
+            self._linearization = None
+        self.taken_back = 0 if taken else self.taken_back + 1
+        self.curve.append(
+            {
+                "step": step,
+                "guide": best if taken else None,
+                "value": self.value,
+                "tried": {name: value for name, (value, _) in tried.items()},
+                "standard_error": error,
+                "rates": dict(self.rates),
+                "calls": self.ledger.calls["observe"],
+                "passes": self.ledger.passes["observe"],
+            }
         )
-        return ValueFunction.of(network, signature, self.rounds.trajectory.joined(self.rounds.interpolated))
+        if not tried:
+            self._end("no guide is left to follow")
+        elif self.taken_back >= MOST_TAKEN_BACK:
+            self._end(f"{self.taken_back} steps in a row made the metric worse, and were taken back")
+
+    def _standard_error(self) -> float:
+        """Of the metric on the observation set, as far as it is known."""
+        if self._linearization is None or self.plan.on_all_rows or self.evaluator.complete is not None:
+            return 0.0
+        return standard_error(self.evaluator, self._linearization, self.generator)
+
+    def _end(self, reason: str) -> None:
+        self.ended = reason
+        logger.warning(f"No further metric step is made: {reason}.")
+
+    # The start
+
+    def _linearise(self, prediction: EvalPrediction) -> None:
+        self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction))
+        self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
+
+    def _observe_scores(self, why: str) -> None:
+        """From now on every observation is a forward pass."""
+        logger.warning(f"The metric's scores are observed, not the model's predictions: {why}.")
+        self.plan, self._linearization = self.observing_scores, None
+        self.ledger.budget = self.plan.calls
+
+    def _scale(self) -> float:
+        """By which perturbations must be smaller so as not to move the outputs by more than `MOST_MOVED`."""
+        spread = self.plan.spread(self.coordinates.dim)
+        moved = [float(leaf.jacobian.square().sum(-1).mean().sqrt()) * spread for leaf in self._linearization.leaves.values()]
+        size = [float(leaf.outputs.std(correction=0)) for leaf in self._linearization.leaves.values()]
+        ratio = max((m / s for m, s in zip(moved, size, strict=True) if s > 0), default=0.0)
+        return min(1.0, MOST_MOVED / ratio) if ratio > 0 else 1.0
+
+    def _start_guides(self) -> None:
+        linearised = self.plan.observe == PREDICTIONS
+        self.guides = self.make_guides(linearised)
+        context = GuideContext(self.coordinates.dim, self.generator, self.network)
+        local = LocalMetric(
+            self.evaluator,
+            self.coordinates,
+            self._linearization,
+            self.plan.spread(self.coordinates.dim),
+            self.generator,
+            self.faults,
+            self.trajectory,
+            self.start_step,
+            self.value,
+            self.plan.on_all_rows,
+        )
+        for name, guide in list(self.guides.items()):
+            guide.start(context)
+            if len(self.guides) > 1 and self.plan.calls and not guide.applies(local):
+                del self.guides[name]
+        self.rates = dict.fromkeys(self.guides, 1.0)
+
+    @contextmanager
+    def _moved(self):
+        with self.phi.restored():
+            self.phi.write(self.phi.read() + 0.1 * torch.randn(self.phi.dim, generator=torch.Generator().manual_seed(0)).to(self.phi.read().device))
+            yield
+
+    def _freeze(self) -> None:
+        for evaluator in (self.evaluator, self.selection.evaluator):
+            if evaluator is not None:
+                evaluator.freeze(self._moved)
+
+    # What is kept
 
     def log_scalars(self) -> dict[str, float]:
         """What is reported of the guidance beside Trainer's own numbers."""
         if not self.curve:
             return {}
         latest = self.curve[-1]
-        names = (
-            "selection",
-            "trust",
-            "gradient_agreement",
-            "rank_correlation",
-            "observation_mean",
-            "coverage",
-            "calls",
-            "passes",
-            "interpolation_error",
-        )
-        scalars = {name: float(latest[name]) for name in names if latest.get(name) is not None}
-        scalars["failed_calls"] = float(self.failures)
-        return {name: value for name, value in scalars.items() if np.isfinite(value)}
+        scalars = {name: float(latest[name]) for name in ("standard_error", "calls", "passes")}
+        scalars["value"] = self.metric.sign * self.value
+        scalars |= {f"rate_{name}": rate for name, rate in self.rates.items()}
+        if self.selection.latest is not None:
+            scalars["selection"] = float(self.selection.latest)
+        return {**scalars, "failed_calls": float(self.faults.total)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Nested dicts and lists of tensors and JSON values."""
+        """Nested dicts and lists of tensors and plain values."""
         return {
             "start_step": self.start_step,
-            "before": self.before,
-            "start_phi": self.start_phi,
-            "origin": self.coordinates.origin,
-            "basis": self.coordinates.basis,
-            "coordinates": self.coordinates.kind,
-            "rounds": self.rounds.state_dict(),
-            "guide": self.guide.state_dict(),
+            "plan": vars(self.plan),
+            "coordinates": vars(self.coordinates),
+            "value": self.value,
+            "taken_back": self.taken_back,
+            "ended": self.ended,
+            "finished": self.finished,
+            "rates": dict(self.rates),
+            "guides": {name: guide.state_dict() for name, guide in self.guides.items()},
+            "way": self.linearizer.way,
+            "generator": self.generator.get_state(),
+            "trajectory": {name: torch.as_tensor(array) for name, array in self.trajectory.state_dict().items()},
+            "faults": self.faults.state_dict(),
             "selection": self.selection.state_dict(),
             "curve": self.curve,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as if nothing had been interrupted; phi is in place already."""
         device = self.phi.read().device
-
-        def here(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        coordinates = Coordinates(here(state["origin"]), here(state["basis"]), state["coordinates"])
-        self.start(state["start_step"], coordinates, state["before"])
-        self.start_phi = here(state["start_phi"])
-        self.rounds.load_state_dict(state["rounds"])
-        self.guide.load_state_dict(state["guide"])
+        self.plan = PhasePlan(**state["plan"])
+        self.ledger.budget = self.plan.calls
+        self.coordinates = Coordinates(
+            state["coordinates"]["origin"].to(device), state["coordinates"]["basis"].to(device), state["coordinates"]["kind"]
+        )
+        self.start_step, self.value = state["start_step"], state["value"]
+        self.taken_back, self.ended, self.finished = state["taken_back"], state["ended"], state["finished"]
+        self.curve, self.linearizer.way = state["curve"], state["way"]
+        self.faults.load_state_dict(state["faults"])
         self.selection.load_state_dict(state["selection"])
-        self.curve = state["curve"]
-
-    def _start_guide(self) -> None:
-        self.guide.start(
-            GuideContext(
-                self.coordinates,
-                self.metric.greater_is_better,
-                torch.Generator().manual_seed(self.plan.seed),
-                self._call_metric,
-                self.plan.value_weight,
-            )
-        )
-
-    def _call_metric(self, prediction: EvalPrediction) -> float:
-        with self.ledger.charge("observe"):
-            return self.metric(prediction)
-
-    def _record(self, step: int, selection: float | None) -> None:
-        """One more entry of the curve; `selection`: the score on that split, where it was evaluated."""
-        trust, reason = self.guide.standing
-        latest, virtual = self.rounds.trajectory.last_round, self.rounds.virtual
-        predicted = self.guide.expect(self.phi.read())
-        self.curve.append(
-            {
-                "step": step,
-                "selection": None if selection is None else float(selection),
-                "constraints": None if selection is None else list(values_of(selection)),
-                "trust": trust,
-                "reason": reason,
-                "gradient_agreement": self.guide.gradient_agreement(self.phi.read()) if trust > 0 else None,
-                "rank_correlation": self.guide.trust.correlation,
-                "observation_mean": float(np.mean(latest.scores)) if len(latest) else None,
-                "predicted": None if predicted is None else list(predicted),
-                "coverage": self.guide.coverage,
-                "calls": self.ledger.calls["observe"],
-                "passes": self.ledger.passes["observe"],
-                "interpolation_error": None if virtual is None else virtual.error,
-            }
-        )
-        if len(self.curve) > MOST_ENTRIES:
-            del self.curve[1::2]
+        self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})
+        self.guides = self.make_guides(self.plan.observe == PREDICTIONS)
+        context = GuideContext(self.coordinates.dim, self.generator, self.network)
+        self.guides = {name: guide for name, guide in self.guides.items() if name in state["guides"]}
+        for name, guide in self.guides.items():
+            guide.start(context)
+            guide.load_state_dict(state["guides"][name])
+        self.rates = dict(state["rates"])
+        self.generator.set_state(state["generator"].to(torch.uint8))
+        if not self.finished:
+            self._freeze()

@@ -12,7 +12,7 @@ from typing import Any
 import evaluate
 from accelerate.utils import DistributedType
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..errors import ConfigurationError, ValueFunctionError
 from ..evaluation import data
@@ -22,14 +22,14 @@ from ..evaluation.metric import Metric
 from ..evaluation.model_metric import CommandMetric
 from ..hub import ValueFunction
 from ..phi import PhiSpace
-from ..value import OVER_BEHAVIOUR, check_over
 from .config import MetricOptConfig
+from .overrides import is_overridden, without_super
+from .plan import DEFAULT_STEPS
 
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {
-    DistributedType.DEEPSPEED: "accelerate steps its engine inside the backward pass, so gradients cannot be blended "
-    "between the two",
+    DistributedType.DEEPSPEED: "its engine keeps a copy of the weights, which would be saved instead of what is tuned",
 }
 
 
@@ -158,7 +158,7 @@ def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
     return set(label_names) - taken if taken else set()
 
 
-def check_supported(args: MetricOptConfig, distributed_type: DistributedType, fsdp_plugin: Any = None) -> None:
+def check_supported(trainer: Trainer, distributed_type: DistributedType, fsdp_plugin: Any = None) -> None:
     """Refuse by name what cannot work or was never seen to.
 
     Args:
@@ -167,7 +167,7 @@ def check_supported(args: MetricOptConfig, distributed_type: DistributedType, fs
     Raises:
         ConfigurationError: with the reason and what to do instead.
     """
-    args.check_optimizer()
+    args = trainer.args
     if distributed_type in UNSUPPORTED:
         raise ConfigurationError(
             f"{distributed_type.value} cannot be guided: {UNSUPPORTED[distributed_type]}. Use DDP or FSDP2, or no "
@@ -179,6 +179,37 @@ def check_supported(args: MetricOptConfig, distributed_type: DistributedType, fs
         raise ConfigurationError(
             "Several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
             "`torchrun --nproc_per_node N script.py`, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    if args.dataloader_persistent_workers and is_overridden(trainer, "get_eval_dataloader"):
+        raise ConfigurationError(
+            "get_eval_dataloader is overridden, and with dataloader_persistent_workers Trainer keeps the first loader "
+            "that it makes, so that all parts of eval_dataset would be the first one. Set "
+            "dataloader_persistent_workers=False."
+        )
+
+
+def num_metric_steps(args: MetricOptConfig, max_steps: int) -> int:
+    """How many of the last optimizer steps follow the metric.
+
+    Raises:
+        ConfigurationError: more are asked for than there are steps.
+    """
+    if args.metric_steps is None:
+        return min(DEFAULT_STEPS, max(1, max_steps // 2))
+    if args.metric_steps > max_steps:
+        raise ConfigurationError(
+            f"metric_steps={args.metric_steps} is more than the {max_steps} optimizer steps of the run: set it lower, "
+            f"or max_steps={args.metric_steps} for a model that is trained already."
+        )
+    return args.metric_steps
+
+
+def check_training_step(trainer: Trainer, base: type) -> None:
+    """Raises ConfigurationError for a subclass whose `training_step` can be seen never to call that of `base`."""
+    if (name := without_super(trainer, "training_step", base)) is not None:
+        raise ConfigurationError(
+            f"{name}.training_step never calls super().training_step, where the metric phase makes its steps: let it "
+            "do so, as in loss = super().training_step(model, inputs, num_items_in_batch)."
         )
 
 
@@ -205,44 +236,29 @@ def check_fsdp(args: MetricOptConfig, plugin: Any) -> None:
         )
 
 
-def load_value_function(given: ValueFunction | None, args: MetricOptConfig) -> ValueFunction | None:
-    """The value function to start from: the one given, the one that `args` names, or None.
+def load_value_function(given: ValueFunction | str | None, args: MetricOptConfig) -> ValueFunction | None:
+    """The value function to start from: the one given, or named, or that `args` names, or None.
 
     Raises:
         ValueFunctionError: it cannot be loaded or trusted.
     """
-    if given is None and args.value_function_name_or_path is not None:
-        return ValueFunction.from_pretrained(args.value_function_name_or_path, token=args.hub_token)
-    return given
+    name = given if isinstance(given, str) else args.value_function_name_or_path
+    if given is None and name is None or isinstance(given, ValueFunction):
+        return given
+    return ValueFunction.from_pretrained(name, token=args.hub_token)
 
 
-def check_value_function(
-    given: ValueFunction | None, over: str, phi: PhiSpace, metric: Metric | None, num_coordinates: int | None
-) -> None:
-    """A value function to start from must be one of this metric, and over what the guide reads.
-
-    Args:
-        over: phi or behaviour, see `Guide.over`.
-        num_coordinates: that the run asks for, or all of phi where that has fewer; None: as many as come out.
+def check_value_function(given: ValueFunction | None, phi: PhiSpace, metric: Metric) -> None:
+    """A value function to start from must be one of this metric and this phi.
 
     Raises:
-        ValueFunctionError: it is over something else, or of another phi or metric, or says nothing of its behaviour.
-        ConfigurationError: it was never part of a run, and its size does not fit the coordinates that are asked for.
+        ValueFunctionError: it is of another one, or was never part of a run, so that it brings no coordinates.
     """
     if given is None:
         return
-    check_over(given, over)
-    if given.signature is None and over == OVER_BEHAVIOUR:
+    if given.signature is None:
         raise ValueFunctionError(
-            "The value function given was never part of a run, so it does not say which behaviour it reads: give one "
-            "that was saved after a run, or start without it."
+            "The value function given was never part of a run, so it does not say in which coordinates of phi it is: "
+            "give one that was saved after a run, or start without it."
         )
-    if given.signature is not None:
-        given.signature.check(phi.description, metric.name, metric.greater_is_better)
-        return
-    expected = given.num_coordinates if num_coordinates is None else min(num_coordinates, phi.dim)
-    if given.num_coordinates != expected:
-        raise ConfigurationError(
-            f"The value function given has {given.num_coordinates} coordinates, this run {expected}: set phi_dim to "
-            f"{given.num_coordinates}, or give one that was saved after a run, which brings its own coordinates."
-        )
+    given.signature.check(phi.description, metric.name, metric.greater_is_better)

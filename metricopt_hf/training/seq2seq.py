@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation import data
@@ -20,14 +21,13 @@ class MetricOptSeq2SeqConfig(MetricOptConfig, Seq2SeqTrainingArguments):
 class MetricOptSeq2SeqTrainer(MetricOptTrainer, Seq2SeqTrainer):
     """`Seq2SeqTrainer` with metric guidance: with `predict_with_generate`, the metric sees generated token ids."""
 
-    def _predict(self, batch):
+    def prediction_step(self, *args, **kwargs):
         # Seq2SeqTrainer keeps these from its last evaluate(); an observation may come before any
         if not hasattr(self, "_gen_kwargs"):
             lengths = {"max_length": self.args.generation_max_length, "num_beams": self.args.generation_num_beams}
             self._gen_kwargs = {name: value for name, value in lengths.items() if value is not None}
-        return super()._predict(batch)
+        return super().prediction_step(*args, **kwargs)
 
-    def _post_process(self, examples, features, prediction):
+    def whole_output(self, prediction: EvalPrediction, features: Any) -> EvalLoopOutput:
         """`post_process_function` gets all of the output, as in transformers' example with generated answers."""
-        output = EvalLoopOutput(prediction.predictions, prediction.label_ids, None, len(data.places(features)))
-        return self.post_process_function(examples, features, output)
+        return EvalLoopOutput(prediction.predictions, prediction.label_ids, None, len(data.places(features)))

@@ -1,11 +1,14 @@
 """The commands that measure what guidance costs: each runs, and says what it should."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from benchmarks import gpu, growth, overhead, passes
 
 
+@pytest.mark.slow
 def test_a_guided_step_is_measured_with_one_thread_and_with_all_beside_workers(monkeypatch):
     args = overhead.OverheadArguments(models=["tiny"], pairs=1, steps=2, workers=1)
     monkeypatch.setitem(overhead.MODELS, "tiny", overhead.Setting(overhead.timm_model("test_resnet"), 4))
@@ -15,6 +18,7 @@ def test_a_guided_step_is_measured_with_one_thread_and_with_all_beside_workers(m
     assert all(float(row[4]) > 0 and float(row[6]) > 0 for row in table)
 
 
+@pytest.mark.bench
 def test_a_pass_is_measured_against_evaluation():
     args = passes.PassArguments(models=["BERT"], rows=24, batch_size=12, repeats=1, points=2)
     found = passes.measure("BERT", args)
@@ -35,9 +39,33 @@ def test_growth_writes_a_page_with_every_size(tmp_path, monkeypatch):
     assert "**2,000**" in page and "**2**" in page and page.count("1.5 |") == page.count("3 |\n") == 3
 
 
+@pytest.mark.slow
 def test_a_run_of_a_size_is_measured_in_a_process_of_its_own():
     seconds, memory = growth.measured(growth.Size(rows=40, logits=3, phi=30, coordinates=2, calls=40))
     assert seconds > 0 and memory >= 0
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "row"),
+    [
+        ("2 passed, 1 skipped, 9 deselected in 3s", 0, ["2 passed, 1 skipped", "yes"]),
+        (
+            "ERROR tests/test_a.py::test_b - KeyError\n2 passed, 1 error in 3s",
+            1,
+            ["2 passed; not run: test_b (a test's own set-up failed)", "in part"],
+        ),
+    ],
+)
+def test_the_gpu_page_names_what_was_not_run(monkeypatch, output, code, row):
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=output, returncode=code))
+    assert gpu.tests_row()[2:] == row
+
+
+@pytest.mark.parametrize("output", ["1 failed, 2 passed in 3s", ""])
+def test_the_gpu_page_is_not_written_where_a_test_fails(monkeypatch, output):
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: SimpleNamespace(stdout=output, returncode=1))
+    with pytest.raises(SystemExit, match="not written"):
+        gpu.tests_row()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

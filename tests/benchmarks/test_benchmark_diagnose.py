@@ -67,6 +67,7 @@ def test_right_and_wrong_are_counted():
     }
 
 
+@pytest.mark.slow
 @needs_data
 def test_two_tasks_at_small_sizes_are_diagnosed_once_and_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(diagnose, "tasks", lambda smoke=False: tasks(smoke=True))

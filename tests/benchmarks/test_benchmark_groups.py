@@ -59,7 +59,7 @@ def toy_images(seed: int) -> Problem:
     columns["pixel_values"] = cifar.activations(net, cifar.Images(pixels, columns["labels"])).pixel_values
     parts = np.split(np.random.default_rng(seed).permutation(40), [10, 20, 30])
     measured = (Rows(columns, part, "toy images") for part in parts[1:])
-    return Problem(Rows(columns, parts[0], "toy images").without("group"), *measured, net)
+    return Problem(Rows(columns, parts[0], "toy images").as_training(), *measured, net)
 
 
 TOY = Task(
@@ -114,6 +114,7 @@ def test_the_gap_is_fairlearns(seed):
 # Who knows the groups
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_are_the_metrics_alone(name, tmp_path):
@@ -214,6 +215,7 @@ def test_no_digit_is_in_training_and_measured():
     assert len(train) > 150 and len(test) > 150 and not train & test
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_net_of_the_dominoes_is_trained_on_other_vehicles(monkeypatch, tmp_path):
     monkeypatch.setenv("METRICOPT_CACHE", str(tmp_path))
@@ -242,6 +244,7 @@ def test_all_of_the_linear_net_moves():
 # Rivals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, rival in methods.RIVALS.items() if rival.applies(TOY)])
 def test_every_method_runs_where_there_are_groups(name):
     if name.startswith("cma"):
@@ -274,6 +277,7 @@ def report(task: Task, name: str, config: dict, seed: int = 0, budget: Budget = 
     return {variant: row["scores"]["report"] for variant, row in record["variants"].items()}
 
 
+@pytest.mark.slow
 def test_labels_and_groups_of_observation_help():
     long = Budget(steps=160, batch_size=32)
     start = report(TOY, "start", {})["plain"]

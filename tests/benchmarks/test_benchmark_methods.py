@@ -44,6 +44,7 @@ def test_nothing_is_chosen_on_seeds_of_the_final_runs():
         tune.main(["--seeds", "0"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cma", "spsa"])
 def test_searchers_climb(name):
     """-|z - 1|^2 in five dimensions, from zero."""

@@ -20,6 +20,7 @@ from metricopt_hf import ConfigurationError
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 @needs_data
 def test_smoke():
     """Every task once and every method once; about a minute."""
@@ -45,6 +46,7 @@ def test_the_data_lie_beside_the_project(monkeypatch):
         assert example(name).DATA == beside
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", tasks.tasks())
 def test_splits_are_disjoint_and_cut_by_the_seed(name):
@@ -71,6 +73,7 @@ def test_flipped_labels_are_positive_ones_of_train_alone():
         assert torch.equal(*labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, rival in methods.RIVALS.items() if rival.applies(TOY)])
 def test_every_method_spends_the_same(name):
     if name.startswith("cma"):
@@ -107,12 +110,14 @@ def test_every_method_spends_the_same(name):
     assert 0 < record["variants"]["post-hoc"]["calls"]["post-hoc"] <= 160
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_is_the_same():
     config = protocol.first_of_grids().config("metricopt")
     first, second = (measure.run_one(TOY, "metricopt", 1, config, TINY, {}) for _ in range(2))
     assert first["variants"]["plain"] == second["variants"]["plain"]
 
 
+@pytest.mark.slow
 def test_a_second_start_runs_only_what_is_missing(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(run, "tasks", lambda smoke=False: {"toy": TOY})
@@ -181,6 +186,7 @@ def test_unknown_names_are_refused():
         run.plan(run.BenchArguments(methods=["nothing"]))
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     script = tmp_path / "pool.py"
     script.write_text(

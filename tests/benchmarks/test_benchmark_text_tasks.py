@@ -66,6 +66,7 @@ STSB = replace(text_tasks.STSB, observation_size=12, steps=3)
 TEXTS = pytest.mark.parametrize("text", [COLA, STSB], ids=["cola", "stsb"])
 
 
+@pytest.mark.slow
 @TEXTS
 def test_the_cached_path_computes_what_the_whole_model_does(text, monkeypatch):
     whole = []
@@ -123,6 +124,7 @@ def test_the_splits(text):
         assert float(table["label"].max()) == 1
 
 
+@pytest.mark.slow
 def test_a_start_is_trained_once(monkeypatch):
     first = text_tasks.prepare(COLA, 0)
     text_tasks.make_start.cache_clear()

@@ -13,6 +13,7 @@ import given
 import pytest
 from helpers import ROOT, example
 
+from benchmarks.__main__ import commands
 from metricopt_hf import MetricOptConfig
 
 markdown_it = pytest.importorskip("markdown_it")
@@ -80,6 +81,7 @@ def small_runs(monkeypatch):
     monkeypatch.setattr(MetricOptConfig, "__post_init__", settle_smaller)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({block.page for block in of(CODE)}))
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, hub, small_runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -118,6 +120,8 @@ def check(words: list[str]) -> None:
     if words[0] == "make":
         targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
         assert words[1] in targets
+        given = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
+        assert words[1] != "bench" or not given or given[0].split()[0] in commands()
     elif words[0] == "pip":
         extras = re.findall(r"\[([\w,]+)\]", " ".join(words))
         assert all(f'"{extra}"' in (ROOT / "setup.py").read_text() for extra in ",".join(extras).split(",") if extra)
@@ -133,6 +137,7 @@ def check(words: list[str]) -> None:
             assert [word for word in mine if word.startswith("--") and word not in options(script.stem)] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", of(COMMANDS), ids=str)
 def test_what_a_command_names_is_there(block):
     for line in block.text.replace("\\\n", " ").splitlines():

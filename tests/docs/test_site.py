@@ -3,6 +3,8 @@
 import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("myst_parser")
 pytest.importorskip("furo")
 build = pytest.importorskip("sphinx.cmd.build")

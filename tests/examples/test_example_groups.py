@@ -11,6 +11,8 @@ from transformers import BertConfig, BertModel, BertTokenizer, ViTConfig, ViTFor
 
 from metricopt_hf import ConfigurationError
 
+pytestmark = pytest.mark.slow
+
 for needed in ("tabulate", "matplotlib"):
     pytest.importorskip(needed)
 

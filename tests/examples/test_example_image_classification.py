@@ -20,9 +20,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from comparison import images as images_room
+from comparison.study import ModelArguments
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer, PhiError, ValueFunction
-from metricopt_hf.comparison import images as images_room
-from metricopt_hf.comparison.study import ModelArguments
+
+pytestmark = pytest.mark.slow
 
 CIFAR = DATA / "cifar10"
 

@@ -11,9 +11,11 @@ import torch
 from helpers import DATA, TINY, example, save_dataset
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
+from comparison.images import new_model
 from metricopt_hf import ConfigurationError, PhiError
-from metricopt_hf.comparison.images import new_model
 from metricopt_hf.metrics import path
+
+pytestmark = pytest.mark.slow
 
 for needed in ("tabulate", "matplotlib", "pytorch_metric_learning"):
     pytest.importorskip(needed)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from helpers import Texts, example, tiny_bert
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
 

@@ -14,6 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, EvalPr
 
 from metricopt_hf import ConfigurationError, MetricOptTrainer, PhiError
 
+pytestmark = pytest.mark.slow
+
 TINY = "--max_steps 2 --metric_call_budget 8 --phi_dim 1 --per_device_train_batch_size 2"
 TINY += " --use_cpu --disable_tqdm True"
 SPLITS = {"train": 6, "validation": 8, "test": 5}

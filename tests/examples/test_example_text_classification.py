@@ -11,6 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from metricopt_hf import ConfigurationError, MetricError, PhiError
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["red", "green", "blue", "big", "small"]
 
 for needed in ("tabulate", "matplotlib"):

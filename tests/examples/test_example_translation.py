@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "tests" / "docs"))
 import given
 
 pytest.importorskip("tabulate")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import os
 import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 for needed in ("ipykernel", "matplotlib", "tabulate"):
@@ -12,7 +14,8 @@ for needed in ("ipykernel", "matplotlib", "tabulate"):
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    folders = (str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -11,7 +11,8 @@ from helpers import Texts, tiny_bert, true_class_probability
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from metricopt_hf import MetricOptConfig, MetricOptTrainer, Observation, Trajectory, ValueFunction
+from metricopt_hf import MetricOptConfig, MetricOptTrainer, ValueFunction
+from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 from metricopt_hf.hub import cards
 from metricopt_hf.value import Signature
 from metricopt_hf.value.serialization import replace_file

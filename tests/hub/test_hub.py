@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).resolve().parent
 PARTS = ["README.md", "config.json", "model.safetensors", "observations.parquet"]
 IN_MODEL = {f"value_function/{part}" for part in PARTS}

@@ -1,16 +1,18 @@
 """All shipped `evaluate` modules: what they tell of themselves, and how they are loaded."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from metric_names import NAMES, OF_GROUPS, PER_CLASS
+from metric_names import NAMES, OF_EMBEDDINGS, OF_GROUPS, PER_CLASS
 
 from metricopt_hf.metrics import greater_is_better, path
 
 
+@pytest.mark.slow
 def test_examples_run_in_a_fresh_process_without_the_hub(tmp_path):
     script = f"""
 import doctest, evaluate
@@ -76,3 +78,14 @@ def test_a_script_says_which_way_is_better(metrics, name):
         greater_is_better(name),
         not greater_is_better(name),
     )
+
+
+@pytest.mark.parametrize("same", [PER_CLASS, [*OF_GROUPS, "misclassification"], OF_EMBEDDINGS])
+def test_scripts_check_their_inputs_by_the_same_function(same):
+    """`evaluate` loads each script by itself, so the function is copied, and a change of one copy is one of all."""
+    copies = set()
+    for name in same:
+        tree = ast.parse(Path(path(name), f"{name}.py").read_text())
+        (check,) = (node for node in tree.body if isinstance(node, ast.FunctionDef))
+        copies.add(ast.unparse(check))
+    assert len(copies) == 1

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from metric_names import OF_EMBEDDINGS
 from sklearn.neighbors import NearestNeighbors
 
 # ---- recall_at_k
@@ -40,33 +41,6 @@ def test_recall_at_k_by_hand(metrics):
     assert metrics["recall_at_k"].compute(predictions=embeddings, references=labels, k=3) == {"recall_at_k": 1.0}
 
 
-def test_recall_at_k_of_a_collapsed_embedding_is_0(metrics):
-    ones = np.ones((6, 4))
-    assert metrics["recall_at_k"].compute(predictions=ones, references=[0, 0, 1, 1, 2, 2], k=3) == {"recall_at_k": 0}
-    # A single label is found all the same.
-    assert metrics["recall_at_k"].compute(predictions=ones, references=[0] * 6) == {"recall_at_k": 1.0}
-
-
-@pytest.mark.parametrize(
-    "embeddings, labels, k, message",
-    [
-        ([[1.0, 0.0], [0.0, 1.0]], [0, 1], 1, "no two of the 2 items"),
-        ([[1.0, 0.0], [0.0, 1.0]], [0, 0], 2, "k=2, but it must be an integer from 1 to 1"),
-        ([[1.0, 0.0], [0.0, 1.0]], [0, 0], 0, "k=0"),
-        ([[1.0], [1.0], [1.0]], [0, 0, 0], 1.5, "k=1.5"),
-        ([[1.0, 0.0], [0.0, 0.0]], [0, 0], 1, "item 1 has length 0.0"),
-        ([[1.0, 0.0], [0.0, float("nan")]], [0, 0], 1, "item 1 has length nan"),
-        ([[1.0, None], [0.0, 1.0]], [0, 0], 1, "item 0 has length nan"),
-        ([[1.0, 0.0], [float("inf"), 0.0]], [0, 0], 1, "item 1 has length inf"),
-        ([[1.0, 0.0], [1.0]], [0, 0], 1, r"widths \[1, 2\]"),
-        ([[1.0, 0.0], [0.0, 1.0]], [0, None], 1, "references hold missing"),
-    ],
-)
-def test_recall_at_k_refuses(metrics, embeddings, labels, k, message):
-    with pytest.raises(ValueError, match=message):
-        metrics["recall_at_k"].compute(predictions=embeddings, references=labels, k=k)
-
-
 # ---- map_at_r
 
 
@@ -99,22 +73,36 @@ def test_map_at_r_by_hand(metrics):
     assert result == {"map_at_r": pytest.approx(np.mean(queries))}
 
 
-def test_map_at_r_of_a_collapsed_embedding_is_0(metrics):
+# ---- both
+
+
+@pytest.mark.parametrize("name", OF_EMBEDDINGS)
+def test_a_collapsed_embedding_scores_0(metrics, name):
     ones = np.ones((6, 4))
-    assert metrics["map_at_r"].compute(predictions=ones, references=[0, 0, 1, 1, 2, 2]) == {"map_at_r": 0}
-    assert metrics["map_at_r"].compute(predictions=ones, references=[0] * 6) == {"map_at_r": 1.0}
+    assert metrics[name].compute(predictions=ones, references=[0, 0, 1, 1, 2, 2]) == {name: 0}
+    # A single label is found all the same.
+    assert metrics[name].compute(predictions=ones, references=[0] * 6) == {name: 1.0}
 
 
+@pytest.mark.parametrize("name", OF_EMBEDDINGS)
 @pytest.mark.parametrize(
     "embeddings, labels, message",
     [
         ([[1.0, 0.0], [0.0, 1.0]], [0, 1], "no two of the 2 items"),
         ([[1.0, 0.0], [0.0, 0.0]], [0, 0], "item 1 has length 0.0"),
         ([[1.0, 0.0], [0.0, float("nan")]], [0, 0], "item 1 has length nan"),
+        ([[1.0, None], [0.0, 1.0]], [0, 0], "item 0 has length nan"),
+        ([[1.0, 0.0], [float("inf"), 0.0]], [0, 0], "item 1 has length inf"),
         ([[1.0, 0.0], [1.0]], [0, 0], r"widths \[1, 2\]"),
         ([[1.0, 0.0], [0.0, 1.0]], [0, None], "references hold missing"),
     ],
 )
-def test_map_at_r_refuses(metrics, embeddings, labels, message):
+def test_retrieval_metrics_refuse(metrics, name, embeddings, labels, message):
     with pytest.raises(ValueError, match=message):
-        metrics["map_at_r"].compute(predictions=embeddings, references=labels)
+        metrics[name].compute(predictions=embeddings, references=labels)
+
+
+@pytest.mark.parametrize("k, message", [(3, "k=3, but it must be an integer from 1 to 2"), (0, "k=0"), (1.5, "k=1.5")])
+def test_recall_at_k_refuses_a_k_out_of_range(metrics, k, message):
+    with pytest.raises(ValueError, match=message):
+        metrics["recall_at_k"].compute(predictions=[[1.0], [1.0], [1.0]], references=[0, 0, 0], k=k)

@@ -137,6 +137,7 @@ def test_tensorboard_shows_the_guidance_under_one_prefix(tmp_path, monkeypatch):
     assert "train/metricopt/trust" in ours and all(tag.startswith("train/metricopt/") for tag in ours)
 
 
+@pytest.mark.slow
 def test_hyperparameter_search_starts_every_trial_afresh(tmp_path):
     pytest.importorskip("optuna")
     runs = []
@@ -163,6 +164,7 @@ def test_hyperparameter_search_starts_every_trial_afresh(tmp_path):
     assert all(calls["observe"] == 16 for _, _, calls in runs)
 
 
+@pytest.mark.slow
 def test_torch_compile(tmp_path):
     trainer = make(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", max_steps=8, save_strategy="no")
     trainer.train()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_distributed import launch
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "fsdp_script.py"
 
 
@@ -44,12 +46,17 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(results, name, step)
     assert results[f"{name}_whole-2"] == results[f"{name}_from_{step}-2"]
 
 
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp_gpu")
+    launch(folder, 1, SCRIPT, ["cuda"], devices=None)
+    return read(folder)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
-def test_one_process_on_a_gpu(tmp_path):
-    launch(tmp_path, 1, SCRIPT, ["cuda"], devices=None)
-    found = read(tmp_path)
+def test_one_process_on_a_gpu(gpu_results):
     for name in ("film", "launched"):
-        check_same(found["plain-1"], found[f"{name}-1"], atol=1e-3)
+        check_same(gpu_results["plain-1"], gpu_results[f"{name}-1"], atol=1e-3)
     for name in ("full", "parts"):
-        check_same(found[f"{name}_whole-1"], found[f"{name}_from_6-1"], atol=1e-3)
+        check_same(gpu_results[f"{name}_whole-1"], gpu_results[f"{name}_from_6-1"], atol=1e-3)

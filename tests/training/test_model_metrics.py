@@ -91,6 +91,7 @@ def test_a_metric_that_fails_on_the_model_ends_the_run_before_training_and_not_l
     assert trainer.result.failed_calls >= 3 and "in a row" in trainer.phase.guide.off
 
 
+@pytest.mark.slow
 def test_a_command_judges_the_run(tmp_path):
     script = tmp_path / "score.py"
     script.write_text(

@@ -23,6 +23,8 @@ from transformers import (
     default_data_collator,
 )
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 8,
     "hidden_size": 16,

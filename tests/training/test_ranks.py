@@ -11,6 +11,8 @@ import pytest
 from metricopt_hf import RankError, ValueFunction
 from metricopt_hf.training import checkpoint, ranks
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 

@@ -183,6 +183,7 @@ def resume_until_done(folder, progress):
     torch.save(trainer.model.state_dict(), Path(folder) / "final.pt")
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_resumes_to_the_same_weights(tmp_path):
     """Ten times -9, at moments drawn with a seed. A half-written checkpoint is refused, and the one before used."""
     whole = make(tmp_path / "whole", metric_start_ratio=0.25, max_steps=60)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from test_distributed import launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from test_serialization import shared
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 COUNT = int(os.environ.get("METRICOPT_MUTATIONS", 150))  # of each kind of file

@@ -1,76 +1,59 @@
-"""Average precision, one class against the rest, averaged over classes."""
+"""Macro AUPRC: average precision of each class against the rest, averaged over classes.
+
+It is the area under the precision-recall curve (as average precision: no interpolation) of each class against the rest,
+averaged over the classes present in the references with equal weight. Only the order of a class's scores over the
+examples matters, so logits serve as well as probabilities. Higher is better. Guessing gives each class its share of the
+examples: about 1 / (number of classes) on average.
+"""
 
 import datasets
 import evaluate
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-_DESCRIPTION = """\
-Macro AUPRC is the area under the precision-recall curve (as average precision: no interpolation) of each class against
-the rest, averaged over the classes present in the references with equal weight. Only the order of a class's scores
-over the examples matters, so logits serve as well as probabilities. Higher is better. Guessing gives each class its
-share of the examples: about 1 / (number of classes) on average.
-"""
-
-_CITATION = """\
-@inproceedings{davis2006relationship,
-  title={The Relationship Between Precision-Recall and ROC Curves},
-  author={Davis, Jesse and Goadrich, Mark},
-  booktitle={International Conference on Machine Learning},
-  year={2006}
-}
-"""
-
-_INPUTS_DESCRIPTION = """
-Args:
-    prediction_scores (`list` of `list` of `float`, or `list` of `float`): for each example the score of every class,
-        two classes or more; or, in a binary task, the score of class 1 alone. With scores of class 1 alone, the result
-        is the average precision of class 1; with two scores per example it is the mean over both classes.
-    references (`list` of `int`): true class of each example, from 0 to the number of classes - 1. `evaluate` cuts
-        floats down to integers before this module sees them.
-
-Returns:
-    macro_auprc (`float`): in (0, 1]. It is 1 where all examples are of one class: there is no rest to confuse it with.
-
-Raises:
-    ValueError: no examples; a missing, NaN or infinite score; rows of different lengths; a label out of range; binary
-        scores without an example of class 1, whose average precision is undefined.
-
-Examples:
-    >>> import evaluate
-    >>> from metricopt_hf.metrics import path
-    >>> macro_auprc = evaluate.load(path("macro_auprc"))
-    >>> scores = [[0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.1, 0.6, 0.3]]
-    >>> round(macro_auprc.compute(prediction_scores=scores, references=[0, 1, 2])["macro_auprc"], 4)
-    0.6667
-    >>> macro_auprc.compute(prediction_scores=[0.9, 0.2, 0.6, 0.4], references=[1, 0, 0, 0])
-    {'macro_auprc': 1.0}
-"""
-
-_PER_CLASS = datasets.Features(
-    {"prediction_scores": datasets.List(datasets.Value("float64")), "references": datasets.Value("int64")}
-)
-_BINARY = datasets.Features({"prediction_scores": datasets.Value("float64"), "references": datasets.Value("int64")})
+_LABEL, _SCORE = datasets.Value("int64"), datasets.Value("float64")
 
 
 class MacroAuprc(evaluate.Metric):
-    """Mean over classes of one-versus-rest average precision; see `inputs_description`."""
+    """
+    Args:
+        prediction_scores (`list` of `list` of `float`, or `list` of `float`): for each example the score of every
+            class, two classes or more; or, in a binary task, the score of class 1 alone. With scores of class 1 alone,
+            the result is the average precision of class 1; with two scores per example it is the mean over both.
+        references (`list` of `int`): true class of each example, from 0 to the number of classes - 1. `evaluate`
+            truncates floats.
+
+    Returns:
+        macro_auprc (`float`): in (0, 1]. It is 1 where all examples are of one class: nothing can be confused with it.
+
+    Raises:
+        ValueError: no examples; a missing, NaN or infinite score; rows of different lengths; a label out of range;
+            binary scores without an example of class 1, whose average precision is undefined.
+
+    Examples:
+        >>> import evaluate
+        >>> from metricopt_hf.metrics import path
+        >>> macro_auprc = evaluate.load(path("macro_auprc"))
+        >>> scores = [[0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.1, 0.6, 0.3]]
+        >>> round(macro_auprc.compute(prediction_scores=scores, references=[0, 1, 2])["macro_auprc"], 4)
+        0.6667
+        >>> macro_auprc.compute(prediction_scores=[0.9, 0.2, 0.6, 0.4], references=[1, 0, 0, 0])
+        {'macro_auprc': 1.0}
+    """
 
     def _info(self):
+        scores = (datasets.List(_SCORE), _SCORE)  # of every class, or of class 1
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=[_PER_CLASS, _BINARY],
-            reference_urls=[
-                "https://scikit-learn.org/stable/modules/generated/sklearn.metrics.average_precision_score.html"
-            ],
+            description=__doc__,
+            citation="J. Davis, M. Goadrich: The Relationship Between Precision-Recall and ROC Curves. ICML 2006.",
+            inputs_description=self.__doc__,
+            features=[datasets.Features({"prediction_scores": kind, "references": _LABEL}) for kind in scores],
         )
 
     def _infer_feature_from_batch(self, batch):
         # `evaluate` chooses between the two formats by the first example, and fails without a reason where none is.
         if len(batch["prediction_scores"]) == 0:
-            raise ValueError("got no examples, and the average precision of no class is undefined: pass at least one.")
+            raise ValueError("got no prediction_scores, so the metric is undefined: pass at least one example.")
         return super()._infer_feature_from_batch(batch)
 
     def _compute(self, prediction_scores, references):
@@ -91,15 +74,13 @@ class MacroAuprc(evaluate.Metric):
 
 
 def _checked(prediction_scores, references):
-    """(scores, references) as arrays, [n] or [n, classes] float and [n] int, or a ValueError that says why not."""
+    """(scores, references): [n] or [n, classes] float and [n] int; ValueError where these are undefined."""
     try:
         scores = np.asarray(prediction_scores, dtype=np.float64)
     except ValueError as error:
         widths = sorted({np.size(row) for row in prediction_scores})
         raise ValueError(f"examples have {widths} scores: each needs one score for every class.") from error
     references = np.asarray(references)
-    if references.size == 0:
-        raise ValueError("got no examples, and the average precision of no class is undefined: pass at least one.")
     if not np.isfinite(scores).all():
         first = int(np.argwhere(~np.isfinite(scores))[0, 0])
         raise ValueError(f"the scores of example {first} are {scores[first]}: missing, NaN or infinite.")

@@ -1,0 +1,1 @@
+"""Scripts to run from a clone, and what they share in `comparison`."""

@@ -1,0 +1,218 @@
+"""Building: the parts of a guided run, made for a trainer, and put back from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from .. import guides
+from ..errors import CheckpointError, MetricError
+from ..evaluation import data
+from ..evaluation.columns import explain_labels
+from ..evaluation.ledger import Ledger
+from . import checkpoint, preflight
+from .observing import Observing
+from .overrides import is_overridden
+from .phase import MetricPhase
+from .plan import PhasePlan
+from .selection import Selection
+from .setup import Setup
+
+logger = logging.getLogger(__name__)
+
+POST_PROCESS = (
+    "{}() is overridden here. If it makes something else of the predictions before it calls compute_metrics, hand the "
+    "same over: post_process_function=f, with f(examples, features, predictions) -> EvalPrediction "
+    "(docs/your_metric.md). "
+    "If it makes or renames metrics itself, pass the one to optimise: metric=Metric(compute_metrics, 'its name')."
+)
+
+
+def observing(trainer: Any, setup: Setup) -> Observing:
+    """What the guidance sees of a trainer's data, loss and predictions."""
+    return Observing(trainer, setup.metric, setup.phi, trainer.metric_inputs, trainer._ignore_keys)
+
+
+def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:
+    """The metric phase of a run, of so many steps."""
+    args, seen, ledger = trainer.args, observing(trainer, setup), Ledger()
+    plan = PhasePlan.from_args(args, steps, setup.metric.of_predictions)
+    selects = setup.selection is not None or not setup.metric.of_predictions
+    selector = seen.evaluator(setup.selection, ledger, "selection") if selects else None
+    given = trainer.given.guide
+    value_function = setup.value_function
+    coordinates = None if value_function is None else value_function.coordinates_from(setup.phi.read())
+
+    def make_guides(linearised: bool) -> dict[str, guides.Guide]:
+        if given is not None:
+            return {type(given).__name__: given}
+        found = guides.from_spec(args.guide, linearised)
+        if value_function is not None and args.guide == guides.AUTO:
+            found["value_function"] = guides.ValueFunctionGuide()
+        return found
+
+    return MetricPhase(
+        seen.evaluator(setup.observation, ledger),
+        Selection(selector, setup.phi, plan.on_all_rows),
+        plan,
+        make_guides,
+        partial(optimizer_over, trainer),
+        seen.loss_gradients,
+        plan.observing_scores(args),
+        coordinates,
+        value_function,
+    )
+
+
+def optimizer_over(trainer: Trainer, parameter: Tensor, rate: float) -> Optimizer:
+    """One of the class that the user chose, over the coordinates of phi; Adam where that class wants a model."""
+    try:
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        options = {name: value for name, value in options.items() if name not in ("lr", "params", "model", "optimizer_dict")}
+        return cls([parameter], **{**options, "lr": rate, "weight_decay": 0.0})
+    except Exception:  # such as one of blocks of weights, or of layers by name
+        return torch.optim.Adam([parameter], rate)
+
+
+def check_metric(trainer: Any, setup: Setup, run: MetricPhase) -> None:
+    """The metric's first call, before any training time is spent.
+
+    Raises:
+        MetricError: it fails; the message says what it was given, and what may be missing.
+    """
+    evaluator, metric = run.evaluator, setup.metric
+    before = evaluator.ledger.seconds["check"]
+    try:
+        score, prediction = evaluator.evaluate_with_predictions("check")
+    except MetricError as error:
+        asked = "a copy of the model"
+        if metric.of_predictions:
+            asked = "an EvalPrediction of all of that set (predictions, label_ids as numpy arrays), or of a part,"
+        hints = [hint for hint in (_label_hint(trainer, setup, evaluator.predict), _override_hint(trainer)) if hint]
+        raise MetricError(
+            "\n".join([str(error), *hints])
+            + "\nThis was the first call of the metric, on the observation set, before training; nothing was trained. "
+            f"The metric is called with {asked} and must return one finite number, or a dict that holds one."
+        ) from error
+    metric.merit(score)  # its unit, for penalties
+    if metric.of_predictions and prediction is not None:
+        _tell_of_places(trainer, setup, run, float(score))
+    direction = "greater" if metric.greater_is_better else "smaller"
+    logger.info(
+        f"{metric.name} before training: {score:.4f} on the observation set ({direction} is better; "
+        f"{evaluator.ledger.seconds['check'] - before:.2f} s)."
+    )
+
+
+def _label_hint(trainer: Any, setup: Setup, predict: Any) -> str | None:
+    """What is wrong with the label columns, where the model's predictions came without labels, or with texts."""
+    seen = getattr(predict, "__self__", None)
+    batch = None if seen is None else seen.unlabelled
+    if batch is None:
+        return None
+    forward = getattr(trainer.model, "forward", None)
+    whole = [name for name in trainer.label_names if name in preflight.metric_columns(trainer.label_names, trainer.model)]
+    return explain_labels(trainer.label_names, batch, setup.observation, forward, whole)
+
+
+def _override_hint(trainer: Any) -> str | None:
+    if trainer.post_process_function is not None:
+        return None
+    overridden = next((name for name in ("evaluate", "evaluation_loop") if is_overridden(trainer, name)), None)
+    return None if overridden is None else POST_PROCESS.format(overridden)
+
+
+def _tell_of_places(trainer: Any, setup: Setup, run: MetricPhase, score: float) -> None:
+    """Warn of a metric that looks rows up by their place, where it is given parts of `eval_dataset`: in another order
+    of the rows it answers another number than `score`."""
+    evaluator = run.evaluator
+    if trainer.metric_inputs.completes or not data.is_part(setup.observation) or evaluator.metric.batchwise:
+        return
+    try:
+        for order in range(3):  # of a coarse metric one may come out the same by chance
+            other = evaluator.evaluate("check", partial(data.reordered, order=order))
+            if np.isclose(other, score):
+                continue
+            if np.isclose(evaluator.evaluate("check"), score):  # else it is never twice the same
+                logger.warning(
+                    f"In another order of the same rows {evaluator.metric.name} is {other:g} instead of {score:g}: does "
+                    "it look rows up by their place in eval_dataset? It is given random parts of that. Set "
+                    'include_for_metrics=["indices"] and look up prediction.indices, or pass an '
+                    "observation_dataset and a selection_dataset that it knows, with "
+                    'observe="predictions_on_all_rows".'
+                )
+            return
+    except MetricError:
+        pass
+
+
+# Checkpoints
+
+
+def settings_of(trainer: Any) -> dict[str, Any]:
+    """What a run that resumes must have in common with the one that saved, as JSON values."""
+    args, setup = trainer.args, trainer.setup
+    given = trainer.given.guide
+    names = [name for name, _ in setup.phi.description["parameters"]]
+    return {
+        "phi": f"{setup.phi.description['kind']} on {', '.join(names)}",
+        "guide": args.guide if given is None else type(given).__name__,
+        "metric": setup.metric.name,
+        "greater_is_better": setup.metric.greater_is_better,
+        "metric_constraints": args.metric_constraints,
+        "phi_dim": args.phi_dim,
+        "observe": args.observe,
+        "seed": args.seed,
+        "observation_size": args.observation_size,
+        "value_weight": str(args.value_weight),
+    }
+
+
+def state_of(trainer: Any) -> dict[str, Any]:
+    """The state of the guidance: nested dicts and lists of tensors and plain values."""
+    run = trainer.phase
+    return {
+        "ledger": run.ledger.state_dict(),
+        "phi": run.phi.state_dict() if run.started else None,
+        "phase": run.state_dict() if run.started else None,
+    }
+
+
+def resume(trainer: Any, folder: str, start: int) -> None:
+    """Put back what `state_of` gave, behind model, optimizer and schedule.
+
+    Args:
+        start: the first metric step of this run.
+
+    Raises:
+        CheckpointError: the checkpoint is of another run, or of a metric phase that this run's does not go on with.
+    """
+    run, state = trainer.phase, checkpoint.load(folder)
+    checkpoint.check_settings(folder, trainer.checkpoint_settings or {}, settings_of(trainer))
+    saved = state["phase"]
+    if saved is None:
+        run.ledger.load_state_dict(state["ledger"])
+    elif saved["start_step"] == start:
+        run.ledger.load_state_dict(state["ledger"])
+        run.phi.load_state_dict(state["phi"])
+        run.load_state_dict(saved)
+    elif trainer.state.global_step <= start:
+        logger.warning(
+            f"{folder} is of a metric phase that began at step {saved['start_step']}; this run is longer, and its own "
+            f"begins at step {start}. The loss goes on with the weights as they are, and guidance begins anew, with a "
+            "budget of its own."
+        )
+    else:
+        raise CheckpointError(
+            f"{folder} was saved in a metric phase that began at step {saved['start_step']}; in this run it begins at "
+            f"{start}, and step {trainer.state.global_step} lies behind. Resume with the same max_steps or "
+            "num_train_epochs, or with so many more that the steps before the metric phase go on; or begin a new run "
+            "from its weights."
+        )

@@ -1,0 +1,70 @@
+"""MetricPhaseCallback: what happens around a metric step where Trainer's loop leaves a place for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from ..errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+UNGUIDED = (
+    "Step {step} belongs to the metric phase, which begins at {start}, and was not guided: {cls} takes its steps without "
+    "calling MetricOptTrainer.training_step. Let its training_step call super().training_step(model, inputs, "
+    "num_items_in_batch)."
+)
+TOO_EARLY = (
+    "Training ended at step {step}, before its metric phase, which would have begun at step {start}: the model is what "
+    "the loss made of it. Let it end later, or set metric_steps to more."
+)
+
+
+class MetricPhaseCallback(TrainerCallback):
+    """In a metric step phi alone is moved, by the phase: no gradient is left for Trainer's optimizer.
+
+    Args:
+        start: the first metric step.
+        advanced: the step that the phase has last made.
+        finish: ends the phase, if it has begun and not ended; says whether it has begun.
+        name: of the trainer's class.
+    """
+
+    def __init__(self, start: int, advanced: Callable[[], int], finish: Callable[[int], bool], name: str):
+        self.start, self.advanced, self.finish, self.name = start, advanced, finish, name
+        self._held: tuple[torch.nn.Parameter, torch.Tensor] | None = None
+
+    def hold(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
+        """A gradient scaler wants a gradient to look at: give one parameter a gradient of zeros, and keep its value."""
+        if scaler is None:
+            return
+        held = next(parameter for group in optimizer.param_groups for parameter in group["params"])
+        held.grad = torch.zeros_like(held)
+        scaler.scale(torch.zeros((), device=held.device))  # where no loss was scaled yet, it has no scale
+        self._held = held, held.detach().clone()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step < self.start:
+            return
+        if self.advanced() != state.global_step:
+            raise ConfigurationError(UNGUIDED.format(step=state.global_step, start=self.start, cls=self.name))
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if self._held is None or parameter is not self._held[0]:
+                    parameter.grad = None  # such as an adversarial step of a subclass leaves it
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self._held is not None:
+            parameter, value = self._held
+            with torch.no_grad():
+                parameter.copy_(value)
+            self._held = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not self.finish(state.global_step) and state.global_step <= self.start < state.max_steps:
+            logger.warning(TOO_EARLY.format(step=state.global_step, start=self.start))

@@ -1,0 +1,66 @@
+"""MetricInputs: what the metric is given beside predictions and labels, wherever it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from transformers import EvalPrediction
+
+from ..evaluation import data
+
+INDICES = "indices"  # in `include_for_metrics`
+
+
+class MetricInputs:
+    """Completes predictions: the rows' places in the data set, and what a post-processing makes of them.
+
+    Args:
+        post_process: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
+            question-answering example; None: predictions stay as they are.
+        examples: of which the features were made; None: the features themselves.
+        indices: whether the metric is given `indices`, [n] int64: which rows of the data set the predictions are of.
+        whole: whether `post_process` is given all of the predictions' output instead of its predictions, as with
+            models that generate.
+    """
+
+    def __init__(
+        self,
+        post_process: Callable[[Any, Any, Any], EvalPrediction] | None,
+        examples: Any,
+        indices: bool,
+        whole: Callable[[EvalPrediction, Any], Any] | None = None,
+    ):
+        self.post_process, self.examples, self.indices, self.whole = post_process, examples, indices, whole
+        self.dataset: Any = None  # that `evaluate` is about
+
+    @property
+    def completes(self) -> bool:
+        """Whether anything is added."""
+        return self.post_process is not None or self.indices
+
+    def completing(self, dataset: Any) -> Callable[[EvalPrediction], EvalPrediction] | None:
+        """Completes predictions on a data set; None where nothing is added."""
+        return partial(self.complete, dataset) if self.completes else None
+
+    def complete(self, dataset: Any, prediction: EvalPrediction) -> EvalPrediction:
+        """What the metric is given of predictions on a data set."""
+        if self.indices:
+            prediction.indices = data.places(dataset)
+        if self.post_process is None:
+            return prediction
+        examples = dataset if self.examples is None else data.examples_of(dataset, self.examples)
+        made = prediction.predictions if self.whole is None else self.whole(prediction, dataset)
+        return self.post_process(examples, dataset, made)
+
+    def wrapped(self, compute_metrics: Callable | None) -> Callable | None:
+        """Trainer's `compute_metrics`, which is called within `evaluate`, given the same."""
+        if compute_metrics is None or not self.completes:
+            return compute_metrics
+
+        def completed(prediction: EvalPrediction, **kwargs: Any) -> Any:
+            return compute_metrics(prediction if self.dataset is None else self.complete(self.dataset, prediction), **kwargs)
+
+        completed.__wrapped__ = compute_metrics
+        return completed

@@ -1,0 +1,101 @@
+"""Reporting: what a run says of itself afterwards, and the metric among the numbers of `evaluate()`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..evaluation.answer import weights_of
+from ..evaluation.constraints import ConstraintCheck
+from ..evaluation.ledger import Ledger
+from ..evaluation.model_metric import score_of_model
+from ..evaluation.noise import checked_constraints
+from ..hub import ValueFunction
+from ..phi.space import model_class
+from ..value import Signature, ValueNetwork, fit
+from .observing import Observing
+from .phase import MetricPhase
+from .result import RunResult
+from .setup import Setup
+
+FEWEST = 16  # observations that a value function is fitted to
+
+
+def result_of(phase: MetricPhase) -> RunResult:
+    """What is known of a phase that has begun."""
+    selection, metric = phase.selection, phase.metric
+    return RunResult(
+        metric=metric.name,
+        greater_is_better=metric.greater_is_better,
+        start_step=phase.start_step,
+        observed=phase.plan.observe,
+        start=selection.candidates[0],
+        chosen=selection.chosen or selection.candidates[-1],
+        why=selection.why,
+        candidates=tuple(selection.candidates),
+        curve=tuple(phase.curve),
+        ended=phase.ended,
+        constraints=selection.constraints,
+        trajectory=phase.trajectory,
+        ledger=phase.ledger,
+        failed_calls=phase.faults.total + selection.faults.total,
+        phi=phase.phi.description,
+        coordinates=phase.coordinates,
+        make_value_function=partial(value_function_of, phase),
+    )
+
+
+def value_function_of(phase: MetricPhase) -> ValueFunction | None:
+    """V(z) over the phase's coordinates, fitted to its observations; None of too few."""
+    trajectory, metric, coordinates = phase.trajectory, phase.metric, phase.coordinates
+    if len(trajectory) < FEWEST or not coordinates.dim:
+        return None
+    generator = torch.Generator().manual_seed(phase.plan.seed)
+    network = ValueNetwork.started(coordinates.dim, None, generator)
+    scores = metric.sign * trajectory.scores  # in the metric's own direction
+    fit(network, trajectory.z, scores, trajectory.variances, generator)
+    signature = Signature(
+        model_class(phase.phi.model),
+        phase.phi.description,
+        coordinates.kind,
+        metric.name,
+        metric.greater_is_better,
+        coordinates.origin.cpu(),
+        coordinates.basis.cpu(),
+    )
+    return ValueFunction.of(network, signature, trajectory)
+
+
+def check_constraints(seen: Observing, setup: Setup, dataset: Any, split: str) -> tuple[ConstraintCheck, ...]:
+    """See `MetricOptTrainer.check_constraints`."""
+    on_all_rows = seen.trainer.args.observe == "predictions_on_all_rows"
+    return checked_constraints(seen.evaluator(dataset, Ledger(), split), on_all_rows)
+
+
+def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, float]) -> dict[str, float] | None:
+    """The metric that is optimised, where `evaluate()` has not found it: one of the model, or a weighted sum.
+
+    Args:
+        dataset: that was evaluated.
+        prefix: of the names in `found`.
+    """
+    if not trainer.guided or isinstance(dataset, dict):
+        return None
+    metric = trainer.setup.metric if trainer.setup else trainer.given.reported_metric(trainer)
+    if metric is None:
+        return None
+    name, weights = f"{prefix}_{metric.name.removeprefix('eval_')}", weights_of(metric.name)
+    if name in found:
+        return None
+    if not metric.of_predictions:
+        args = trainer.args
+        return {
+            name: float(
+                score_of_model(metric, trainer.model, dataset, prefix, args.process_index, args.world_size)
+            )
+        }
+    if weights and all(f"{prefix}_{key}" in found for key in weights):
+        return {name: sum(weight * found[f"{prefix}_{key}"] for key, weight in weights.items())}
+    return None

@@ -1,0 +1,116 @@
+"""Setup: what a guided run needs beside Trainer's own, resolved once: metric, data, phi, a value function to start from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from .. import phi as spaces
+from ..errors import ConfigurationError
+from ..evaluation.metric import Metric
+from ..guides import Guide
+from ..hub import ValueFunction
+from ..phi import PhiSpace
+from . import preflight
+from .config import MetricOptConfig
+
+Phi = PhiSpace | Callable[[nn.Module], PhiSpace] | str | None
+
+
+@dataclass
+class Given:
+    """What a trainer was given for the guidance; None: the config or Trainer's own arguments say.
+
+    Attributes: see `MetricOptTrainer`.
+    """
+
+    metric: Any = None
+    observation_dataset: Any = None
+    selection_dataset: Any = None
+    phi: Phi = None
+    value_function: ValueFunction | str | None = None
+    guide: Guide | None = None
+
+    def names_metric(self, trainer: Trainer) -> bool:
+        """Whether there is a metric to optimise."""
+        return preflight.names_metric(self.metric, trainer.args, trainer.compute_metrics, trainer.eval_dataset)
+
+    def resolve_metric(self, trainer: Trainer, directed: bool = True) -> Metric:
+        """The metric that is named.
+
+        Args:
+            directed: whether it must be known which way it is better, as it need not be to report it.
+
+        Raises:
+            ConfigurationError: it cannot be had.
+        """
+        processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+        return preflight.resolve_metric(
+            self.metric, trainer.args, trainer.compute_metrics, trainer.eval_dataset, processor, directed
+        )
+
+    def reported_metric(self, trainer: Trainer) -> Metric | None:
+        """The metric as far as `evaluate` may add it to Trainer's numbers: no direction is asked for, none is loaded."""
+        loads = isinstance(self.metric, (str, os.PathLike)) or getattr(trainer.args, "metric_name_or_path", None)
+        return None if loads or not isinstance(trainer.args, MetricOptConfig) else self.resolve_metric(trainer, False)
+
+    def resolve_phi(self, model: nn.Module, args: Any) -> PhiSpace:
+        """What is tuned, on a model.
+
+        Raises:
+            PhiError: nothing of it can be, as asked.
+            ConfigurationError: phi was built on another model.
+        """
+        if self.phi is None or isinstance(self.phi, str):
+            phi = spaces.from_spec(model, self.phi or args.phi)
+        else:
+            phi = self.phi if isinstance(self.phi, PhiSpace) else self.phi(model)
+        if phi.model is not model:
+            raise ConfigurationError(
+                "phi was built on another model than the trainer's. With model_init, or to train again, pass a "
+                "function that builds it: phi=lambda model: FiLM(model, layers=...)."
+            )
+        return phi
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Of a guided run.
+
+    Attributes:
+        metric: what is optimised.
+        observation: data set on which it is observed; None where the metric needs none.
+        selection: data set on which a candidate is chosen; likewise.
+        phi: what is tuned.
+        value_function: to start from, or None.
+    """
+
+    metric: Metric
+    observation: Any
+    selection: Any
+    phi: PhiSpace
+    value_function: ValueFunction | None
+
+    @classmethod
+    def of(cls, trainer: Trainer, given: Given) -> Setup:
+        """Find out what a run needs, and refuse what cannot work, before anything is trained.
+
+        Raises:
+            ConfigurationError, PhiError, ValueFunctionError: what cannot work, and what to do.
+        """
+        metric = given.resolve_metric(trainer)  # first of all, whether `args` are ours
+        state = trainer.accelerator.state
+        preflight.check_supported(trainer, state.distributed_type, getattr(state, "fsdp_plugin", None))
+        sets = given.observation_dataset, given.selection_dataset
+        if metric.of_predictions or metric.takes_dataset:
+            label_name = trainer.label_names[0] if trainer.label_names else "labels"
+            sets = preflight.split(*sets, trainer.eval_dataset, trainer.args, label_name)
+        value_function = preflight.load_value_function(given.value_function, trainer.args)
+        phi = given.resolve_phi(trainer.model, trainer.args)
+        preflight.check_value_function(value_function, phi, metric)
+        return cls(metric, *sets, phi, value_function)
