@@ -37,8 +37,8 @@ from .rows import num_rows, take_rows
 logger = logging.getLogger(__name__)
 
 ROW_BY_ROW, DIFFERENCES = "row by row", "differences"
-MOST_OUTPUTS = 32  # numbers a row, up to which each has a backward pass
-LARGEST_LOGITS = 10  # of more logits, how many of each row have one
+MOST_OUTPUTS = 5  # numbers a row, up to which each has a backward pass
+LARGEST_LOGITS = 5  # of more logits, how many of each row have one: the others are far from being decided for
 MOST_DIFFERENCES = 16  # coordinates, where each takes a forward pass
 STEP = 0.05  # of a difference, along a unit direction
 TRIED, MOST_OFF = 0.01, 0.5  # size of the step by which derivatives are tried, and how far they may be off, relatively

@@ -37,7 +37,8 @@ from .selection import Selection
 logger = logging.getLogger(__name__)
 
 GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 64  # of a guide's rate, relative to its first
-ANNEALED = 0.8  # share of a guide's rate that is gone at the last step
+FIRST_SHARE = 2 / 3  # of a step's metric calls, which the first of two guides may make; the next has what is left
+ANNEALED = 0.5  # share of a guide's rate that is gone at the last step
 MOST_TAKEN_BACK = 3  # steps in a row, behind which the phase ends
 MOST_OBSERVATIONS = 4096  # kept, the latest ones
 
@@ -125,6 +126,8 @@ class MetricPhase:
             try:
                 self.coordinates = self.coordinates or self.linearizer.coordinates()
                 self._linearise(prediction)
+                self.plan = self.plan.for_outputs(self._linearization)
+                self.ledger.budget = self.plan.calls
                 self.plan = replace(self.plan, scale=self._scale())
             except NotLinearizable as error:
                 self._observe_scores(str(error))
@@ -172,8 +175,9 @@ class MetricPhase:
         if self.plan.blends and loss_gradient is not None:
             gradient = (self.coordinates.basis.T @ loss_gradient()).cpu()
         followed = [name for name in self.guides if self.rates[name] >= SMALLEST_RATE]
-        for name in followed:
-            steps_left = max(1, self.start_step + self.plan.steps - step)
+        left = self.ledger.remaining / max(1, self.start_step + self.plan.steps - step)  # calls of this step
+        for i, name in enumerate(followed):
+            before = self.ledger.calls["observe"]
             local = LocalMetric(
                 self.evaluator,
                 self.coordinates,
@@ -185,13 +189,14 @@ class MetricPhase:
                 step,
                 self.value,
                 self.plan.on_all_rows,
-                allowance=int(self.ledger.remaining / steps_left / len(followed)),
+                allowance=int(left if i == len(followed) - 1 else FIRST_SHARE * left),
             )
             share = (step - self.start_step) / self.plan.steps
             rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
             z = ascend(
                 self.guides[name], local, self.plan.updates, rate, self.make_optimizer, gradient, self.plan.value_weight
             )
+            left -= self.ledger.calls["observe"] - before
             tried[name] = self._scored(phi, z)
         return tried
 
