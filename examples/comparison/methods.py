@@ -43,7 +43,7 @@ class Method:
 
     Attributes:
         title: row of the table.
-        changes: to the arguments that all methods share: of `MetricOptConfig`, or of the trainer.
+        changes: to the arguments that all methods share: of `MetricOptConfig`, of the trainer, or of `Start.trainer`.
         class_bias: whether, in a classification, a second row shows it with a bias per class tuned on top.
     """
 
@@ -52,11 +52,7 @@ class Method:
     class_bias: bool = False
 
 
-# It never uses its coordinates, so they may be the cheapest; what a tuned bias adds is a row of its own.
-LOSS_ONLY = Method(
-    "loss only",
-    {"value_weight": 0.0, "metric_call_budget": 0, "coordinates": "random", "tune_output_bias": False},
-)
+LOSS_ONLY = Method("loss only", {"follows_metric": False})
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),
     "shuffled": Method("control: shuffled", {"guide": "shuffled"}),
