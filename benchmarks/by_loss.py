@@ -6,12 +6,13 @@ Adam on the vector phi, the same phi that MetricOpt moves; the metric does nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from time import process_time
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, default_collate
 
 from metricopt_hf import Ledger
 
@@ -24,10 +25,11 @@ Loss = Callable[[dict[str, Tensor], Tensor], Tensor]  # outputs, labels -> scala
 
 
 def batches(dataset: Dataset, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Without end; every epoch in another order."""
-    loader = DataLoader(dataset, size, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    while True:
-        yield from loader
+    """Without end; every epoch in another order, the one in which Trainer would have them."""
+    for epoch in count():
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed + epoch))
+        for rows in order.split(size):
+            yield default_collate([dataset[i] for i in rows.tolist()])
 
 
 def train_by_loss(
