@@ -1,6 +1,6 @@
 """Drops the records of methods from results and tuning, so that they are run anew; other lines stay byte for byte.
 
-    python -m benchmarks.drop --methods metricopt shuffled random            (make bench ARGS="drop --methods ...")
+python -m benchmarks.drop --methods metricopt shuffled random            (make bench ARGS="drop --methods ...")
 """
 
 from __future__ import annotations

@@ -145,9 +145,7 @@ def search(
         phi.write(place(space, searcher.centre))
         spent, visited = round(process_time() - start, 2), [*visited, phi.read()]
         score = float(selection.evaluate("select"))
-        curve.append(
-            {"step": turn * every, "passes": ledger.passes["observe"], "seconds": spent, "selection": score}
-        )
+        curve.append({"step": turn * every, "passes": ledger.passes["observe"], "seconds": spent, "selection": score})
         if turn < budget.rounds:
             points, scores = searcher.ask(budget.calls), []
             for point in points:

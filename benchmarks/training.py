@@ -53,7 +53,8 @@ class Outcome:
         phi: [d] what the run has chosen by the selection split.
         step: at which it was met (black-box searchers: round times steps per round).
         selection: its score there.
-        curve: per look at the selection split "step", "passes" (to observe, before it), "seconds" (so far), "selection".
+        curve: per look at the selection split "step", "passes" (to observe, before it), "seconds" (so far) and
+            "selection".
         ledger: metric calls and seconds by purpose.
         seconds: of processor time, of the whole run: on one thread, what else the machine does counts little.
         soup: [d] the mean of phi over the last half of the rounds, where phi was trained by the loss.
