@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from metricopt_hf import ConfigurationError, Metric, MetricOptConfig, MetricOptError, MetricOptTrainer
+from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from metricopt_hf import metrics as shipped_metrics
 from metricopt_hf.training.plan import DEFAULT_STEPS
 
@@ -180,11 +180,12 @@ def parse(
 class LossOnlyTrainer(MetricOptTrainer):
     """Trainer, step by step; it knows the metric, so that what it made can be measured."""
 
-    guided = False
+    def train(self, *args, **kwargs):
+        self.settled()
+        return Trainer.train(self, *args, **kwargs)
 
-    @property
-    def metric(self) -> Metric:
-        return self.settled().metric
+    def _prepare_for_training(self, *args, **kwargs):
+        return Trainer._prepare_for_training(self, *args, **kwargs)
 
 
 @dataclass
