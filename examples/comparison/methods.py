@@ -43,7 +43,7 @@ class Method:
 
     Attributes:
         title: row of the table.
-        changes: to the arguments that all methods share: of `MetricOptConfig`, or of the trainer.
+        changes: to the arguments that all methods share: of `MetricOptConfig`, of the trainer, or of `Start.trainer`.
         class_bias: whether, in a classification, a second row shows it with a bias per class tuned on top.
     """
 
@@ -52,11 +52,7 @@ class Method:
     class_bias: bool = False
 
 
-# It never uses its coordinates, so they may be the cheapest; what a tuned bias adds is a row of its own.
-LOSS_ONLY = Method(
-    "loss only",
-    {"value_weight": 0.0, "metric_call_budget": 0, "coordinates": "random", "tune_output_bias": False},
-)
+LOSS_ONLY = Method("loss only", {"follows_metric": False})
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),
     "shuffled": Method("control: shuffled", {"guide": "shuffled"}),
@@ -120,7 +116,7 @@ def rows_of(
     splits: Mapping[str, Any],
     seconds: float,
     class_bias: bool,
-    details: Mapping[str, Any],
+    details: Mapping[str, Any] | None,
 ) -> list[MethodRun]:
     """The row of a trainer's model, measured on each split, and, with `class_bias`, one with a bias tuned on top."""
     trainer.remove_callback(ProgressCallback)  # no bar for each split
@@ -132,12 +128,12 @@ def rows_of(
         groups = by_group(metric, outputs[MEASURED[-1]]) if MEASURED[-1] in outputs else {}
         return MethodRun(title, trainer.args.seed, scores, by_group=groups, **values)
 
-    details = dict(details)
-    if metric.constraints and details:
-        details["constraints"] = {
+    found = dict(details or {})
+    if metric.constraints and details is not None:
+        found["constraints"] = {
             name: [asdict(check) for check in trainer.check_constraints(rows, name)] for name, rows in splits.items()
         }
-    rows = [row(title, outputs, calls=calls, seconds=seconds, details=details)]
+    rows = [row(title, outputs, calls=calls, seconds=seconds, details=found)]
     if class_bias and metric.of_predictions:
         ledger, start = Ledger(), perf_counter()
         bias = tune_bias(metric, outputs["observation"], ledger)
@@ -158,7 +154,7 @@ def run_start(
     trainer: MetricOptTrainer, splits: Mapping[str, Any], seconds: float = 0.0, class_bias: bool = False
 ) -> list[MethodRun]:
     """The rows of the model as it is before tuning; `seconds` it took to train. For `class_bias` see `run_method`."""
-    return rows_of(PRETRAINED, trainer, splits, seconds, class_bias, {})
+    return rows_of(PRETRAINED, trainer, splits, seconds, class_bias, None)
 
 
 def run_method(
@@ -236,11 +232,13 @@ def write(
         arguments={name: value for name, value in arguments.items() if "token" not in name},
     )
     details = {run.method: run.details for run in runs if run.seed == seed}
-    reference = (REFERENCE, details[REFERENCE]) if REFERENCE in details and title != REFERENCE else None
-    plot_run(os.path.join(folder, PLOT), details[title], metric.name, reference, f"{title}, seed {seed}")
+    written = [RESULTS]
+    if details[title]:
+        plot_run(os.path.join(folder, PLOT), details[title], metric.name, f"{title}, seed {seed}")
+        written.append(PLOT)
     if not any(run.by_group for run in runs):
-        return [RESULTS, PLOT]
+        return written
     shown = [PRETRAINED, PRETRAINED + WITH_BIAS, REFERENCE, REFERENCE + WITH_BIAS, title]
     mine = [run for run in in_order(runs) if run.method in shown]
     plot_groups(os.path.join(folder, GROUPS_PLOT), mine, metric.name, group_names)
-    return [RESULTS, PLOT, GROUPS_PLOT]
+    return [*written, GROUPS_PLOT]

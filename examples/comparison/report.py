@@ -201,11 +201,14 @@ def constraints_note(runs: Sequence[MethodRun], splits: Sequence[str]) -> str:
 
 
 def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
-    """The last run of a trainer as JSON values."""
+    """The last run of a trainer as JSON values; nothing where it followed no metric."""
     result = trainer.result
+    if result is None:
+        return {}
     return {
-        "selected": {"step": result.best_step, "score": result.best_score},
-        "curve": result.curve,
+        "selected": {"step": result.best_step, "score": result.best_score, "kind": result.chosen.kind},
+        "candidates": [{"kind": c.kind, "step": c.step, "score": c.score} for c in result.candidates],
+        "curve": list(result.curve),
         "observations": [{"step": o.step, "score": o.score} for o in result.trajectory],
         "calls": dict(result.ledger.calls),
         "seconds": dict(result.ledger.seconds),
@@ -220,59 +223,38 @@ def save_results(path: str | os.PathLike, runs: Sequence[MethodRun], **more: Any
         file.write("\n")
 
 
-def plot_run(
-    path: str | os.PathLike,
-    details: dict[str, Any],
-    metric_name: str,
-    reference: tuple[str, dict[str, Any]] | None = None,
-    title: str | None = None,
-) -> None:
-    """Draw one run along its steps into an image file: the metric above, trust below.
+def plot_run(path: str | os.PathLike, details: dict[str, Any], metric_name: str, title: str | None = None) -> None:
+    """Draw the metric along one run's metric steps into an image file.
 
     Args:
         details: of `details_of`.
         metric_name: label of the axis.
-        reference: name and details of a run whose selection scores are drawn too.
     """
     require("matplotlib", "plot")
     from matplotlib.figure import Figure  # no pyplot: no windows, no global state
 
-    curve, selected = details["curve"], details["selected"]
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes, selected = figure.subplots(), details["selected"]
     if details["observations"]:
         steps, scores = zip(*((o["step"], o["score"]) for o in details["observations"]), strict=True)
-        above.scatter(
-            steps, scores, s=14, color="tab:blue", alpha=0.45, linewidths=0, label="observation split: around phi"
+        axes.scatter(
+            steps, scores, s=14, color="tab:blue", alpha=0.25, linewidths=0, label="observation split: around phi"
         )
-    if rows := [(row["step"], *row["predicted"]) for row in curve if row["predicted"] is not None]:
-        steps, mean, std = np.array(rows, dtype=float).T
-        above.plot(steps, mean, color="tab:blue", label="its value function at phi, ± std")
-        above.fill_between(steps, mean - std, mean + std, color="tab:blue", alpha=0.15, linewidth=0)
-    if reference is not None:
-        name, others = reference
-        above.plot(*_selection(others["curve"]), color="tab:gray", linestyle="--", label=f"selection split: {name}")
-    above.plot(*_selection(curve), color="tab:orange", label="selection split: at phi")
-    if selected["step"] >= 0:
-        for axes in (above, below):
-            axes.axvline(selected["step"], color="tab:orange", alpha=0.35, linewidth=1)
-        above.plot(
-            selected["step"], selected["score"], "*", color="tab:orange", markersize=14, label="selected, and kept"
-        )
-    above.set_ylabel(metric_name)
-    above.legend(fontsize="small", framealpha=0.6)
-    above.set_title(title or "")
-
-    rows = [(row["step"], row["trust"]) for row in curve]
-    steps, trust = np.array(rows, dtype=float).reshape(-1, 2).T
-    below.step(steps, trust, where="post", color="tab:green")
-    below.fill_between(steps, trust, step="post", color="tab:green", alpha=0.15, linewidth=0)
-    below.set_ylim(0, 1)
-    below.set_ylabel("trust")
-    below.set_xlabel("optimizer step")
-    for axes in (above, below):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    along = [c for c in details["candidates"] if c["kind"] in ("start", "step")]
+    others = [c for c in details["candidates"] if c["kind"] not in ("start", "step")]
+    axes.plot(*_steps_and_scores(along), color="tab:orange", marker=".", label="selection split: behind each step")
+    for candidate, marker in zip(others, "sd", strict=False):
+        points = _steps_and_scores([candidate])
+        axes.plot(*points, marker, color="tab:gray", label=f"selection split: {candidate['kind']}")
+    axes.plot(
+        selected["step"], selected["score"], "*", color="tab:orange", markersize=14, label=f"kept: {selected['kind']}"
+    )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(metric_name)
+    axes.set_title(title or "")
+    axes.legend(fontsize="small", framealpha=0.6)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 
@@ -307,9 +289,8 @@ def plot_groups(
     figure.savefig(path, dpi=120)
 
 
-def _selection(curve: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    rows = [(row["step"], row["selection"]) for row in curve if row["selection"] is not None]
-    return [step for step, _ in rows], [score for _, score in rows]
+def _steps_and_scores(candidates: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    return [candidate["step"] for candidate in candidates], [candidate["score"] for candidate in candidates]
 
 
 def _estimate(mean: float, error: float, sign: str = "") -> str:

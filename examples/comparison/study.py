@@ -24,6 +24,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from metricopt_hf import metrics as shipped_metrics
+from metricopt_hf.training.plan import DEFAULT_STEPS
 
 from .methods import VALUE_FUNCTION, Method, run_method, run_start, summary, write
 from .report import MethodRun, require
@@ -33,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 # Defaults of all scripts; each adds its own.
 DEFAULTS = {
-    "metric_start_ratio": 0.0,
     "save_strategy": "no",
     "report_to": "none",
     "dataloader_pin_memory": False,
@@ -177,6 +177,17 @@ def parse(
     return (*own, study, args)
 
 
+class LossOnlyTrainer(MetricOptTrainer):
+    """Trainer, step by step; it knows the metric, so that what it made can be measured."""
+
+    def train(self, *args, **kwargs):
+        self.settled()
+        return Trainer.train(self, *args, **kwargs)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        return Trainer._prepare_for_training(self, *args, **kwargs)
+
+
 @dataclass
 class Start:
     """What all methods of a seed begin with.
@@ -199,8 +210,13 @@ class Start:
     seconds: float = 0.0
     group_names: Sequence[str] = ()
 
-    def trainer(self, **changes: Any) -> MetricOptTrainer:
-        """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments."""
+    def trainer(self, follows_metric: bool = True, **changes: Any) -> MetricOptTrainer:
+        """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments.
+
+        Args:
+            follows_metric: else it trains by its loss alone, and only measures the metric.
+        """
+        cls = MetricOptTrainer if follows_metric else LossOnlyTrainer
         numbers = {f.name for f in dataclasses.fields(self.args)}
         options = {name: value for name, value in changes.items() if name not in numbers}
         datasets = {
@@ -210,7 +226,7 @@ class Start:
             "selection_dataset": self.splits.selection,
         }
         args = replace(self.args, **{name: value for name, value in changes.items() if name in numbers})
-        return MetricOptTrainer(copy.deepcopy(self.model), args, **{**datasets, **self.options, **options})
+        return cls(copy.deepcopy(self.model), args, **{**datasets, **self.options, **options})
 
 
 def start(
@@ -225,8 +241,8 @@ def start(
     """The start of one seed: the model as it is, or after a first phase by its loss, made once for all methods.
 
     Args:
-        args: `metric_start_ratio` is the first phase's share of the steps; what is left of them is each method's run.
-        first_steps: steps of the first phase in addition to the methods' own, instead of that share.
+        args: of its steps, all but the last `metric_steps` are the first phase's, and these are each method's run.
+        first_steps: steps of the first phase in addition to the methods' own, instead of these.
         first_dataset: data of the first phase; default: train.
         class_bias, options: see `Start`.
 
@@ -237,16 +253,16 @@ def start(
     if steps <= 0:
         batches = math.ceil(len(splits.train) / (args.train_batch_size * args.world_size))
         steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    own = min(steps, DEFAULT_STEPS if args.metric_steps is None else args.metric_steps)
     if first_steps is None:
-        first_steps = round(args.metric_start_ratio * steps)
-        steps -= first_steps
-    args = replace(args, max_steps=steps, metric_start_ratio=0.0)
+        first_steps, steps = steps - own, own
+    args = replace(args, max_steps=steps, metric_steps=own)
     made = Start(model, args, splits, options, class_bias)
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
     logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
     if first_steps:
         asked = made.trainer()
-        asked.settle()  # what would be refused later is refused now
+        asked.settled()  # what would be refused later is refused now
         run_start(asked, {"observation": splits.observation})
         logger.info(f"Seed {args.seed}: training the start model by its loss, {first_steps} steps.")
         plain = {name: value for name, value in options.items() if name in inspect.signature(Trainer).parameters}
@@ -291,7 +307,7 @@ def run_study(
     for seed in study.seeds:
         begin = prepare(replace(args, seed=seed, push_to_hub=False))
         first = begin.trainer(push_to_hub=args.push_to_hub and not runs)  # makes the repository, or fails early
-        first.settle()  # what would be refused later is refused now
+        first.settled()  # what would be refused later is refused now
         diagnoses = study.diagnose and first.metric.of_predictions
         if diagnoses and not runs:
             found = first.diagnose()
