@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -153,9 +154,23 @@ def examples_of(features: Any, examples: Any) -> Any:
     return take(examples, where)
 
 
-def in_order(dataset: Any, batch_size: int, collate: Callable, num_workers: int = 0) -> Callable[[], Iterator[Any]]:
-    """Makes a fresh iteration over all of `dataset` in its order, the last batch as small as it is."""
-    return lambda: iter(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=num_workers))
+class InOrder:
+    """Makes fresh iterations over all of a data set in its order, the last batch as small as it is.
+
+    Attributes:
+        batch_sizes: examples in each batch; None where the data set has no length.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, collate: Callable, num_workers: int = 0):
+        self._loader = partial(DataLoader, dataset, batch_size, collate_fn=collate, num_workers=num_workers)
+        self.batch_sizes: tuple[int, ...] | None = None
+        shared_out = isinstance(dataset, IterableDataset) and num_workers  # each worker makes batches of its own
+        if hasattr(dataset, "__len__") and not shared_out:
+            starts = range(0, len(dataset), batch_size)
+            self.batch_sizes = tuple(min(batch_size, len(dataset) - start) for start in starts)
+
+    def __call__(self) -> Iterator[Any]:
+        return iter(self._loader())
 
 
 def random_batches(

@@ -65,7 +65,8 @@ class Evaluator:
     Args:
         phi: what is moved, and put back.
         predict: batch -> `BatchOutput`; runs the model. It must not wait for other ranks.
-        batches: makes a fresh iteration over the data set's collated batches, always in the same order.
+        batches: makes a fresh iteration over the data set's collated batches, always in the same order. If it has
+            `batch_sizes`, these say how many examples each of them has; see `rows`.
         metric: the black box.
         ledger: charged with the calls and all seconds, forward passes included.
         max_bytes: memory for keeping batches (else they are collated anew each time) and, beyond those, the frozen
@@ -94,6 +95,7 @@ class Evaluator:
         self.phi, self.metric, self.ledger, self.concat = phi, metric, ledger, concat
         self.rank, self.world_size, self.complete = rank, world_size, complete
         self.predict, self._batches, self._max_bytes = predict, batches, max_bytes
+        self.batch_sizes: tuple[int, ...] | None = getattr(batches, "batch_sizes", None)
         self._accumulation_steps = accumulation_steps
         self._kept: list[Any] | bool | None = None  # the batches; False: they are too many
         self._prefix: PrefixCache | None = None

@@ -98,7 +98,7 @@ class LocalMetric:
 
     def halve(self) -> None:
         """From now on another random half of the rows is seen, where the metric makes sense on a part."""
-        if self.linearization is None or self.on_all_rows:
+        if self.linearization is None or self.on_all_rows or self.linearization.unsplittable is not None:
             return
         count = self.linearization.num_rows
         self.rows = np.sort(torch.randperm(count, generator=self.generator)[: max(1, count // 2)].numpy())

@@ -226,15 +226,16 @@ class FiLM(PhiSpace):
         self._phi = phi.detach().to(self._phi, copy=True)
 
     def _values(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The parameters' values at phi, in float32."""
-        origin, parts = iter(self._origin), iter(parts)
+        """The parameters' values at phi, in float32 or, of such parameters, float64."""
+        origin = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in self._origin)
+        parts = iter(parts)
         for site in self._sites:
             scale = 1 + next(parts)
-            yield scale * next(origin).float()
+            yield scale * next(origin)
             if _has(site.norm, "bias"):
-                yield scale * next(origin).float() + next(parts)
+                yield scale * next(origin) + next(parts)
         if self._output_layer:
-            yield next(origin).float() + next(parts)
+            yield next(origin) + next(parts)
 
     def pull(self, gradients: Sequence[Tensor]) -> Tensor:
         origin = iter(self._origin)
@@ -249,7 +250,9 @@ class FiLM(PhiSpace):
                 parts.append(by_scale)
         return torch.cat([*parts, *gradients])
 
-    def taps(self) -> Sequence[Tap]:
+    def taps(self) -> Sequence[Tap] | None:
+        if self.is_shared:  # as of heads that share their bias
+            return None
         parts = iter([part for _, part in self.split(self._phi)])
         found: list[Tap] = []
         for site in self._sites:

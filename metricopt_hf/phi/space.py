@@ -141,6 +141,16 @@ class PhiSpace(ABC):
         """For each part of phi, in order, how a row's derivatives are had; None: they are not (see `linearize`)."""
         return None
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several modules hold one of the parameters, so that the derivatives of one of them are not all."""
+        owners: dict[int, set[int]] = {id(parameter): set() for parameter in self.parameters}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in owners:
+                    owners[id(parameter)].add(id(module))
+        return any(len(modules) > 1 for modules in owners.values())
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """On leaving, whatever happened inside, phi is what it was and its parameters are the same bit for bit."""
