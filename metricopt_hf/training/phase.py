@@ -138,6 +138,8 @@ class MetricPhase:
         self._start_guides()
         if not self.plan.calls:
             self._end("metric_call_budget is 0")
+        elif not self.guides:
+            self._end("the guide has nothing to say of this metric: row moves are for metrics of decisions")
         self.selection.start(step)
         logger.info(
             f"Metric phase: steps {step + 1} to {step + self.plan.steps} follow {self.metric.name} ({score:.4f} on the "
@@ -293,7 +295,7 @@ class MetricPhase:
         )
         for name, guide in list(self.guides.items()):
             guide.start(context)
-            if len(self.guides) > 1 and self.plan.calls and not guide.applies(local):
+            if self.plan.calls and not guide.applies(local):
                 del self.guides[name]
         self.rates = dict.fromkeys(self.guides, 1.0)
 
