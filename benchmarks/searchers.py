@@ -16,7 +16,7 @@ from metricopt_hf import Ledger, MetricOptConfig
 from metricopt_hf.evaluation.evaluator import Evaluator
 from metricopt_hf.evaluation.linearizer import Linearizer
 from metricopt_hf.phi import Coordinates
-from metricopt_hf.training.plan import CALLS, PREDICTIONS
+from metricopt_hf.training.plan import default_calls
 from metricopt_hf.training.selection import Selection
 
 from .looks import evaluator, frozen_phi
@@ -184,14 +184,14 @@ def search_linearised(
         centre, prediction = searcher.centre.copy(), observation.predictions()
         ledger.add("observe", 0, 0.0, passes=1 + made.passes(prediction))
         linear = made.linearize(space.basis, prediction)
-        for _ in range(CALLS[PREDICTIONS] // budget.metric_steps // population):
+        for _ in range(default_calls(linear) // budget.metric_steps // population):
             points, scores = searcher.ask(population), []
             for point in points:
                 predicted = linear.at(torch.as_tensor(point - centre, dtype=torch.float32))
                 scores.append(observation.score(predicted, "observe"))
             searcher.tell(points, task.sign * np.array(scores, dtype=float))
         phi.write(place(space, searcher.centre))
-        choice.consider(step + 1)
+        choice.visit()
         spent.append((ledger.passes["observe"], round(process_time() - start, 2)))
     choice.finish(budget.metric_steps, observation)
     curve: list[dict[str, Any]] = [
