@@ -180,7 +180,7 @@ def search_linearised(
     searcher, choice = make(space.dim), Selection(selection, phi)
     choice.start(0)
     spent = [(0, 0.0)]  # passes and seconds behind each step
-    for step in range(budget.metric_steps):
+    for _ in range(budget.metric_steps):
         centre, prediction = searcher.centre.copy(), observation.predictions()
         ledger.add("observe", 0, 0.0, passes=1 + made.passes(prediction))
         linear = made.linearize(space.basis, prediction)
