@@ -1,7 +1,8 @@
 """Methods against each other, from the same start: what an example script runs so that its table is a fair one.
 
-Every method gets the same model, data, seed, phi, steps and selection; they differ by `Method.changes` alone. A script
-takes `METHODS`, and adds what else its field would do.
+Every method gets the same model, data, seed and steps; they differ by `Method.changes` alone. The loss alone is the
+same trainer without a metric, so that all of its steps are Trainer's. A script takes `METHODS`, and adds what else its
+field would do.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ class Method:
     class_bias: bool = False
 
 
-# It never uses its coordinates, so they may be the cheapest; what a tuned bias adds is a row of its own.
+# Without a metric MetricOptTrainer is Trainer.
 LOSS_ONLY = Method(
     "loss only",
-    {"value_weight": 0.0, "metric_call_budget": 0, "coordinates": "random", "tune_output_bias": False},
+    {"metric": None, "metric_name_or_path": None, "metric_command": None, "metric_for_best_model": None},
 )
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),
@@ -124,7 +125,7 @@ def rows_of(
 ) -> list[MethodRun]:
     """The row of a trainer's model, measured on each split, and, with `class_bias`, one with a bias tuned on top."""
     trainer.remove_callback(ProgressCallback)  # no bar for each split
-    metric, calls = trainer.metric, dict(trainer.ledger.calls)
+    metric, calls = trainer.metric, dict(details.get("calls", {}))
     outputs = predictions(trainer, splits) if metric.of_predictions else {}
 
     def row(title: str, outputs: Mapping[str, EvalPrediction], **values: Any) -> MethodRun:
@@ -133,7 +134,7 @@ def rows_of(
         return MethodRun(title, trainer.args.seed, scores, by_group=groups, **values)
 
     details = dict(details)
-    if metric.constraints and details:
+    if metric.constraints and title != PRETRAINED:
         details["constraints"] = {
             name: [asdict(check) for check in trainer.check_constraints(rows, name)] for name, rows in splits.items()
         }
@@ -178,7 +179,8 @@ def run_method(
         changes: further ones, such as `output_dir`.
 
     Returns:
-        The trainer after its run, and one or two rows of the table.
+        The trainer after its run, or, where that has no metric, one that has it and the same model; and one or two rows
+        of the table.
     """
     trainer = make_trainer(**method.changes, **changes)
     logger.info(f"Seed {trainer.args.seed}: {method.title}.")
@@ -186,10 +188,14 @@ def run_method(
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     seconds = perf_counter() - start
     with_bias = class_bias and method.class_bias
-    rows = rows_of(method.title, trainer, splits, seconds, with_bias, details_of(trainer))
+    details, seen = details_of(trainer), trainer
+    if not trainer.guided:  # the metric is measured by a trainer that has one
+        seen = make_trainer(**changes)
+        seen.model.load_state_dict(trainer.model.state_dict())
+    rows = rows_of(method.title, seen, splits, seconds, with_bias, details)
     scores = ", ".join(f"{name} {score:.3f}" for name, score in rows[0].scores.items())
     logger.info(f"Seed {trainer.args.seed}: {method.title} took {seconds:.1f} s; {scores}.")
-    return trainer, rows
+    return seen, rows
 
 
 def in_order(runs: Sequence[MethodRun]) -> list[MethodRun]:
@@ -216,14 +222,15 @@ def write(
     title: str,
     arguments: Mapping[str, Any],
     group_names: Sequence[str] = (),
+    group_axis: str = "",
 ) -> list[str]:
     """Write results and plots into `folder`; their names.
 
     Args:
-        trainer: whose run is plotted.
+        trainer: whose run is plotted; guided.
         title: of its method, as in the table.
         arguments: of the script, for the record.
-        group_names: of the groups that the metric is told, where it is told any.
+        group_names, group_axis: of the groups that the metric is told, where it is told any; see `Start`.
     """
     metric, seed = trainer.metric, trainer.args.seed
     differences = compare(runs, REFERENCE, MEASURED[-1], metric.greater_is_better)
@@ -236,11 +243,15 @@ def write(
         arguments={name: value for name, value in arguments.items() if "token" not in name},
     )
     details = {run.method: run.details for run in runs if run.seed == seed}
-    reference = (REFERENCE, details[REFERENCE]) if REFERENCE in details and title != REFERENCE else None
-    plot_run(os.path.join(folder, PLOT), details[title], metric.name, reference, f"{title}, seed {seed}")
+    reference = next((run for run in runs if run.seed == seed and run.method == REFERENCE != title), None)
+    line = None if reference is None else (REFERENCE, reference.scores[MEASURED[1]])
+    plots = []
+    if details[title]:
+        plot_run(os.path.join(folder, PLOT), details[title], metric.name, line, f"{title}, seed {seed}")
+        plots = [PLOT]
     if not any(run.by_group for run in runs):
-        return [RESULTS, PLOT]
+        return [RESULTS, *plots]
     shown = [PRETRAINED, PRETRAINED + WITH_BIAS, REFERENCE, REFERENCE + WITH_BIAS, title]
     mine = [run for run in in_order(runs) if run.method in shown]
-    plot_groups(os.path.join(folder, GROUPS_PLOT), mine, metric.name, group_names)
-    return [RESULTS, PLOT, GROUPS_PLOT]
+    plot_groups(os.path.join(folder, GROUPS_PLOT), mine, group_axis or metric.name, group_names)
+    return [RESULTS, *plots, GROUPS_PLOT]
