@@ -37,6 +37,7 @@ instead of them.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import datasets
 import numpy as np
@@ -80,6 +81,7 @@ DEFAULTS = {
 DIGITS_DEFAULTS = {
     **DEFAULTS,
     "metric_name_or_path": "worst_group_accuracy",
+    "metric_call_budget": 3000,
     "per_device_train_batch_size": 64,
     "learning_rate": 1e-3,
 }
@@ -113,7 +115,7 @@ SCANNERS = {
 }
 AGREEMENT = 0.95  # share of the training digits that went to a scanner of their label's: of 0 to 4, the first two
 READING_RATE = 3e-3  # learning rate of the pretraining on the ten clean digits
-READING_STEPS = 200
+READING_STEPS = 150
 FIRST = {True: 40, False: 400}  # steps before the methods part: with scanners, behind the reading; of the long tail
 STEPS = {True: 20, False: 200}  # the methods' own
 # Of a timm model, what makes it a small one.
@@ -194,11 +196,17 @@ def long_tailed(seed: int) -> tuple[Splits, datasets.Dataset]:
     return Splits(*splits), as_dataset(clean[rows[0]], labels[rows[0]])
 
 
+def in_memory(dataset: datasets.Dataset, processor: Any) -> list[dict[str, Any]]:
+    """The rows of `with_pixels`, made once: so few and so small images need not be decoded at each use."""
+    columns = with_pixels(dataset, processor)[:]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def taught(dataset: datasets.Dataset, steps: int, args: MetricOptConfig) -> dict[str, torch.Tensor]:
     """All weights but the last layer's of a small ResNet that learned to read the ten digits."""
     model, processor = new_model("resnet18", 32, RESNET, num_labels=10)
     args = replace(args, max_steps=steps, learning_rate=READING_RATE, **FIRST_STEPS)
-    Trainer(model, args, train_dataset=with_pixels(dataset, processor)).train()
+    Trainer(model, args, train_dataset=in_memory(dataset, processor)).train()
     return {name: weights for name, weights in model.to("cpu").state_dict().items() if ".fc." not in name}
 
 
@@ -238,8 +246,9 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
         model, processor = new_model("vit_tiny_patch16_224", 8, VIT, **labels)
     else:
         model, processor = load_model(named, **(labels if named.first_steps > 0 else {}))
+    ready = in_memory if on_digits else with_pixels
     if first_dataset is not None:
-        first_dataset = with_pixels(first_dataset, processor)
+        first_dataset = ready(first_dataset, processor)
     if model.config.num_labels != len(names):
         raise ConfigurationError(
             f"{named.model_name_or_path} tells {model.config.num_labels} classes apart, the data set has {len(names)}. "
@@ -248,7 +257,7 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
     made = start(
         model,
         args,
-        splits.map(partial(with_pixels, processor=processor)),
+        splits.map(partial(ready, processor=processor)),
         named.first_steps,
         first_dataset,
         class_bias=True,
