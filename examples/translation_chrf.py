@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from comparison.methods import METHODS, REFERENCE, in_order, run_method
+from comparison.methods import METHODS, REFERENCE, by_loss_alone, in_order, run_method
 from comparison.report import MethodRun, comparison_table, save_results, table_note
 from comparison.splits import MEASURED, DataArguments, find_column, load_splits
 from comparison.study import ModelArguments, run_script
@@ -133,10 +133,11 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         set_seed(seed)
         splits = load_splits(data, read, seed, args.observation_size, named.token)
 
-        def trainer(output_dir, seed=seed, splits=splits, **changes):
+        def trainer(output_dir, follows_metric=True, seed=seed, splits=splits, **changes):
             model = AutoModelForSeq2SeqLM.from_pretrained(named.model_name_or_path, **named.loading)
             numbers = {name: changes.pop(name) for name in [*changes] if hasattr(args, name)}
-            return MetricOptSeq2SeqTrainer(
+            cls = MetricOptSeq2SeqTrainer if follows_metric else by_loss_alone(MetricOptSeq2SeqTrainer)
+            return cls(
                 model,
                 replace(args, seed=seed, output_dir=output_dir, **numbers),
                 train_dataset=splits.train,

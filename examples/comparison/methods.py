@@ -1,7 +1,7 @@
 """Methods against each other, from the same start: what an example script runs so that its table is a fair one.
 
 Every method gets the same model, data, seed and steps; they differ by `Method.changes` alone. The loss alone is the
-same trainer without a metric, so that all of its steps are Trainer's. A script takes `METHODS`, and adds what else its
+same trainer whose run follows no metric, so that all of its steps are Trainer's. A script takes `METHODS`, and adds what else its
 field would do.
 """
 
@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from metricopt_hf import Ledger, Metric, MetricError, MetricOptTrainer
@@ -44,7 +44,8 @@ class Method:
 
     Attributes:
         title: row of the table.
-        changes: to the arguments that all methods share: of `MetricOptConfig`, or of the trainer.
+        changes: to the arguments that all methods share: of `MetricOptConfig`, of the trainer, or `follows_metric`, which
+            is False where all steps are by the loss.
         class_bias: whether, in a classification, a second row shows it with a bias per class tuned on top.
     """
 
@@ -53,11 +54,27 @@ class Method:
     class_bias: bool = False
 
 
-# Without a metric MetricOptTrainer is Trainer.
-LOSS_ONLY = Method(
-    "loss only",
-    {"metric": None, "metric_name_or_path": None, "metric_command": None, "metric_for_best_model": None},
-)
+def by_loss_alone(cls: type[MetricOptTrainer]) -> type[MetricOptTrainer]:
+    """A class of trainers whose runs are Trainer's; outside of a run they know the metric, so that it can be measured."""
+
+    class LossOnlyTrainer(cls):
+        follows_metric = True
+
+        @property
+        def guided(self) -> bool:
+            return self.follows_metric and super().guided
+
+        def train(self, *args, **kwargs):
+            self.follows_metric = False
+            try:
+                return Trainer.train(self, *args, **kwargs)
+            finally:
+                self.follows_metric = True
+
+    return LossOnlyTrainer
+
+
+LOSS_ONLY = Method("loss only", {"follows_metric": False})
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),
     "shuffled": Method("control: shuffled", {"guide": "shuffled"}),
@@ -179,8 +196,7 @@ def run_method(
         changes: further ones, such as `output_dir`.
 
     Returns:
-        The trainer after its run, or, where that has no metric, one that has it and the same model; and one or two rows
-        of the table.
+        The trainer after its run, and one or two rows of the table.
     """
     trainer = make_trainer(**method.changes, **changes)
     logger.info(f"Seed {trainer.args.seed}: {method.title}.")
@@ -188,14 +204,10 @@ def run_method(
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     seconds = perf_counter() - start
     with_bias = class_bias and method.class_bias
-    details, seen = details_of(trainer), trainer
-    if not trainer.guided:  # the metric is measured by a trainer that has one
-        seen = make_trainer(**changes)
-        seen.model.load_state_dict(trainer.model.state_dict())
-    rows = rows_of(method.title, seen, splits, seconds, with_bias, details)
+    rows = rows_of(method.title, trainer, splits, seconds, with_bias, details_of(trainer))
     scores = ", ".join(f"{name} {score:.3f}" for name, score in rows[0].scores.items())
     logger.info(f"Seed {trainer.args.seed}: {method.title} took {seconds:.1f} s; {scores}.")
-    return seen, rows
+    return trainer, rows
 
 
 def in_order(runs: Sequence[MethodRun]) -> list[MethodRun]:
@@ -244,7 +256,7 @@ def write(
     )
     details = {run.method: run.details for run in runs if run.seed == seed}
     reference = next((run for run in runs if run.seed == seed and run.method == REFERENCE != title), None)
-    line = None if reference is None else (REFERENCE, reference.scores[MEASURED[1]])
+    line = None if reference is None else (REFERENCE, reference.scores[MEASURED[1]])  # on the selection split
     plots = []
     if details[title]:
         plot_run(os.path.join(folder, PLOT), details[title], metric.name, line, f"{title}, seed {seed}")

@@ -247,14 +247,15 @@ def plot_run(
     sign = 1 if details["greater_is_better"] else -1
     figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    along = [(c["step"], c["score"]) for c in details["candidates"] if c["kind"] in ("start", "step")]
-    above.plot(*zip(*along, strict=True), "o-", color="tab:orange", label="selection split")
     after = [row["step"] + 1 for row in curve]
-    above.plot(after, [sign * row["value"] for row in curve], "o--", color="tab:blue", label="observation split")
+    above.plot(after, [sign * row["value"] for row in curve], "o-", color="tab:blue", label="observation split")
+    for i, candidate in enumerate(details["candidates"]):
+        label = f"selection split: {candidate['kind']}"
+        above.plot(candidate["step"], candidate["score"], "osD"[i % 3], color="tab:orange", label=label)
     if reference is not None:
         name, score = reference
         above.axhline(score, color="tab:gray", linestyle=":", label=f"selection split: {name}")
-    above.plot(chosen["step"], chosen["score"], "*", color="tab:red", markersize=15, label=f"kept: {chosen['kind']}")
+    above.plot(chosen["step"], chosen["score"], "*", color="tab:red", markersize=15, label="kept")
     above.set_ylabel(metric_name)
     above.legend(fontsize="small", framealpha=0.6)
     above.set_title(title or "")

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from metricopt_hf import metrics as shipped_metrics
 
-from .methods import VALUE_FUNCTION, Method, run_method, run_start, summary, write
+from .methods import VALUE_FUNCTION, Method, by_loss_alone, run_method, run_start, summary, write
 from .report import MethodRun, require
 from .splits import Splits
 
@@ -206,8 +206,13 @@ class Start:
     group_names: Sequence[str] = ()
     group_axis: str = ""
 
-    def trainer(self, **changes: Any) -> MetricOptTrainer:
-        """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments."""
+    def trainer(self, follows_metric: bool = True, **changes: Any) -> MetricOptTrainer:
+        """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments.
+
+        Args:
+            follows_metric: else all of its steps are by the loss, and it only measures the metric.
+        """
+        cls = MetricOptTrainer if follows_metric else by_loss_alone(MetricOptTrainer)
         numbers = {f.name for f in dataclasses.fields(self.args)}
         options = {name: value for name, value in changes.items() if name not in numbers}
         datasets = {
@@ -217,7 +222,7 @@ class Start:
             "selection_dataset": self.splits.selection,
         }
         args = replace(self.args, **{name: value for name, value in changes.items() if name in numbers})
-        return MetricOptTrainer(copy.deepcopy(self.model), args, **{**datasets, **self.options, **options})
+        return cls(copy.deepcopy(self.model), args, **{**datasets, **self.options, **options})
 
 
 def start(

@@ -3,7 +3,7 @@
 This is the sentence of the whole library, as `advance` reads it:
 
     linearise(phi) -> metric calls on outputs + jacobian z -> guide.gradient(z), blended -> a step of phi
-        -> a real pass: is it better? -> the selection split
+        -> a real pass: is it better?
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +36,24 @@ from .selection import Selection
 
 logger = logging.getLogger(__name__)
 
-GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 16  # of a guide's rate, relative to its first
+GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 64  # of a guide's rate, relative to its first
+ANNEALED = 0.8  # share of a guide's rate that is gone at the last step
 MOST_TAKEN_BACK = 3  # steps in a row, behind which the phase ends
 MOST_OBSERVATIONS = 4096  # kept, the latest ones
+
+
+class Step(NamedTuple):
+    """A step that a guide has made.
+
+    Attributes:
+        value: of the metric behind it, see `Metric.merit`.
+        phi: [d] to which it goes.
+        prediction: what the model predicts there.
+    """
+
+    value: float
+    phi: Tensor
+    prediction: EvalPrediction | None = None
 
 
 class MetricPhase:
@@ -86,6 +101,7 @@ class MetricPhase:
         self.finished = False
         self.curve: list[dict[str, Any]] = []
         self._linearization: Linearization | None = None  # at the present phi
+        self._prediction: EvalPrediction | None = None  # there
 
     @property
     def started(self) -> bool:
@@ -103,7 +119,7 @@ class MetricPhase:
         self._freeze()
         self.ledger.budget = self.plan.calls
         score, prediction = self.evaluator.evaluate_with_predictions("observe")
-        self.value = self.metric.merit(score)
+        self.value, self._prediction = self.metric.merit(score), prediction
         linearises = self.plan.observe == PREDICTIONS and prediction is not None
         if linearises:
             try:
@@ -135,10 +151,9 @@ class MetricPhase:
         self.last_step = step
         if self.ended is None:
             if self.plan.observe == PREDICTIONS and self._linearization is None:
-                self._linearise(self.evaluator.predictions())
+                self._linearise(self._prediction or self.evaluator.predictions())
             tried = self._tried(step, loss_gradient)
             self._judge(tried, step)
-            self.selection.consider(step + 1)
             if (reason := self.faults.reason) is not None:
                 self._end(reason)
 
@@ -150,8 +165,8 @@ class MetricPhase:
 
     # A step
 
-    def _tried(self, step: int, loss_gradient: Callable[[], Tensor] | None) -> dict[str, tuple[float, Tensor]]:
-        """(value, phi) where each guide has gone that is still followed."""
+    def _tried(self, step: int, loss_gradient: Callable[[], Tensor] | None) -> dict[str, Step]:
+        """Where each guide has gone that is still followed."""
         phi, tried = self.phi.read(), {}
         gradient = None
         if self.plan.blends and loss_gradient is not None:
@@ -172,45 +187,48 @@ class MetricPhase:
                 self.plan.on_all_rows,
                 allowance=int(self.ledger.remaining / steps_left / len(followed)),
             )
-            rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim)
+            share = (step - self.start_step) / self.plan.steps
+            rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
             z = ascend(
                 self.guides[name], local, self.plan.updates, rate, self.make_optimizer, gradient, self.plan.value_weight
             )
             tried[name] = self._scored(phi, z)
         return tried
 
-    def _scored(self, phi: Tensor, z: Tensor) -> tuple[float, Tensor]:
-        """(value, phi) with a step z from phi: minus infinity where the metric fails, or nothing has moved."""
+    def _scored(self, phi: Tensor, z: Tensor) -> Step:
+        """A step z from phi; its value is minus infinity where the metric fails, or nothing has moved."""
         there = phi + self.coordinates.lift(z.to(phi.device))
         if not bool(z.any()):
-            return float("-inf"), there
+            return Step(float("-inf"), there)
         with self.phi.restored():
             self.phi.write(there)
             try:
-                return self.metric.merit(self.evaluator.evaluate("observe")), there
+                score, prediction = self.evaluator.evaluate_with_predictions("observe")
+                return Step(self.metric.merit(score), there, prediction)
             except MetricError as error:
                 self.faults.add([str(error)], succeeded=0)
-                return float("-inf"), there
+                return Step(float("-inf"), there)
 
-    def _judge(self, tried: dict[str, tuple[float, Tensor]], step: int) -> None:
+    def _judge(self, tried: dict[str, Step], step: int) -> None:
         """Take the best step, unless its value is worse by more than the metric's standard error."""
         error = self._standard_error()
-        best = max(tried, key=lambda name: tried[name][0], default=None)
-        taken = best is not None and tried[best][0] >= self.value - error
-        for name, (value, _) in tried.items():
-            pays = value > self.value
+        best = max(tried, key=lambda name: tried[name].value, default=None)
+        taken = best is not None and tried[best].value >= self.value - error
+        for name, made in tried.items():
+            pays = made.value > self.value
             self.rates[name] = min(MOST_RATE, self.rates[name] * GROWTH) if pays else self.rates[name] / 2
         if taken:
-            self.value, phi = tried[best]
-            self.phi.write(phi)
-            self._linearization = None
+            self.value, self._prediction = tried[best].value, tried[best].prediction
+            self.phi.write(tried[best].phi)
+            self.selection.visit()
+        self._linearization = None
         self.taken_back = 0 if taken else self.taken_back + 1
         self.curve.append(
             {
                 "step": step,
                 "guide": best if taken else None,
                 "value": self.value,
-                "tried": {name: value for name, (value, _) in tried.items()},
+                "tried": {name: made.value for name, made in tried.items()},
                 "standard_error": error,
                 "rates": dict(self.rates),
                 "calls": self.ledger.calls["observe"],
@@ -295,8 +313,6 @@ class MetricPhase:
         scalars = {name: float(latest[name]) for name in ("standard_error", "calls", "passes")}
         scalars["value"] = self.metric.sign * self.value
         scalars |= {f"rate_{name}": rate for name, rate in self.rates.items()}
-        if self.selection.latest is not None:
-            scalars["selection"] = float(self.selection.latest)
         return {**scalars, "failed_calls": float(self.faults.total)}
 
     def state_dict(self) -> dict[str, Any]:
