@@ -1,8 +1,8 @@
 """Methods against each other, from the same start: what an example script runs so that its table is a fair one.
 
 Every method gets the same model, data, seed and steps; they differ by `Method.changes` alone. The loss alone is the
-same trainer whose run follows no metric, so that all of its steps are Trainer's. A script takes `METHODS`, and adds what else its
-field would do.
+same trainer whose run follows no metric, so that all of its steps are Trainer's. A script takes `METHODS`, and adds what
+else its field would do.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Method:
 
     Attributes:
         title: row of the table.
-        changes: to the arguments that all methods share: of `MetricOptConfig`, of the trainer, or `follows_metric`, which
-            is False where all steps are by the loss.
+        changes: to the arguments that all methods share: of `MetricOptConfig`, of the trainer, or `follows_metric`,
+            which is False where all steps are by the loss.
         class_bias: whether, in a classification, a second row shows it with a bias per class tuned on top.
     """
 
@@ -55,7 +55,7 @@ class Method:
 
 
 def by_loss_alone(cls: type[MetricOptTrainer]) -> type[MetricOptTrainer]:
-    """A class of trainers whose runs are Trainer's; outside of a run they know the metric, so that it can be measured."""
+    """A class of trainers whose runs are Trainer's; outside of a run they know the metric, and can measure it."""
 
     class LossOnlyTrainer(cls):
         follows_metric = True
