@@ -1,8 +1,8 @@
 """Methods against each other, from the same start: what an example script runs so that its table is a fair one.
 
 Every method gets the same model, data, seed and steps; they differ by `Method.changes` alone. The loss alone is the
-same trainer whose run follows no metric, so that all of its steps are Trainer's. A script takes `METHODS`, and adds what
-else its field would do.
+same trainer whose run follows no metric, so that all of its steps are Trainer's. A script takes `METHODS`, and adds
+what else its field would do.
 """
 
 from __future__ import annotations
