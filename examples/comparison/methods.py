@@ -55,21 +55,15 @@ class Method:
 
 
 def by_loss_alone(cls: type[MetricOptTrainer]) -> type[MetricOptTrainer]:
-    """A class of trainers whose runs are Trainer's; outside of a run they know the metric, and can measure it."""
+    """A class of trainers whose runs are Trainer's, step by step; they know the metric, so that it can be measured."""
 
     class LossOnlyTrainer(cls):
-        follows_metric = True
-
-        @property
-        def guided(self) -> bool:
-            return self.follows_metric and super().guided
-
         def train(self, *args, **kwargs):
-            self.follows_metric = False
-            try:
-                return Trainer.train(self, *args, **kwargs)
-            finally:
-                self.follows_metric = True
+            self.settled()
+            return Trainer.train(self, *args, **kwargs)
+
+        def _prepare_for_training(self, *args, **kwargs):
+            return Trainer._prepare_for_training(self, *args, **kwargs)
 
     return LossOnlyTrainer
 
