@@ -11,7 +11,6 @@ import dataclasses
 import inspect
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +23,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from metricopt_hf import metrics as shipped_metrics
-from metricopt_hf.training.plan import DEFAULT_STEPS
 
-from .methods import VALUE_FUNCTION, Method, run_method, run_start, summary, write
+from .methods import VALUE_FUNCTION, Method, by_loss_alone, run_method, run_start, summary, write
 from .report import MethodRun, require
 from .splits import Splits
 
@@ -40,8 +38,8 @@ DEFAULTS = {
     "methods": ["loss_only", "shuffled", "metricopt"],
 }
 DIAGNOSIS = "diagnosis.png"
-# In the first phase nothing is kept: the comparison begins behind it.
-FIRST_PHASE = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
+# In the steps before the methods part nothing is kept.
+FIRST_STEPS = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
 
 
 @dataclass
@@ -67,6 +65,13 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     token: str | None = field(default=None, metadata={"help": "Token for private repositories on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    first_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps by the loss before the methods part, made once per seed, such as for a new head. The "
+            "methods' own steps, max_steps or num_train_epochs, come after them."
+        },
+    )
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -177,17 +182,6 @@ def parse(
     return (*own, study, args)
 
 
-class LossOnlyTrainer(MetricOptTrainer):
-    """Trainer, step by step; it knows the metric, so that what it made can be measured."""
-
-    def train(self, *args, **kwargs):
-        self.settled()
-        return Trainer.train(self, *args, **kwargs)
-
-    def _prepare_for_training(self, *args, **kwargs):
-        return Trainer._prepare_for_training(self, *args, **kwargs)
-
-
 @dataclass
 class Start:
     """What all methods of a seed begin with.
@@ -200,6 +194,7 @@ class Start:
         class_bias: whether the task is a classification, whose cheap rival is a bias per class.
         seconds: how long it took to train.
         group_names: of the groups that the metric is told, by their number.
+        group_axis: what a picture of the groups shows, for its axis.
     """
 
     model: nn.Module
@@ -209,14 +204,15 @@ class Start:
     class_bias: bool = False
     seconds: float = 0.0
     group_names: Sequence[str] = ()
+    group_axis: str = ""
 
     def trainer(self, follows_metric: bool = True, **changes: Any) -> MetricOptTrainer:
         """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments.
 
         Args:
-            follows_metric: else it trains by its loss alone, and only measures the metric.
+            follows_metric: else all of its steps are by the loss, and it only measures the metric.
         """
-        cls = MetricOptTrainer if follows_metric else LossOnlyTrainer
+        cls = MetricOptTrainer if follows_metric else by_loss_alone(MetricOptTrainer)
         numbers = {f.name for f in dataclasses.fields(self.args)}
         options = {name: value for name, value in changes.items() if name not in numbers}
         datasets = {
@@ -233,30 +229,21 @@ def start(
     model: nn.Module,
     args: MetricOptConfig,
     splits: Splits,
-    first_steps: int | None = None,
+    first_steps: int = 0,
     first_dataset: Any = None,
     class_bias: bool = False,
     **options: Any,
 ) -> Start:
-    """The start of one seed: the model as it is, or after a first phase by its loss, made once for all methods.
+    """The start of one seed: the model as it is, or after some steps by its loss, made once for all methods.
 
     Args:
-        args: of its steps, all but the last `metric_steps` are the first phase's, and these are each method's run.
-        first_steps: steps of the first phase in addition to the methods' own, instead of these.
-        first_dataset: data of the first phase; default: train.
+        first_steps: see `ModelArguments`.
+        first_dataset: data of these steps; default: train.
         class_bias, options: see `Start`.
 
     Raises:
-        ConfigurationError, MetricError, PhiError: whatever the methods would refuse, before the first phase.
+        ConfigurationError, MetricError, PhiError: whatever the methods would refuse, before these steps.
     """
-    steps = args.max_steps
-    if steps <= 0:
-        batches = math.ceil(len(splits.train) / (args.train_batch_size * args.world_size))
-        steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-    own = min(steps, DEFAULT_STEPS if args.metric_steps is None else args.metric_steps)
-    if first_steps is None:
-        first_steps, steps = steps - own, own
-    args = replace(args, max_steps=steps, metric_steps=own)
     made = Start(model, args, splits, options, class_bias)
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
     logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
@@ -269,7 +256,7 @@ def start(
         since = perf_counter()
         first_dataset = splits.train if first_dataset is None else first_dataset
         Trainer(
-            model, replace(args, max_steps=first_steps, **FIRST_PHASE), train_dataset=first_dataset, **plain
+            model, replace(args, max_steps=first_steps, **FIRST_STEPS), train_dataset=first_dataset, **plain
         ).train()
         made.seconds = perf_counter() - since
         model.to("cpu")
@@ -312,6 +299,7 @@ def run_study(
         if diagnoses and not runs:
             found = first.diagnose()
             if first.is_world_process_zero():
+                print(found)
                 os.makedirs(args.output_dir, exist_ok=True)
                 found.plot(os.path.join(args.output_dir, DIAGNOSIS))
         runs += run_start(first, begin.splits.measured, begin.seconds, begin.class_bias)
@@ -335,11 +323,13 @@ def run_study(
 
     if kept.is_world_process_zero():
         recorded = {**arguments, **study.__dict__, **args.to_dict()}
-        written = write(args.output_dir, runs, kept, title, recorded, begin.group_names)
+        groups = (begin.group_names, begin.group_axis)
+        written = write(args.output_dir, runs, kept, title, recorded, *groups)
         print(summary(runs, kept))
         if note is not None:
             print(note)
-        written = ", ".join(["the model", f"{VALUE_FUNCTION}/", *[DIAGNOSIS] * diagnoses, *written])
+        learned = [f"{VALUE_FUNCTION}/"] * os.path.isdir(os.path.join(args.output_dir, VALUE_FUNCTION))
+        written = ", ".join(["the model", *learned, *[DIAGNOSIS] * diagnoses, *written])
         print(f"{perf_counter() - since:.0f} s in all. {args.output_dir} holds {written}.")
     source, dataset = arguments.get("model_name_or_path"), arguments.get("dataset_name")
     card = {**card, "tags": [*card.get("tags", ()), "metricopt"], "finetuned_from": source}

@@ -6,15 +6,14 @@ import pytest
 from helpers import Texts
 from runs import text_trainer
 
-from comparison.methods import METHODS, run_method, run_start
+from comparison.methods import METHODS, by_loss_alone, run_method, run_start
 from comparison.report import MethodRun, constraints_note
-from comparison.study import LossOnlyTrainer
 from metricopt_hf import MetricOptTrainer, ModelMetric
 
 pytestmark = pytest.mark.slow
 
 SPLITS = {"observation": Texts(40, seed=3), "selection": Texts(40, seed=4), "report": Texts(40, seed=5)}
-SHORT = {"max_steps": 4, "metric_steps": 4, "phi_dim": 2, "metric_call_budget": 8}
+SHORT = {"max_steps": 4, "phi_dim": 2, "metric_call_budget": 8}
 
 
 def accuracies(prediction):
@@ -23,8 +22,8 @@ def accuracies(prediction):
 
 
 def maker(folder, trainer_kwargs, **options):
-    def make(**changes):
-        cls = MetricOptTrainer if changes.pop("follows_metric", True) else LossOnlyTrainer
+    def make(follows_metric=True, **changes):
+        cls = MetricOptTrainer if follows_metric else by_loss_alone(MetricOptTrainer)
         return text_trainer(folder, cls, trainer_kwargs=trainer_kwargs, **{**SHORT, **options, **changes})
 
     return make
