@@ -69,8 +69,10 @@ def test_feasible_comes_before_better_and_less_infeasible_before_more():
     feasible, better = Score(0.1, [0.6]), Score(0.2, [0.7])
     missed, missed_by_more = Score(0.9, [0.5]), Score(0.95, [0.3])
     order = [missed_by_more, missed, feasible, better]
+    assert judge.merit(Score(1.0, [1.0])) == 1.0  # the unit of what is missed
     assert sorted(reversed(order), key=judge.merit) == order
     smaller = metric({}, text="precision>=0.6", greater_is_better=False)
+    assert smaller.merit(Score(1.0, [1.0])) == -1.0
     assert sorted(order, key=smaller.merit) == [missed_by_more, missed, better, feasible]
     assert [check.holds for check in judge.checks(missed.values)] == [False]
 

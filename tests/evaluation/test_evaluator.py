@@ -220,6 +220,7 @@ BATCH_BYTES = SIZE * (5 * 4 + 8)  # numbers and labels
 def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(monkeypatch, max_bytes, replayed):
     phi, reference = FiLM(Model()), FiLM(Model())
     reference.model.load_state_dict(phi.model.state_dict())
+    reference.reset()
     frozen, plain = evaluator(max_bytes=max_bytes, phi=phi), evaluator(phi=reference)
 
     @contextmanager
@@ -243,48 +244,6 @@ def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(monkeypatch, max_
 # ---- several ranks
 
 
-class Fails(Seen):
-    """Not on every call."""
-
-    def __init__(self, calls):
-        self.calls, self.count = calls, -1
-        super().__init__(self.next)
-
-    def next(self):
-        self.count += 1
-        if self.count in self.calls:
-            raise ValueError(f"no number in call {self.count}")
-
-
-def test_on_the_main_rank_alone_the_metric_is_called_and_all_get_its_answer(monkeypatch):
-    """Every rank predicts: a model's loss may wait for all of them."""
-    sent = {}
-
-    def broadcast(outcome):
-        if outcome != [None]:
-            sent["outcome"] = list(outcome)
-        outcome[:] = sent["outcome"]
-
-    monkeypatch.setattr(evaluator_module, "broadcast_object_list", broadcast)
-    model = Model()
-    for world_size in (1, 2):
-        for fails in (set(), {0}):
-            expected = None
-            for rank in range(world_size):
-                metric, examples = Fails(fails), Examples()
-                taken = evaluator(metric, examples, model=model, rank=rank, world_size=world_size)
-                if fails:
-                    with pytest.raises(MetricError, match="call 0"):
-                        taken.evaluate("select")
-                else:
-                    answer = taken.evaluate("select")
-                    expected = answer if rank == 0 else expected
-                    assert answer == expected == Seen()(taken.predictions())
-                assert metric.count + 1 == (rank == 0)
-                assert examples.read == SIZE
-                assert taken.ledger.calls["select"] == 1
-
-
 def fake_ranks(monkeypatch, world_size):
     """`gather(rank)` makes the ranks exchange, one after the other: the last one to come has what all gave."""
     given = {}
@@ -300,7 +259,7 @@ def fake_ranks(monkeypatch, world_size):
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_batches_are_shared_among_the_ranks_and_all_run_equally_often(monkeypatch, world_size):
     given, runs = fake_ranks(monkeypatch, world_size), []
-    model = Model()
+    model = Model().eval()
     for rank in range(world_size):
         called = []
 
@@ -322,3 +281,18 @@ def test_calls_are_shared_out_and_come_back_in_order(monkeypatch):
     for rank in range(3):
         found = evaluator_module.shared_out(rank, 3, 7, lambda i: i * i)
     assert found == [i * i for i in range(7)]
+
+
+def test_of_what_the_first_rank_answers_or_raises_all_have_the_same(monkeypatch):
+    sent = {}
+
+    def broadcast(outcome):
+        outcome[:] = sent.setdefault("first", list(outcome))
+
+    monkeypatch.setattr(evaluator_module, "broadcast_object_list", broadcast)
+    answers = iter(range(9))
+    assert [evaluator_module.agreed(rank, 2, lambda: next(answers)) for rank in range(2)] == [0, 0]
+    sent.clear()
+    for rank in range(2):
+        with pytest.raises(MetricError, match="mistake"):
+            evaluator_module.agreed(rank, 2, lambda: Metric(lambda p: fail(), "f1")(None))

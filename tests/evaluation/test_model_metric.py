@@ -99,7 +99,7 @@ def test_a_command_reads_the_saved_model_and_its_last_line_is_the_number(tmp_pat
     phi.write(phi.read() + 0.1)
     assert taken.evaluate("check") == 0.25
     kept = BertForSequenceClassification.from_pretrained(tmp_path / "kept")
-    with phi.merged():
+    with torch.no_grad():
         torch.testing.assert_close(kept(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
     assert (tmp_path / "kept" / "processor.txt").exists()
 
