@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import EvalPrediction
 
 from ..errors import ConfigurationError
@@ -183,41 +183,6 @@ def random_batches(
     for _ in range(count):
         rows = torch.randint(len(dataset), (min(batch_size, len(dataset)),), generator=generator)
         yield collate([dataset[int(i)] for i in rows])
-
-
-def group_batches(
-    dataset: Dataset, label_name: str, batch_size: int, collate: Callable, generator: torch.Generator
-) -> Iterator[Any]:
-    """One batch per class, drawn from the examples with that label.
-
-    Raises:
-        ConfigurationError: the labels cannot be read as classes.
-    """
-    labels = _labels(dataset, label_name)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        chosen = rows[torch.randperm(len(rows), generator=generator).numpy()[:batch_size]]
-        yield collate([dataset[int(i)] for i in chosen])
-
-
-def _labels(dataset: Any, label_name: str) -> np.ndarray:
-    hint = 'coordinates="group_gradients" needs a training set of known length with one class label per example'
-    if not hasattr(dataset, "__len__"):
-        raise ConfigurationError(f'{hint}; this one has no length. Use "gradient_pca".')
-    columns = getattr(dataset, "column_names", None)
-    names = [n for n in (label_name, "label", "labels") if columns is None or n in columns]
-    try:
-        if columns is not None:
-            labels = np.asarray(dataset.with_format("numpy")[names[0]][:])
-        else:
-            labels = np.asarray([next(dataset[i][n] for n in names if n in dataset[i]) for i in range(len(dataset))])
-    except (IndexError, KeyError, StopIteration, TypeError) as error:
-        raise ConfigurationError(f'{hint}; no column {label_name!r} found. Use "gradient_pca".') from error
-    if labels.ndim != 1 or labels.dtype.kind not in "iub" or len(np.unique(labels)) > 1000:
-        raise ConfigurationError(
-            f'{hint}; found {labels.dtype} labels of shape {list(labels.shape)}. Use "gradient_pca".'
-        )
-    return labels
 
 
 def reordered(prediction: EvalPrediction, order: int) -> EvalPrediction:

@@ -1,4 +1,4 @@
-"""Evaluator: predictions and the metric at points of phi, on one data set, without disturbing the training around it."""
+"""Evaluator: predictions and the metric at points of phi, on one data set, without disturbing the training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import EvalPrediction
@@ -22,7 +22,8 @@ from ..phi.space import is_sharded, reshard
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
-from .ranks import agreed
+
+T = TypeVar("T")
 
 NOTHING = (
     "The set on which the metric is observed is empty, or the model returns no logits. Look at "
@@ -249,3 +250,35 @@ class Evaluator:
             else:
                 self._kept = kept
         return self._kept or None
+
+
+# What several ranks of a run must agree on, since a black box may answer otherwise the next time it is asked
+
+
+def agreed(rank: int, world_size: int, compute: Callable[[], T]) -> T:
+    """What `compute` gives on the first rank, on every rank.
+
+    Raises:
+        MetricError: it raised one there; the same on every rank.
+    """
+    outcome: list[Any] = [None]
+    if rank == 0:
+        try:
+            outcome = [compute()]
+        except MetricError as error:
+            if world_size == 1:
+                raise
+            outcome = [error]
+    if world_size > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], MetricError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def shared_out(rank: int, world_size: int, count: int, compute: Callable[[int], T]) -> list[T]:
+    """`compute` of each of 0, ..., count - 1, each on one rank, and all of it on every rank, in order."""
+    mine = [(i, compute(i)) for i in range(rank, count, world_size)]
+    if world_size > 1:
+        mine = sorted(gather_object(mine), key=lambda pair: pair[0])
+    return [value for _, value in mine]

@@ -193,7 +193,7 @@ class Linearizer:
     def _decisive_directions(self, dim: int) -> Tensor | None:
         """[d, <= dim] from as many rows' derivatives as `BASIS_BYTES` hold."""
         room, rows, self._made = BASIS_BYTES / self.evaluator.world_size, [], []
-        for _, made in self.evaluator.outputs(lambda batch: self._derivatives(batch, most_bytes=max(room, 1))):
+        for _, made in self.evaluator.outputs(lambda batch: self._derivatives(batch, most_bytes=room)):  # noqa: B023
             rows.append(made.jacobian)
             self._made.append(made)
             room -= made.jacobian.nbytes
@@ -206,9 +206,7 @@ class Linearizer:
             raise NotRowByRow("the outputs do not depend on phi.")
         return basis
 
-    def _derivatives(
-        self, batch: Any, basis: Tensor | None = None, most_bytes: float = float("inf")
-    ) -> RowDerivatives:
+    def _derivatives(self, batch: Any, basis: Tensor | None = None, most_bytes: float = float("inf")) -> RowDerivatives:
         """Run a batch, and differentiate its outputs row by row.
 
         Args:
@@ -320,7 +318,9 @@ class Linearizer:
                 self._compare(here, there, floats)
                 for i in floats:
                     slopes[i].append(torch.as_tensor((there[i].astype(np.float32) - here[i]) / STEP))
-        leaves = {i: LinearLeaf(torch.as_tensor(here[i].astype(np.float32)), torch.stack(s, -1)) for i, s in slopes.items()}
+        leaves = {
+            i: LinearLeaf(torch.as_tensor(here[i].astype(np.float32)), torch.stack(s, -1)) for i, s in slopes.items()
+        }
         leaves = {i: leaf for i, leaf in leaves.items() if leaf.jacobian.any()}
         if not leaves:
             raise NotLinearizable("the model's outputs do not depend on phi")
@@ -342,7 +342,9 @@ def _differentiable_leaf(logits: Any, returned: list[Any]) -> tuple[int, Tensor]
         NotRowByRow: there are several, none, or none that the model itself has returned in one call.
     """
     leaves = [
-        (i, leaf) for i, leaf in enumerate(tree_flatten(logits)[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        (i, leaf)
+        for i, leaf in enumerate(tree_flatten(logits)[0])
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
     if len(returned) != 1 or len(leaves) != 1:
         raise NotRowByRow(f"{len(returned)} calls of the model make {len(leaves)} arrays of outputs.")
@@ -390,4 +392,3 @@ def _moving(prediction: EvalPrediction) -> set[int]:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
-

@@ -12,11 +12,10 @@ from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..phi import Coordinates
-from .evaluator import Evaluator
-from .faults import Faults
+from .evaluator import Evaluator, shared_out
+from .ledger import Faults
 from .linearization import Linearization
 from .metric import world_kept
-from .ranks import shared_out
 from .trajectory import Observation, Trajectory
 
 

@@ -13,11 +13,9 @@ import torch
 from transformers import EvalPrediction
 
 from ..errors import MetricError
-from .answer import values_of
-from .constraints import ConstraintCheck
-from .evaluator import Evaluator
+from .answer import ConstraintCheck, values_of
+from .evaluator import Evaluator, agreed
 from .linearization import Linearization
-from .ranks import agreed
 from .rows import num_rows, take_rows, unsplittable
 
 HALVES = 16

@@ -48,7 +48,9 @@ def unsplittable(
     for name, value in fields.items():
         parts = [value] if concat else list(value)
         if len(parts) != len(sizes):
-            return f"there is no saying which rows are an example's: {len(parts)} batches of {name}, {len(sizes)} of data"
+            return (
+                f"there is no saying which rows are an example's: {len(parts)} batches of {name}, {len(sizes)} of data"
+            )
         for part, size in zip(parts, sizes, strict=True):
             found = _lengths(part)
             if size not in found:
@@ -89,9 +91,7 @@ def sizes_of(prediction: EvalPrediction, rows: np.ndarray, batch_sizes: Sequence
 def _by_batch(rows: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
     """Of each batch, which of its rows are among `rows`."""
     ends = list(accumulate(sizes))
-    return [
-        rows[(rows >= end - size) & (rows < end)] - (end - size) for end, size in zip(ends, sizes, strict=True)
-    ]
+    return [rows[(rows >= end - size) & (rows < end)] - (end - size) for end, size in zip(ends, sizes, strict=True)]
 
 
 def _sizes(prediction: EvalPrediction, concat: bool, batch_sizes: Sequence[int] | None) -> list[int]:
@@ -103,7 +103,7 @@ def _sizes(prediction: EvalPrediction, concat: bool, batch_sizes: Sequence[int] 
 
 
 def _lengths(tree: Any) -> list[int]:
-    """Rows of all arrays in nested tuples, lists and dicts, in order; a list of anything else has one for each entry."""
+    """Rows of all arrays in nested tuples, lists and dicts, in order; other lists have one for each entry."""
     if isinstance(tree, np.ndarray):
         return [len(tree)] if tree.ndim else []
     if isinstance(tree, Mapping):

@@ -1,4 +1,4 @@
-"""FiLM: a scale and a shift per channel of norm layers, and the output layer's bias, written into the norms' own weights.
+"""FiLM: scale and shift per channel of norm layers, and the output layer's bias, written into the norms' own weights.
 
 After FiLM (Perez et al., 2018): y = (1 + scale) * norm(x) + shift, with scale = shift = 0, the identity, at the start.
 Because norm(x) ends in `weight * x + bias`, nothing has to be inserted: weight = (1 + scale) * weight_0 and
@@ -296,8 +296,8 @@ class FiLM(PhiSpace):
                 if layers is None:
                     continue  # by default, those that can be written to
                 raise PhiError(
-                    f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so FiLM cannot be written into "
-                    'its weights. Choose others with `layers="..."`; norm layers here: '
+                    f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so FiLM cannot be written "
+                    'into its weights. Choose others with `layers="..."`; norm layers here: '
                     f"{', '.join(norms)}."
                 )
             sites.append(_Site(name, norm, host, dim))

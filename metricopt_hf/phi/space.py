@@ -121,6 +121,8 @@ class PhiSpace(ABC):
         Args:
             loss: computes it, differentiable in the model's parameters.
         """
+        if is_sharded(self.model):
+            return self._gradient_of_sharded(loss)
         parameters = self.parameters
         needed = [p.requires_grad for p in parameters]
         try:
@@ -132,6 +134,21 @@ class PhiSpace(ABC):
             for parameter, needs in zip(parameters, needed, strict=True):
                 parameter.requires_grad_(needs)
         return self.pull([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)])
+
+    def _gradient_of_sharded(self, loss: Callable[[], Tensor]) -> Tensor:
+        """The same under FSDP2, which gives gradients to parameters' `grad` only, in a backward pass of its own."""
+        everything = list(self.model.parameters())
+        before = [p.grad for p in everything]
+        try:
+            for parameter in everything:
+                parameter.grad = None
+            with torch.enable_grad():
+                loss().backward()
+            parameters = self.parameters
+            return self.pull([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        finally:
+            for parameter, gradient in zip(everything, before, strict=True):
+                parameter.grad = gradient
 
     def pull(self, gradients: Sequence[Tensor]) -> Tensor:
         """Gradients of the parameters, in the order of `names`, as one of phi: [dim] float32."""
@@ -237,5 +254,7 @@ class Union(PhiSpace):
         return {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if set(state) != set(self.state_dict()):
+            super().load_state_dict(state)  # refuses it, and says what it holds
         for i, part in enumerate(self.parts):
             part.load_state_dict({n.partition(".")[2]: v for n, v in state.items() if n.startswith(f"{i}.")})

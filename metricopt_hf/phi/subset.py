@@ -52,8 +52,8 @@ class Subset(PhiSpace):
         if self.is_shared:
             return None
         found: list[Tap] = []
-        for owner, parts in itertools.groupby(self._names, key=lambda name: name.rpartition(".")[0]):
-            module, parts = self.model.get_submodule(owner), [name.rpartition(".")[2] for name in parts]
+        for owner, names in itertools.groupby(self._names, key=lambda name: name.rpartition(".")[0]):
+            module, parts = self.model.get_submodule(owner), [name.rpartition(".")[2] for name in names]
             is_linear = getattr(type(module), "forward", None) is nn.Linear.forward
             if not is_linear or not set(parts) <= {"weight", "bias"}:
                 return None

@@ -21,7 +21,7 @@ from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.faults import Faults
+from ..evaluation.ledger import Faults
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
 from ..evaluation.local_metric import LocalMetric

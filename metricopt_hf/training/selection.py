@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..errors import MetricError
-from ..evaluation.answer import Score, values_of
-from ..evaluation.constraints import ConstraintCheck
+from ..evaluation.answer import ConstraintCheck, Score, values_of
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.faults import Faults
+from ..evaluation.ledger import Faults
 from ..evaluation.noise import checked_constraints, paired_error
 from ..phi import PhiSpace
 from .bias import with_tuned_bias

@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import ConfigurationError
-from ..evaluation.constraints import ConstraintCheck
+from ..evaluation.answer import ConstraintCheck
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..hub import ValueFunction

@@ -290,7 +290,9 @@ def test_of_more_rows_than_find_room_some_are_drawn(monkeypatch):
     assert torch.allclose(whole.leaves[0].jacobian[drawn], linear.leaves[0].jacobian)
     again = linearizer(taken, seed=1)
     monkeypatch.setattr(module, "MOST_BYTES", 7.5 * a_row)
-    assert not np.array_equal(again.linearize(coordinates.basis, everything).centre.predictions, linear.centre.predictions)
+    assert not np.array_equal(
+        again.linearize(coordinates.basis, everything).centre.predictions, linear.centre.predictions
+    )
 
 
 @pytest.mark.parametrize("room", [1, 3000, 2**28])
@@ -298,7 +300,9 @@ def test_coordinates_are_found_from_as_many_rows_as_find_room(monkeypatch, room)
     taken, _ = case("mlp")
     monkeypatch.setattr(module, "BASIS_BYTES", room)
     kept = []
-    monkeypatch.setattr(module, "output_directions", lambda j, dim: kept.append(j) or module.leading_directions(j[0], dim))
+    monkeypatch.setattr(
+        module, "output_directions", lambda j, dim: kept.append(j) or module.leading_directions(j[0], dim)
+    )
     linearizer(taken).coordinates()
     assert len(kept[0]) == max(1, min(ROWS, room // (4 * 3 * taken.phi.dim)))
 
@@ -327,7 +331,9 @@ def test_under_autocast_derivatives_are_float32():
     made = linearizer(taken)
     coordinates = made.coordinates()
     assert made.way == ROW_BY_ROW
-    found, exact = (linearizer(e).linearize(coordinates.basis, e.predictions()).leaves[0].jacobian for e in (taken, plain))
+    found, exact = (
+        linearizer(e).linearize(coordinates.basis, e.predictions()).leaves[0].jacobian for e in (taken, plain)
+    )
     assert found.dtype == torch.float32 and (found - exact).norm() < 0.05 * exact.norm()
 
 

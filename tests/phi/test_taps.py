@@ -1,10 +1,10 @@
-"""Taps: a row's derivatives by phi are those that autograd and finite differences give, for every layer and precision."""
+"""Taps: a row's derivatives by phi are those that autograd and finite differences give."""
 
 import peft
 import pytest
 import torch
 from helpers import tiny_bert
-from phi_models import build, hf_resnet, llama, lora, timm_model, tokens
+from phi_models import hf_resnet, llama, lora, timm_model, tokens
 from torch import nn
 
 from metricopt_hf.evaluation.linearizer import differentiable
@@ -91,7 +91,9 @@ def with_a_bias(model):
 
 
 def many_heads_lora():
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value", "dense"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=["query", "value", "dense"], init_lora_weights=False
+    )
     return peft.get_peft_model(tiny_bert(), config)
 
 
@@ -218,9 +220,7 @@ class Flattened(MLP):
         return super().forward(x.repeat_interleave(4, 0)).reshape(len(x), 4, 3).mean(1)
 
 
-@pytest.mark.parametrize(
-    ("make", "why"), [(Twice, "more than once"), (Flattened, "another number of rows")]
-)
+@pytest.mark.parametrize(("make", "why"), [(Twice, "more than once"), (Flattened, "another number of rows")])
 def test_a_layer_without_a_row_for_each_row_is_refused(make, why):
     phi = FiLM(make().eval())
     with pytest.raises(NotRowByRow, match=why):
