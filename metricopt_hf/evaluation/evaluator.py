@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
 from .ranks import agreed
+from .rows import SizedPrediction
 
 NOTHING = (
     "The set on which the metric is observed is empty, or the model returns no logits. Look at "
@@ -73,8 +75,12 @@ class Evaluator:
         concat: whether batches are joined, as with Trainer's `eval_do_concat_batches`; else the metric sees lists.
         rank, world_size: this process, and how many there are.
         complete: what the metric is given instead of the predictions; see `Metric.__call__`.
+        num_rows, batch_size: of the data set and of its batches; None: predictions show how many rows they are of.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
+
+    Attributes:
+        call_seconds: that the last metric call took, without the pass.
     """
 
     def __init__(
@@ -89,12 +95,15 @@ class Evaluator:
         rank: int = 0,
         world_size: int = 1,
         complete: Callable[[EvalPrediction], EvalPrediction] | None = None,
+        num_rows: int | None = None,
+        batch_size: int | None = None,
         accumulation_steps: int | None = None,
     ):
         self.phi, self.metric, self.ledger, self.concat = phi, metric, ledger, concat
         self.rank, self.world_size, self.complete = rank, world_size, complete
         self.predict, self._batches, self._max_bytes = predict, batches, max_bytes
-        self._accumulation_steps = accumulation_steps
+        self._num_rows, self._batch_size, self._accumulation_steps = num_rows, batch_size, accumulation_steps
+        self.call_seconds = 0.0
         self._kept: list[Any] | bool | None = None  # the batches; False: they are too many
         self._prefix: PrefixCache | None = None
 
@@ -136,11 +145,17 @@ class Evaluator:
         with self.ledger.charge(purpose, passes=1):
             self._check_finite()
             complete = complete or self.complete
-            if self.metric.batchwise and complete is None and self.world_size == 1:
+            if self.metric.batchwise and complete is None:
                 with undisturbed(self.phi.model):
-                    return self.metric.over(self._each()), None
+                    batches = self._each() if self.world_size == 1 else list(self._each())
+                    return agreed(self.rank, self.world_size, lambda: self.metric.over(batches)), None
             prediction = self.predictions()
-            score = agreed(self.rank, self.world_size, lambda: self.metric(prediction, complete))
+
+            def call() -> tuple[float, float]:
+                start = perf_counter()
+                return self.metric(prediction, complete), perf_counter() - start
+
+            score, self.call_seconds = agreed(self.rank, self.world_size, call)
             return score, prediction
 
     def _check_finite(self) -> None:
@@ -204,7 +219,7 @@ class Evaluator:
 
     def joined(self, outputs: Iterable[BatchOutput]) -> EvalPrediction:
         """Batches joined as Trainer joins them, or listed."""
-        columns = {name: EvalLoopContainer(self.concat, padding_index=-100) for name in BatchOutput._fields}
+        columns, count = {name: EvalLoopContainer(self.concat, padding_index=-100) for name in BatchOutput._fields}, 0
         for count, output in enumerate(outputs, 1):
             self._check_joinable(output.labels)
             for name, value in output._asdict().items():
@@ -216,7 +231,20 @@ class Evaluator:
         arrays = {name: column.get_arrays() for name, column in columns.items()}
         if arrays["logits"] is None:
             raise ConfigurationError(NOTHING)
-        return EvalPrediction(arrays["logits"], arrays["labels"], inputs=arrays["inputs"], losses=arrays["loss"])
+        return SizedPrediction(arrays["logits"], arrays["labels"], arrays["inputs"], arrays["loss"], self._sizes(count))
+
+    def rows_of_first_batch(self, otherwise: int) -> int:
+        """Examples in it, or `otherwise` where that is not known."""
+        known = self._num_rows is not None and self._batch_size is not None
+        return min(self._num_rows, self._batch_size) if known else otherwise
+
+    def _sizes(self, batches: int) -> list[int] | None:
+        """Rows of each of so many batches, or of all of them where they are joined; None where that is not known."""
+        if self._num_rows is None or self.concat:
+            return None if self._num_rows is None else [self._num_rows]
+        if self._batch_size is None or batches != -(-self._num_rows // self._batch_size):
+            return None
+        return [min(self._batch_size, self._num_rows - start) for start in range(0, self._num_rows, self._batch_size)]
 
     def _each(self) -> Iterator[EvalPrediction]:
         """Predictions and labels batch by batch, as tensors where the model is."""

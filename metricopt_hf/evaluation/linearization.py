@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import EvalPrediction
 
-from .rows import FIELDS, num_rows, take_rows
+from .rows import FIELDS, num_rows, remade, take_rows
 
 
 @dataclass(frozen=True)
@@ -131,4 +131,4 @@ def planted(prediction: EvalPrediction, values: dict[int, Tensor]) -> EvalPredic
     leaves, spec = tree_flatten(_tree(prediction))
     for i, value in values.items():
         leaves[i] = value.numpy()
-    return EvalPrediction(**tree_unflatten(leaves, spec))
+    return remade(prediction, tree_unflatten(leaves, spec))

@@ -237,6 +237,8 @@ class Linearizer:
             with phi.restored():
                 phi.write(phi.read() + step.to(phi.read().device))
                 _, moved = next(evaluator.outputs())
+        if len(made.jacobian) != evaluator.rows_of_first_batch(len(made.jacobian)):
+            raise NotRowByRow(f"{len(made.jacobian)} outputs are of another number of examples.")
         before, after = (tree_flatten(output.logits)[0][made.leaf].float().cpu() for output in (made.output, moved))
         expected = made.jacobian @ step
         true = after - before

@@ -16,6 +16,7 @@ from .evaluator import Evaluator
 from .faults import Faults
 from .linearization import Linearization
 from .ranks import shared_out
+from .rows import divisible
 from .trajectory import Observation, Trajectory
 
 
@@ -65,11 +66,16 @@ class LocalMetric:
         self.spread, self.generator, self.faults = spread, generator, faults
         self.trajectory, self.step, self.value = trajectory, step, value
         self.allowance, self.share = allowance, allowance
-        self.on_all_rows = on_all_rows or evaluator.complete is not None  # what completes knows all rows by their place
+        # what completes knows all rows by their place
+        self.on_all_rows = on_all_rows or evaluator.complete is not None or not self._divisible
         self.phi = evaluator.phi.read()
         self.origin = coordinates.encode(self.phi).cpu()
         self.part = linearization
         self.rows: np.ndarray | None = None  # of the half that is seen; None: all
+
+    @property
+    def _divisible(self) -> bool:
+        return self.linearization is None or divisible(self.linearization.centre, self.linearization.concat)
 
     @property
     def dim(self) -> int:

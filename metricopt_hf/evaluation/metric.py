@@ -31,6 +31,7 @@ from .direct import DirectModule
 from .direction import given
 
 INPUTS = ("auto", "argmax", "scores", "identity")
+AUTOCAST = ("cpu", "cuda")  # devices whose autocast state is put back
 PENALTY = 20.0  # of a constraint's relative shortfall, in units of the score
 
 # Global state that a metric may change unnoticed: how to read it, and how to set it.
@@ -40,6 +41,8 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    (lambda: [_autocast(kind) for kind in AUTOCAST], lambda states: [_set_autocast(*state) for state in states]),
     (np.geterr, lambda errors: np.seterr(**errors)),
     (lambda: list(warnings.filters), lambda filters: (warnings.resetwarnings(), warnings.filters.extend(filters))),
     *(
@@ -47,6 +50,15 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
         for name in ("deterministic", "benchmark")
     ),
 )
+
+
+def _autocast(kind: str) -> tuple[str, bool, torch.dtype]:
+    return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def _set_autocast(kind: str, enabled: bool, dtype: torch.dtype) -> None:
+    torch.set_autocast_enabled(kind, enabled)
+    torch.set_autocast_dtype(kind, dtype)
 
 
 def _set_cudnn(name: str, value: bool) -> None:

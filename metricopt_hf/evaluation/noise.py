@@ -18,7 +18,7 @@ from .constraints import ConstraintCheck
 from .evaluator import Evaluator
 from .linearization import Linearization
 from .ranks import agreed
-from .rows import num_rows, take_rows
+from .rows import divisible, num_rows, take_rows
 
 HALVES = 16
 
@@ -35,6 +35,8 @@ def paired_error(evaluator: Evaluator, first: EvalPrediction, second: EvalPredic
 
 
 def _scatter(evaluator: Evaluator, predictions: Sequence[EvalPrediction], generator: torch.Generator, of) -> float:
+    if evaluator.metric.batchwise or not divisible(predictions[0], evaluator.concat):
+        return 0.0
     rows = num_rows(predictions[0], evaluator.concat)
     halves = [
         np.sort(torch.randperm(rows, generator=generator)[: max(1, rows // 2)].numpy()) for _ in range(HALVES)
@@ -81,6 +83,9 @@ def checked_constraints(
 
 def _errors_of_keys(evaluator: Evaluator, prediction: EvalPrediction) -> np.ndarray:
     """[m]: standard errors of the numbers of the metric's `keys`; nan where too few calls succeed."""
+    keys = len(evaluator.metric.keys)
+    if evaluator.metric.batchwise or not divisible(prediction, evaluator.concat):
+        return np.full(keys, np.nan)
     generator = torch.Generator().manual_seed(0)
     rows, drawn = num_rows(prediction, evaluator.concat), []
     for _ in range(HALVES):
@@ -89,5 +94,4 @@ def _errors_of_keys(evaluator: Evaluator, prediction: EvalPrediction) -> np.ndar
             drawn.append(values_of(evaluator.score(take_rows(prediction, half, evaluator.concat), "noise")))
         except MetricError:
             continue
-    keys = len(evaluator.metric.keys)
     return np.std(drawn, axis=0, ddof=1) if len(drawn) > HALVES // 2 else np.full(keys, np.nan)

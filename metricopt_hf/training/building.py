@@ -37,7 +37,7 @@ POST_PROCESS = (
 
 def observing(trainer: Any, setup: Setup) -> Observing:
     """What the guidance sees of a trainer's data, loss and predictions."""
-    return Observing(trainer, setup.metric, setup.phi, trainer.metric_inputs, trainer._ignore_keys)
+    return Observing(trainer, setup.metric, setup.phi, trainer.metric_inputs, trainer.ignore_keys)
 
 
 def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:

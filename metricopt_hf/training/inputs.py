@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainingArguments
 
 from ..evaluation import data
 
@@ -33,12 +34,24 @@ class MetricInputs:
         whole: Callable[[EvalPrediction, Any], Any] | None = None,
     ):
         self.post_process, self.examples, self.indices, self.whole = post_process, examples, indices, whole
-        self.dataset: Any = None  # that `evaluate` is about
+        self._evaluated: Any = None  # the data set that `evaluate` is about
 
     @property
     def completes(self) -> bool:
         """Whether anything is added."""
         return self.post_process is not None or self.indices
+
+    @contextmanager
+    def evaluating(self, dataset: Any, args: TrainingArguments) -> Iterator[None]:
+        """Inside, `evaluate` predicts that data set; in its order, where the metric is told which row is which."""
+        strategy = args.train_sampling_strategy
+        if self.completes and strategy == "group_by_length":  # Trainer groups by length in evaluation too
+            args.train_sampling_strategy = "random"
+        self._evaluated = None if isinstance(dataset, dict) else dataset
+        try:
+            yield
+        finally:
+            self._evaluated, args.train_sampling_strategy = None, strategy
 
     def completing(self, dataset: Any) -> Callable[[EvalPrediction], EvalPrediction] | None:
         """Completes predictions on a data set; None where nothing is added."""
@@ -60,7 +73,7 @@ class MetricInputs:
             return compute_metrics
 
         def completed(prediction: EvalPrediction, **kwargs: Any) -> Any:
-            return compute_metrics(prediction if self.dataset is None else self.complete(self.dataset, prediction), **kwargs)
+            return compute_metrics(prediction if self._evaluated is None else self.complete(self._evaluated, prediction), **kwargs)
 
         completed.__wrapped__ = compute_metrics
         return completed

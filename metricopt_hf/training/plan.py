@@ -31,6 +31,7 @@ class PhasePlan:
         rate: learning rate of an update of phi, in units of `STEP_LENGTH`.
         value_weight: lambda in `blended`.
         seed: of the private generator.
+        calls_given: whether the user says how many calls, so that a slow metric has as many.
         scale: by which steps and perturbations are made smaller, see `MOST_MOVED`.
     """
 
@@ -42,6 +43,7 @@ class PhasePlan:
     rate: float
     value_weight: float
     seed: int
+    calls_given: bool = False
     scale: float = 1.0
 
     @classmethod
@@ -55,7 +57,8 @@ class PhasePlan:
         calls = CALLS[observe] if args.metric_call_budget is None else args.metric_call_budget
         on_all_rows = args.observe == "predictions_on_all_rows"
         return cls(
-            steps, calls, observe, on_all_rows, args.phi_dim, args.phi_learning_rate, args.value_weight, args.seed
+            steps, calls, observe, on_all_rows, args.phi_dim, args.phi_learning_rate, args.value_weight, args.seed,
+            args.metric_call_budget is not None,
         )
 
     def observing_scores(self, args: MetricOptConfig) -> PhasePlan:
@@ -63,9 +66,9 @@ class PhasePlan:
         calls = CALLS[SCORES] if args.metric_call_budget is None else args.metric_call_budget
         return replace(self, observe=SCORES, calls=calls)
 
-    def in_time(self, args: MetricOptConfig, call_seconds: float, trained_seconds: float) -> PhasePlan:
+    def in_time(self, call_seconds: float, trained_seconds: float) -> PhasePlan:
         """With fewer calls, where the metric is slow: as many as take no longer than training did, or a minute."""
-        if args.metric_call_budget is not None or not call_seconds > 0:
+        if self.calls_given or not call_seconds > 0:
             return self
         return replace(self, calls=min(self.calls, max(2, int(max(PATIENCE, trained_seconds) / call_seconds))))
 

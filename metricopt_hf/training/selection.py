@@ -155,7 +155,7 @@ class Selection:
 
     def _error(self, first: Candidate, second: Candidate) -> float:
         """Standard error of the difference of two candidates' scores; 0 where it is not known."""
-        if self.on_all_rows or not self.evaluator.metric.of_predictions or self.evaluator.complete is not None:
+        if self.on_all_rows or not self.evaluator.metric.of_predictions or self.evaluator.metric.batchwise or self.evaluator.complete is not None:
             return 0.0
         made = []
         with self.phi.restored():
