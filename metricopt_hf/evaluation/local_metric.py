@@ -20,6 +20,9 @@ from .rows import divisible
 from .trajectory import Observation, Trajectory
 
 
+PERTURBED = 64
+
+
 class BudgetSpent(Exception):
     """No metric call is left."""
 
@@ -92,8 +95,11 @@ class LocalMetric:
         self.share = self.remaining / updates
 
     def draw(self, count: int) -> Tensor:
-        """Random perturbations: [count, k]."""
-        return torch.randn(count, self.dim, generator=self.generator) * self.spread
+        """Random perturbations of the leading coordinates: [count, k]."""
+        drawn = torch.zeros(count, self.dim)
+        leading = min(PERTURBED, self.dim)
+        drawn[:, :leading] = torch.randn(count, leading, generator=self.generator) * self.spread
+        return drawn
 
     def halve(self) -> None:
         """From now on another random half of the rows is seen, where the metric makes sense on a part."""

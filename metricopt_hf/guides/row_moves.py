@@ -25,7 +25,8 @@ from .base import Guide, GuideContext
 
 NOISE = 0.3  # on the logits, so that decisions near the boundary count with either side
 DECAY = 0.9  # of what earlier updates have found
-MOST_CALLS = 250  # in an update: of more moves, so many are drawn
+MOST_CALLS = 250  # in an update: of more moves, the least known
+ALTERNATIVES = 3  # of a row's classes, those with the largest logits beside the decision, to which it is moved
 
 
 class RowMovesGuide(Guide):
@@ -40,6 +41,7 @@ class RowMovesGuide(Guide):
         self.worth: np.ndarray | None = None  # [rows, classes] sums of effects
         self.count: np.ndarray | None = None  # [rows, classes] of how many
         self.linear: Linearization | None = None
+        self.kinds = np.zeros(0, int)  # of the rows of `linear`: the same where labels are
 
     def applies(self, metric: LocalMetric) -> bool:
         """Whether the metric is one of decisions: it is the same if the logits are replaced by their order's top."""
@@ -55,7 +57,9 @@ class RowMovesGuide(Guide):
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:
         metric.halve()
-        self.linear, rows = metric.linearization, metric.rows
+        if self.linear is not metric.linearization:
+            self.linear, self.kinds = metric.linearization, _kinds(metric.linearization.centre)
+        rows = metric.rows
         logits = _two_sided(self.linear.decisions.at(z))
         if self.worth is None or self.worth.shape != logits.shape:
             self.worth, self.count = np.zeros(logits.shape), np.zeros(logits.shape)
@@ -69,15 +73,15 @@ class RowMovesGuide(Guide):
 
     def _effects(self, metric: LocalMetric, logits: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """([rows, classes] by how much the metric changes if a row alone is decided so, [rows, classes] if known)."""
-        count, classes = logits.shape
+        classes = logits.shape[1]
         decisions = logits.argmax(1).numpy()
-        kinds = np.column_stack([_kinds(metric.linearization.centre)[rows], decisions])
-        _, first, kind = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
-        kind = kind.reshape(-1)
-        moves = [(i, c) for i in first for c in range(classes) if c != decisions[i]]
+        _, first, kind = np.unique(self.kinds[rows] * classes + decisions, return_index=True, return_inverse=True)
+        ranked = logits[first].argsort(1, descending=True).numpy()[:, 1 : 1 + ALTERNATIVES]
+        moves = [(row, other) for row, others in zip(first, ranked, strict=True) for other in others]
         if len(moves) > (most := max(1, int(min(MOST_CALLS, metric.share - 1)))):
-            drawn = torch.randperm(len(moves), generator=self.context.generator)[:most]
-            moves = [moves[i] for i in np.sort(drawn.numpy())]
+            drawn = torch.randperm(len(moves), generator=self.context.generator).numpy()
+            count = np.array([self.count[rows[row], other] for row, other in moves])
+            moves = [moves[i] for i in drawn[np.argsort(count[drawn], kind="stable")][:most]]  # the least known first
 
         def moved(i: int) -> EvalPrediction:
             if i == 0:
@@ -144,7 +148,6 @@ def _labels(prediction: EvalPrediction) -> list[np.ndarray]:
 
 
 def _kinds(prediction: EvalPrediction) -> np.ndarray:
-    """[rows, columns] whole numbers, the same for rows with the same labels."""
-    return np.column_stack(
-        [np.unique(c.reshape(len(c), -1), axis=0, return_inverse=True)[1].reshape(-1) for c in _labels(prediction)]
-    )
+    """[rows] whole numbers, the same for rows with the same labels."""
+    columns = np.column_stack([column.reshape(len(column), -1) for column in _labels(prediction)])
+    return np.unique(columns, axis=0, return_inverse=True)[1].reshape(-1)

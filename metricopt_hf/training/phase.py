@@ -37,6 +37,7 @@ from .selection import Selection
 logger = logging.getLogger(__name__)
 
 GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 16  # of a guide's rate, relative to its first
+ANNEALED = 0.0
 MOST_TAKEN_BACK = 3  # steps in a row, behind which the phase ends
 MOST_OBSERVATIONS = 4096  # kept, the latest ones
 
@@ -172,7 +173,8 @@ class MetricPhase:
                 self.plan.on_all_rows,
                 allowance=int(self.ledger.remaining / steps_left / len(followed)),
             )
-            rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim)
+            share = (step - self.start_step) / self.plan.steps
+            rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
             z = ascend(
                 self.guides[name], local, self.plan.updates, rate, self.make_optimizer, gradient, self.plan.value_weight
             )

@@ -84,7 +84,7 @@ class PhasePlan:
 
     def spread(self, dim: int) -> float:
         """Standard deviation of a perturbation on each of so many coordinates."""
-        return self.scale * SPREAD_LENGTH / dim**0.5
+        return self.scale * SPREAD_LENGTH / min(dim, 64)**0.5
 
     def learning_rate(self, dim: int) -> float:
         """Of an update, on each of so many coordinates; in all, the updates of a step can go as far whatever their
