@@ -71,7 +71,7 @@ def bert_trainer(folder, cls=MetricOptTrainer, model=None, **kwargs):
 
 def faulty_trainer(folder, metric, cls=MetricOptTrainer, **kwargs):
     """A run that observes scores, so that a metric that fails does so once per pass."""
-    return bert_trainer(folder, cls, metric=metric, **{"observe": "scores", "metric_call_budget": 24, **kwargs})
+    return bert_trainer(folder, cls, metric=metric, **{"observe": "scores", "guide": "pairs", "metric_call_budget": 24, **kwargs})
 
 
 class Truth(Guide):
@@ -101,6 +101,7 @@ def quadratic_trainer(folder, guide=None, cls=MetricOptTrainer, model=None, **kw
         "phi": "^w$",
         "phi_dim": 6,
         "observe": "scores",
+        "guide": "pairs",
         "greater_is_better": False,
         "save_strategy": "no",
         "report_to": [],

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
 from ..evaluation.local_metric import LocalMetric
 from ..evaluation.noise import standard_error
+from ..evaluation.ranks import agreed
 from ..evaluation.trajectory import Trajectory
 from ..guides import Guide, GuideContext
 from ..phi import Coordinates
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 16  # of a guide's rate, relative to its first
 ANNEALED = 0.0
 MOST_TAKEN_BACK = 3  # steps in a row, behind which the phase ends
-MOST_OBSERVATIONS = 4096  # kept, the latest ones
+ATTEMPTS = 3  # of the first metric call
 
 
 class MetricPhase:
@@ -87,26 +89,28 @@ class MetricPhase:
         self.finished = False
         self.curve: list[dict[str, Any]] = []
         self._linearization: Linearization | None = None  # at the present phi
+        self._drawn: Tensor | None = None  # state of the generator before it was made, which may draw rows
 
     @property
     def started(self) -> bool:
         """Whether the first metric step has begun."""
         return self.start_step >= 0
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, trained_seconds: float = 0.0) -> None:
         """Begin where the model is now: what is not phi stands still from here on.
 
-        Raises:
-            MetricError: the metric fails at the start.
+        Args:
+            trained_seconds: that the steps before took; a slow metric is called no longer than that.
         """
         self.phi.reset()
         self.start_step = step
         self._freeze()
-        self.ledger.budget = self.plan.calls
-        score, prediction = self.evaluator.evaluate_with_predictions("observe")
-        self.value = self.metric.merit(score)
-        linearises = self.plan.observe == PREDICTIONS and prediction is not None
-        if linearises:
+        since = perf_counter()
+        score, prediction = self._first_score()
+        pass_seconds = perf_counter() - since
+        if self.ended is not None:
+            pass
+        elif self.plan.observe == PREDICTIONS and prediction is not None:
             try:
                 self.coordinates = self.coordinates or self.linearizer.coordinates()
                 self._linearise(prediction)
@@ -115,11 +119,12 @@ class MetricPhase:
                 self._observe_scores(str(error))
         elif self.plan.observe == PREDICTIONS:
             self._observe_scores("the metric is computed batch by batch")
+        self._keep_in_time(pass_seconds, trained_seconds)
         if self.coordinates is None:
             self.coordinates = self.linearizer.coordinates(row_by_row=False)
-        self._start_guides()
         if not self.plan.calls:
             self._end("metric_call_budget is 0")
+        self._start_guides()
         self.selection.start(step)
         logger.info(
             f"Metric phase: steps {step + 1} to {step + self.plan.steps} follow {self.metric.name} ({score:.4f} on the "
@@ -136,7 +141,7 @@ class MetricPhase:
         self.last_step = step
         if self.ended is None:
             if self.plan.observe == PREDICTIONS and self._linearization is None:
-                self._linearise(self.evaluator.predictions())
+                self._linearise_again()
             tried = self._tried(step, loss_gradient)
             self._judge(tried, step)
             self.selection.consider(step + 1)
@@ -160,19 +165,7 @@ class MetricPhase:
         followed = [name for name in self.guides if self.rates[name] >= SMALLEST_RATE]
         for name in followed:
             steps_left = max(1, self.start_step + self.plan.steps - step)
-            local = LocalMetric(
-                self.evaluator,
-                self.coordinates,
-                self._linearization,
-                self.plan.spread(self.coordinates.dim),
-                self.generator,
-                self.faults,
-                self.trajectory,
-                step,
-                self.value,
-                self.plan.on_all_rows,
-                allowance=int(self.ledger.remaining / steps_left / len(followed)),
-            )
+            local = self._local_metric(step, int(self.ledger.remaining / steps_left / len(followed)))
             share = (step - self.start_step) / self.plan.steps
             rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
             z = ascend(
@@ -180,6 +173,13 @@ class MetricPhase:
             )
             tried[name] = self._scored(phi, z)
         return tried
+
+    def _local_metric(self, step: int, allowance: float = float("inf")) -> LocalMetric:
+        """The metric near phi, in coordinates, with a number of calls."""
+        return LocalMetric(
+            self.evaluator, self.coordinates, self._linearization, self.plan.spread(self.coordinates.dim),
+            self.generator, self.faults, self.trajectory, step, self.value, self.plan.on_all_rows, allowance,
+        )  # fmt: skip
 
     def _scored(self, phi: Tensor, z: Tensor) -> tuple[float, Tensor]:
         """(value, phi) with a step z from phi: minus infinity where the metric fails, or nothing has moved."""
@@ -205,7 +205,7 @@ class MetricPhase:
         if taken:
             self.value, phi = tried[best]
             self.phi.write(phi)
-            self._linearization = None
+            self._linearization = self._drawn = None
         self.taken_back = 0 if taken else self.taken_back + 1
         self.curve.append(
             {
@@ -236,15 +236,51 @@ class MetricPhase:
 
     # The start
 
+    def _first_score(self) -> tuple[float, EvalPrediction | None]:
+        """The metric at the start, asked again where it fails; (nan, None) and the end of the phase where it always does."""
+        for _ in range(ATTEMPTS):
+            try:
+                score, prediction = self.evaluator.evaluate_with_predictions("observe")
+            except MetricError as error:
+                self.faults.add([str(error)], succeeded=0)
+                continue
+            self.value = self.metric.merit(score)
+            return score, prediction
+        self._end(f"the metric failed {ATTEMPTS} times at its start")
+        return float("nan"), None
+
+    def _keep_in_time(self, pass_seconds: float, trained_seconds: float) -> None:
+        """Lower the number of calls for a slow metric; the same on every rank, whose clocks differ."""
+        evaluator = self.evaluator
+        seconds = evaluator.call_seconds if self.plan.observe == PREDICTIONS else pass_seconds
+        before = self.plan.calls
+        self.plan = agreed(
+            evaluator.rank, evaluator.world_size, lambda: self.plan.in_time(seconds, trained_seconds)
+        )
+        self.ledger.budget = self.plan.calls
+        if self.plan.calls < before:
+            logger.info(f"{self.metric.name} takes {seconds:.2g} s: it is called {self.plan.calls} times, not {before}.")
+
+    def _linearise_again(self) -> None:
+        """At the phi of the last step; behind a resume, where it was linearised before, in the same way and uncharged."""
+        prediction = self.evaluator.predictions()
+        if self._drawn is None:
+            self._linearise(prediction)
+            return
+        now = self.generator.get_state()
+        self.generator.set_state(self._drawn)
+        self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
+        self.generator.set_state(now)
+
     def _linearise(self, prediction: EvalPrediction) -> None:
+        self._drawn = self.generator.get_state()
         self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction))
         self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
 
     def _observe_scores(self, why: str) -> None:
         """From now on every observation is a forward pass."""
         logger.warning(f"The metric's scores are observed, not the model's predictions: {why}.")
-        self.plan, self._linearization = self.observing_scores, None
-        self.ledger.budget = self.plan.calls
+        self.plan, self._linearization, self._drawn = self.observing_scores, None, None
 
     def _scale(self) -> float:
         """By which perturbations must be smaller so as not to move the outputs by more than `MOST_MOVED`."""
@@ -258,28 +294,18 @@ class MetricPhase:
         linearised = self.plan.observe == PREDICTIONS
         self.guides = self.make_guides(linearised)
         context = GuideContext(self.coordinates.dim, self.generator, self.network)
-        local = LocalMetric(
-            self.evaluator,
-            self.coordinates,
-            self._linearization,
-            self.plan.spread(self.coordinates.dim),
-            self.generator,
-            self.faults,
-            self.trajectory,
-            self.start_step,
-            self.value,
-            self.plan.on_all_rows,
-        )
+        local = self._local_metric(self.start_step)
         for name, guide in list(self.guides.items()):
             guide.start(context)
-            if len(self.guides) > 1 and self.plan.calls and not guide.applies(local):
+            if len(self.guides) > 1 and self.ended is None and not guide.applies(local):
                 del self.guides[name]
         self.rates = dict.fromkeys(self.guides, 1.0)
 
     @contextmanager
     def _moved(self):
         with self.phi.restored():
-            self.phi.write(self.phi.read() + 0.1 * torch.randn(self.phi.dim, generator=torch.Generator().manual_seed(0)).to(self.phi.read().device))
+            noise = torch.randn(self.phi.dim, generator=torch.Generator().manual_seed(0))
+            self.phi.write(self.phi.read() + 0.1 * noise.to(self.phi.read().device))
             yield
 
     def _freeze(self) -> None:
@@ -315,6 +341,7 @@ class MetricPhase:
             "guides": {name: guide.state_dict() for name, guide in self.guides.items()},
             "way": self.linearizer.way,
             "generator": self.generator.get_state(),
+            "drawn": self._drawn,
             "trajectory": {name: torch.as_tensor(array) for name, array in self.trajectory.state_dict().items()},
             "faults": self.faults.state_dict(),
             "selection": self.selection.state_dict(),
@@ -342,6 +369,7 @@ class MetricPhase:
             guide.start(context)
             guide.load_state_dict(state["guides"][name])
         self.rates = dict(state["rates"])
-        self.generator.set_state(state["generator"].to(torch.uint8))
+        self.generator.set_state(state["generator"])
+        self._drawn = state["drawn"]
         if not self.finished:
             self._freeze()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..errors import MetricError
 from ..evaluation.answer import weights_of
 from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.ledger import Ledger
@@ -19,6 +21,8 @@ from .observing import Observing
 from .phase import MetricPhase
 from .result import RunResult
 from .setup import Setup
+
+logger = logging.getLogger(__name__)
 
 FEWEST = 16  # observations that a value function is fitted to
 
@@ -91,11 +95,14 @@ def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, floa
         return None
     if not metric.of_predictions:
         args = trainer.args
-        return {
-            name: float(
-                score_of_model(metric, trainer.model, dataset, prefix, args.process_index, args.world_size)
-            )
-        }
+        try:
+            score = score_of_model(metric, trainer.model, dataset, prefix, args.process_index, args.world_size)
+        except MetricError as error:
+            if not trainer.is_in_train:
+                raise
+            logger.warning(f"{error} There is no {name} at step {trainer.state.global_step}; the run goes on.")
+            score = float("nan")
+        return {name: float(score)}
     if weights and all(f"{prefix}_{key}" in found for key in weights):
         return {name: sum(weight * found[f"{prefix}_{key}"] for key, weight in weights.items())}
     return None

@@ -10,7 +10,7 @@ from metricopt_hf import ConfigurationError, Metric, MetricError, MetricOptTrain
 
 AXIS, BOUND = 1, 1.2  # the metric wants w[1] = 2, the loss about 1
 
-CONSTRAINED = {"metric_constraints": f"size<={BOUND}", "max_steps": 30, "value_weight": 30.0}
+CONSTRAINED = {"metric_constraints": f"size<={BOUND}"}
 
 
 def numbers(prediction):
@@ -20,7 +20,7 @@ def numbers(prediction):
 
 def constrained_trainer(folder, cls=MetricOptTrainer, **kwargs):
     trainer = quadratic_trainer(folder, cls=cls, **{**CONSTRAINED, **kwargs})
-    trainer._given_metric = Metric(numbers, "distance", greater_is_better=False)
+    trainer.given.metric = Metric(numbers, "distance", greater_is_better=False)
     return trainer
 
 
