@@ -25,7 +25,7 @@ from ..evaluation.evaluator import Evaluator
 from ..evaluation.faults import Faults
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
-from ..evaluation.local_metric import LocalMetric
+from ..evaluation.local_metric import BudgetSpent, LocalMetric
 from ..evaluation.noise import standard_error
 from ..evaluation.ranks import agreed
 from ..evaluation.trajectory import Trajectory
@@ -297,7 +297,7 @@ class MetricPhase:
         local = self._local_metric(self.start_step)
         for name, guide in list(self.guides.items()):
             guide.start(context)
-            if len(self.guides) > 1 and self.ended is None and not guide.applies(local):
+            if len(self.guides) > 1 and self.ended is None and not _applies(guide, local):
                 del self.guides[name]
         self.rates = dict.fromkeys(self.guides, 1.0)
 
@@ -373,3 +373,10 @@ class MetricPhase:
         self._drawn = state["drawn"]
         if not self.finished:
             self._freeze()
+
+
+def _applies(guide: Guide, metric: LocalMetric) -> bool:
+    try:
+        return guide.applies(metric)
+    except BudgetSpent:
+        return False

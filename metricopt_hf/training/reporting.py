@@ -51,6 +51,16 @@ def result_of(phase: MetricPhase) -> RunResult:
     )
 
 
+def tell_changed_weights(phase: MetricPhase) -> None:
+    """Warn where phi is another one than was chosen, as a callback leaves it that puts averaged weights in place."""
+    chosen = phase.selection.chosen
+    if phase.finished and chosen is not None and not torch.equal(phase.phi.read(), chosen.phi):
+        logger.warning(
+            f"The score {chosen.score:.4f} is not that of the model that came out: the weights were changed behind the "
+            "selection, in on_train_end or by load_best_model_at_end."
+        )
+
+
 def value_function_of(phase: MetricPhase) -> ValueFunction | None:
     """V(z) over the phase's coordinates, fitted to its observations; None of too few."""
     trajectory, metric, coordinates = phase.trajectory, phase.metric, phase.coordinates

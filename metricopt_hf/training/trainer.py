@@ -43,7 +43,7 @@ class MetricOptTrainer(Trainer):
         phi: a `PhiSpace` on the model, a function that builds one on a model (needed with `model_init`), or what
             `args.phi` could be; default: `args.phi`.
         value_function: one to start from, or its name; default: `args.value_function_name_or_path`.
-        guide: a `Guide`; default: from `args.guide`.
+        guide: a `Guide`, or what `args.guide` could be; default: `args.guide`.
         post_process_function: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
             question-answering example. `features` are the rows that were predicted, with all of their columns.
         eval_examples: of which the features were made; default: the features themselves.
@@ -183,9 +183,11 @@ class MetricOptTrainer(Trainer):
             self.checkpoint_settings = checkpoint.check(folder)
         callbacks = list(self.callback_handler.callbacks)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.callback_handler.callbacks = callbacks
+        reporting.tell_changed_weights(self.phase)
+        return output
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if not self.guided:

@@ -97,9 +97,8 @@ def test_what_works_is_taken(given):
 
 NUMBERS = {
     "phi_dim": [np.int64(4), np.array(4), torch.tensor(4)],
-    "metric_start_ratio": [np.float32(0.5), Fraction(1, 2), torch.tensor(0.5)],
+    "value_weight": [np.float32(0.5), Fraction(1, 2), torch.tensor(0.5)],
     "greater_is_better": [np.True_],
-    "tune_output_bias": [np.False_],
     "learning_rate": [np.float64(0.1)],
     "max_steps": [np.int32(6)],
     "metric_kwargs": [{"beta": np.float32(0.5), "labels": np.arange(2)}],

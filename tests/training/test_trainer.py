@@ -219,6 +219,7 @@ def test_guidance_scalars_come_with_trainer_s_logs(tmp_path):
         ),
         ({"metric": "no_such_metric_anywhere"}, ConfigurationError, "worst_class_recall"),
         ({"metric": 3}, ConfigurationError, "callable"),
+        ({"guide": "evolution"}, ConfigurationError, "guide='evolution' must be a Guide, or one of auto"),
         ({"greater_is_better": None}, ConfigurationError, "Nothing says which way"),
     ],
 )
