@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> int:
         folder / "README.md": pages.all_comparisons(results),
         folder / "harm.md": pages.harm_page(results),
         folder / "decision.md": decision.page(results),
-        folder / "guides.md": pages.guides_page(results),
     }
     plot_forest(folder / "forest.png", results)
     for result in results:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from examples.comparison.report import mean_and_error, require
-from metricopt_hf import Bridge
+from metricopt_hf.experimental import Bridge
 
 from .training import SILENT
 

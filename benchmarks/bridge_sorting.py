@@ -1,4 +1,4 @@
-"""Measures `metricopt_hf.Bridge`: sorting ten numbers, and k-means codes inside of a classifier of digits.
+"""Measures `metricopt_hf.experimental.Bridge`: sorting ten numbers, and k-means codes inside of a classifier of digits.
 
     python -m benchmarks.bridge_sorting --minutes 60            (make bench ARGS="bridge --minutes 60")
 
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from examples.comparison.report import mean_and_error, require
-from metricopt_hf import Bridge
+from metricopt_hf.experimental import Bridge
 
 from . import bridge_codes
 from .run import quiet

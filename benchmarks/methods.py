@@ -1,7 +1,7 @@
 """The rivals, each with its grid: what is chosen, on development seeds and the selection split, by `benchmarks.tune`.
 
-All start from the same model, with the same phi, data, steps and selection rounds. Grids are of one size. Controls, and
-other guides, take MetricOpt's own setting.
+All start from the same model, with the same phi, data, steps and selection rounds. Grids are of one size. Controls take
+MetricOpt's own setting.
 """
 
 from __future__ import annotations
@@ -115,14 +115,6 @@ def _guided(method: str, task, problem, seed, budget, folder, config) -> Outcome
     return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, **METHODS[method].changes})
 
 
-def _other_guide(guide: str, task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, "guide": guide})
-
-
-def _scores(task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {"observe": "scores", "tune_output_bias": True, **config})
-
-
 def _stay(task, problem, seed, budget, folder, config) -> Outcome:
     return Outcome(problem.start(), 0, float("nan"), [], Ledger(), 0.0)
 
@@ -204,11 +196,6 @@ RIVALS: dict[str, Rival] = {
         control: Rival(METHODS[control].title, partial(_guided, control), settings_of="metricopt", seeds=10)
         for control in ("shuffled", "random")
     },
-    "scores": Rival("MetricOpt, observing scores", _scores),
-    "bridge": Rival("bridge to the metric", partial(_other_guide, "bridge"), settings_of="metricopt", seeds=3),
-    "loss_alignment": Rival(
-        "adaptive loss alignment", partial(_other_guide, "loss_alignment"), settings_of="metricopt", seeds=3
-    ),
     "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "evolution": Rival(

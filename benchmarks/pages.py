@@ -19,7 +19,6 @@ from .comparing import (
     Result,
 )
 from .conduct import BEST, ONE_SETTING, calls_needed, coverage, harms, seconds_ratio
-from .guides_page import guides_section
 from .measure import PLAIN, POST_HOC
 from .protocol import Protocol
 from .provenance import PUBLISHED, made_by, protocol_text
@@ -116,7 +115,6 @@ def front(results: Sequence[Result]) -> str:
         "- A task's page shows the methods that matter most; the CSV beside it holds all of them.\n"
         "- [All comparisons](docs/results/README.md): controls, loss only at one setting, and what did better.\n"
         "- [Harm, calibration, time and calls](docs/results/harm.md): what a run does besides its score.\n"
-        "- [Guides](docs/results/guides.md): when to take which, as measured.\n"
         "- [Protocol](docs/protocol.md): how all this was measured, with which settings, and published figures.\n"
         "- [Experiments](docs/experiments.md): what was tried, what it gave, and whether it was kept.",
         WRITTEN,
@@ -217,10 +215,6 @@ def harm_page(results: Sequence[Result]) -> str:
         f"1/{FEW} of its calls on {few} headline pairs.",
         WRITTEN,
     )
-
-
-def guides_page(results: Sequence[Result]) -> str:
-    return page(*guides_section(results), WRITTEN)
 
 
 def protocol_page(fixed: Protocol, records: Sequence[dict]) -> str:

@@ -60,7 +60,6 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         f"{budget.rounds + 1} times on the selection split, and the best phi is kept. Searchers without a loss "
         "have no steps.\n\n"
         f"Seeds 0 to 9: {'; '.join(RIVALS[name].title for name in FIRST)}. "
-        f"Seeds 0 to 2, on some tasks: {'; '.join(rival.title for rival in RIVALS.values() if rival.seeds == 3)}. "
         "Seeds 0 to 4: all others. Each ran behind the commit that fixed its settings. MetricOpt ran "
         "six times on these seeds: before the method was improved, "
         f"and after each of five rounds of it ({LOG}); so did its controls, but after the fifth only on the tasks "

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import Texts, weights
+from helpers import Texts
 from runs import text_trainer
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 

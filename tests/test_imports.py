@@ -21,21 +21,20 @@ BELOW = {
     "phi": {"errors"},
     "evaluation": {"phi", "metrics", "redaction", "errors"},
     "posthoc": {"evaluation", "errors"},
-    "bridge": {"errors"},
     "value": {"evaluation", "phi", "errors"},
     "guides": {"value", "evaluation", "phi", "errors"},
+    "experimental": {"guides", "evaluation", "errors"},
     "hub": {"value", "evaluation", "phi", "errors"},
     "training": {"hub", "guides", "value", "posthoc", "evaluation", "phi", "redaction", "extras", "errors"},
 }
 # Rooms that benchmarks, examples and everybody's own scripts may import beside the names of the package.
-PUBLIC = {"posthoc", "metrics", "extras"}
+PUBLIC = {"experimental", "posthoc", "metrics", "extras"}
 # Of a lower room, the only parts that a room may know.
 PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
 INSPECTED = {
     "benchmarks/overhead.py": {"guides", "phi"},
     "benchmarks/passes.py": {"evaluation"},
-    "benchmarks/transfer.py": {"value"},  # the control is fitted to shuffled scores
     "benchmarks/training.py": {"phi", "training"},  # the coordinates that a run would take, and how often it evaluates
     # searchers have the trainer's evaluation, its cache and its rounds
     "benchmarks/searchers.py": {"evaluation", "phi", "training"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -41,6 +42,7 @@ def values_of(score: float) -> tuple[float, ...]:
     return getattr(score, "values", ())
 
 
+@functools.lru_cache(maxsize=64)
 def weights_of(name: str) -> dict[str, float]:
     """The weights of several metrics, where a name is a weighted sum; else nothing.
 

@@ -8,16 +8,19 @@ model; here they are linear in the parameters of any network, near where it was 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import EvalPrediction
 
 from .rows import FIELDS, num_rows, remade, take_rows
+
+CHUNK_BYTES = 2**24  # of outputs that are made at once
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,13 @@ class LinearLeaf:
         """Values where phi is moved by z: [k]."""
         moved = self.jacobian @ z
         return self.outputs + moved if self.columns is None else self.outputs.scatter_add(1, self.columns, moved)
+
+    def at_each(self, z: Tensor) -> Tensor:
+        """Values where phi is moved by each of z, [n, k]: [n, *shape]."""
+        moved = torch.tensordot(z, self.jacobian, dims=([1], [-1]))
+        if self.columns is None:
+            return self.outputs + moved
+        return self.outputs.expand(len(z), *self.outputs.shape).scatter_add(2, self.columns.expand_as(moved), moved)
 
     def rows(self, rows: Tensor) -> LinearLeaf:
         """The same for some rows."""
@@ -92,6 +102,14 @@ class Linearization:
         """Predictions and labels where phi is moved by z: [k]."""
         return self.planted({i: leaf.at(z) for i, leaf in self.leaves.items()})
 
+    def at_each(self, z: Tensor) -> Iterator[EvalPrediction]:
+        """The same for each of z: [n, k]; products are made for several of them at once."""
+        size = sum(leaf.outputs.nbytes for leaf in self.leaves.values())
+        for points in z.split(max(1, CHUNK_BYTES // max(1, size))):
+            moved = {i: leaf.at_each(points) for i, leaf in self.leaves.items()}
+            for j in range(len(points)):
+                yield self.planted({i: values[j] for i, values in moved.items()})
+
     def rows(self, rows: np.ndarray) -> Linearization:
         """The same for some rows, in increasing order."""
         if self.concat:
@@ -114,21 +132,21 @@ class Linearization:
 
     def planted(self, values: dict[int, Tensor]) -> EvalPrediction:
         """`centre` with other arrays at some positions."""
-        return planted(self.centre, values)
+        leaves, spec = self._flat
+        leaves = list(leaves)
+        for i, value in values.items():
+            leaves[i] = value.numpy()
+        return remade(self.centre, tree_unflatten(leaves, spec))
 
-
-def _tree(prediction: EvalPrediction) -> dict:
-    return {name: getattr(prediction, name) for name in FIELDS}
+    @cached_property
+    def _flat(self) -> tuple[list, TreeSpec]:
+        return _flat(self.centre)
 
 
 def arrays(prediction: EvalPrediction) -> list:
     """All leaves of the fields of a prediction, in order."""
-    return tree_flatten(_tree(prediction))[0]
+    return _flat(prediction)[0]
 
 
-def planted(prediction: EvalPrediction, values: dict[int, Tensor]) -> EvalPrediction:
-    """`prediction` with other arrays at some positions of `arrays`."""
-    leaves, spec = tree_flatten(_tree(prediction))
-    for i, value in values.items():
-        leaves[i] = value.numpy()
-    return remade(prediction, tree_unflatten(leaves, spec))
+def _flat(prediction: EvalPrediction) -> tuple[list, TreeSpec]:
+    return tree_flatten({name: getattr(prediction, name) for name in FIELDS})

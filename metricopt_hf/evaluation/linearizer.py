@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,8 @@ from .rows import num_rows, take_rows
 logger = logging.getLogger(__name__)
 
 ROW_BY_ROW, DIFFERENCES = "row by row", "differences"
-MOST_OUTPUTS = 32  # numbers a row, up to which each has a backward pass
-LARGEST_LOGITS = 10  # of more logits, how many of each row have one
+MOST_OUTPUTS = 5  # numbers a row, up to which each has a backward pass
+LARGEST_LOGITS = 5  # of more logits, how many of each row have one: the others are far from being decided for
 MOST_DIFFERENCES = 16  # coordinates, where each takes a forward pass
 STEP = 0.05  # of a difference, along a unit direction
 TRIED, MOST_OFF = 0.01, 0.5  # size of the step by which derivatives are tried, and how far they may be off, relatively
@@ -112,6 +112,7 @@ class Linearizer:
         generator: torch.Generator,
     ):
         self.evaluator, self.dim, self.loss_gradients, self.generator = evaluator, dim, loss_gradients, generator
+        self._made: list[RowDerivatives] = []  # in all of phi at the present phi, once coordinates were found from them
         self.way = DIFFERENCES if evaluator.phi.taps() is None or not evaluator.concat else ROW_BY_ROW
 
     def coordinates(self, row_by_row: bool = True) -> Coordinates:
@@ -165,14 +166,17 @@ class Linearizer:
 
     def _decisive_directions(self, dim: int) -> Tensor | None:
         """[d, <= dim] from as many rows' derivatives as `BASIS_BYTES` hold."""
-        rows, room = [], BASIS_BYTES / self.evaluator.world_size
+        rows, room, self._made = [], BASIS_BYTES, []
         with undisturbed(self.evaluator.phi.model):
             for _, made in self.evaluator.outputs(self._derivatives):
                 if (size := made.jacobian.nbytes) <= room:
                     rows.append(made.jacobian)
+                    self._made.append(made)
                 elif room > 0:
                     rows.append(made.jacobian[: max(1, int(len(made.jacobian) * room / size))])
                 room -= size
+        if room < 0:
+            self._made = []
         widest = max(jacobian.shape[1] for jacobian in rows)
         return output_directions(torch.cat([jacobian for jacobian in rows if jacobian.shape[1] == widest]), dim)
 
@@ -194,11 +198,19 @@ class Linearizer:
         output = tree_map_only(Tensor, Tensor.detach, output)
         return RowDerivatives(output, leaf, jacobian.cpu(), None if columns is None else columns.cpu())
 
+    def _in_coordinates(self, basis: Tensor) -> Iterator[RowDerivatives]:
+        if not self._made:
+            yield from (made for _, made in self.evaluator.outputs(lambda batch: self._derivatives(batch, basis)))
+            return
+        kept, self._made = self._made, []
+        for made in kept:
+            yield replace(made, jacobian=made.jacobian @ basis.cpu())
+
     def _by_rows(self, basis: Tensor, prediction: EvalPrediction) -> Linearization:
         total, kept, start = num_rows(prediction), [], 0
         parts: list[RowDerivatives] = []
         chosen: np.ndarray | None = None
-        for _, made in self.evaluator.outputs(lambda batch: self._derivatives(batch, basis)):
+        for made in self._in_coordinates(basis):
             if chosen is None:
                 share = MOST_BYTES / (total * made.jacobian[0].nbytes)
                 order = torch.randperm(total, generator=self.generator) if share < 1 else torch.arange(total)

@@ -15,10 +15,10 @@ from ..phi import Coordinates
 from .evaluator import Evaluator
 from .faults import Faults
 from .linearization import Linearization
+from .metric import world_kept
 from .ranks import shared_out
 from .rows import divisible
 from .trajectory import Observation, Trajectory
-
 
 PERTURBED = 64
 
@@ -119,7 +119,9 @@ class LocalMetric:
         if self.linearization is None:
             found = self._observed(z)
         else:
-            found = self.values_of(lambda i: self.part.at(z[i]), len(z))
+            rank, world_size = self.evaluator.rank, self.evaluator.world_size
+            own = self.part.at_each(z[rank::world_size])  # in the order in which they are asked for
+            found = self.values_of(lambda i: next(own), len(z))
         seconds = (perf_counter() - start) / max(1, len(z))
         fine = np.isfinite(found)
         # one half of the rows may be harder than another: what is kept is moved to the value of all rows
@@ -151,7 +153,8 @@ class LocalMetric:
             except MetricError as error:
                 return float("nan"), str(error)
 
-        taken = shared_out(evaluator.rank, evaluator.world_size, count, call)
+        with world_kept():  # once for all of them
+            taken = shared_out(evaluator.rank, evaluator.world_size, count, call)
         evaluator.ledger.add("observe", count, perf_counter() - start)
         errors = [error for _, error in taken if error is not None]
         self.faults.add(errors, succeeded=count - len(errors), same_rows=self.rows is not None)

@@ -65,9 +65,28 @@ def _set_cudnn(name: str, value: bool) -> None:
     setattr(torch.backends.cudnn, name, value)
 
 
+_kept = threading.local()  # whether a context of `world_kept` is open
+
+
 @contextmanager
 def world_kept() -> Iterator[None]:
-    """On leaving, random states, torch's and numpy's settings, warning filters and working directory are as before."""
+    """On leaving, random states, torch's and numpy's settings, warning filters and working directory are as before.
+
+    Inside of another one nothing is done: many calls in a row are put back once.
+    """
+    if getattr(_kept, "open", False):
+        yield
+        return
+    _kept.open = True
+    try:
+        with _world_kept():
+            yield
+    finally:
+        _kept.open = False
+
+
+@contextmanager
+def _world_kept() -> Iterator[None]:
     folder = None
     with suppress(OSError):  # it may have been removed
         folder = os.getcwd()
@@ -206,7 +225,7 @@ class Metric:
                 f"{self.name!r} is not asked: has a loss of nan spoilt the weights? Look "
                 "for a division by zero in it, or lower learning_rate."
             )
-        prediction = copy.deepcopy(prediction)
+        prediction = _copied(prediction)
 
         def ask() -> Any:
             arguments = {"compute_result": last} if self.batchwise else {}
@@ -256,6 +275,24 @@ class Metric:
             f"The metric {self.name!r} took longer than metric_timeout={self.timeout} s. Allow it more time, or let it "
             "do less."
         )
+
+
+def _copied(prediction: EvalPrediction) -> EvalPrediction:
+    """With arrays of its own; the usual ones are copied without `deepcopy`, which takes as long as a simple metric."""
+    fields = ("predictions", "label_ids", "inputs", "losses")
+    made = EvalPrediction(**{name: _copy_of(getattr(prediction, name)) for name in fields})
+    for name, value in vars(prediction).items():
+        if not hasattr(made, name):  # such as indices
+            setattr(made, name, _copy_of(value))
+    return made
+
+
+def _copy_of(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, tuple):
+        return tuple(map(_copy_of, value))
+    return copy.deepcopy(value)
 
 
 def _nothing_finite(predictions: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .errors import ConfigurationError
+from ..errors import ConfigurationError
 
 
 class Bridge(nn.Module):

@@ -1,166 +1,95 @@
-"""LossAlignmentGuide: the parameters of a loss, adapted online by a policy that the metric rewards.
+"""LossAlignmentGuide: a loss with parameters, which are moved so that descending it improves the metric.
 
-After adaptive loss alignment (ALA; Huang, Zhai, Talbott, Bautista, Sun, Guestrin and Susskind, arXiv 1905.05895).
+After adaptive loss alignment (ALA; Huang, Zhai, Talbott, Bautista, Sun, Guestrin and Susskind, arXiv 1905.05895), whose
+loss of classes it has: -sigma(y^T Phi log f), Phi symmetric, in [-1, 1] and the identity at the start. A positive entry
+of two classes lets the one pass for the other, a negative one pushes them apart.
 
-From the paper: the loss -sigma(y^T Phi log f) with Phi symmetric, in [-1, 1] and the identity at the start; episodes of
-one step, in which a policy changes each entry of Phi by -beta, 0 or +beta; the sign of the improvement of a discounted
-metric as the reward; REINFORCE.
+There a policy moves Phi, and is rewarded by the metric after some training. Here a step down the loss costs no
+training, as outputs are linearised: so Phi is perturbed both ways, both losses are descended from z, and Phi follows
+the slope of the metric there (evolution strategies). All constants are ours.
 
-From a student's reimplementation (github.com/madst0614/ala-cifar100), and so not known to be the paper's: what the
-state holds, one small network for all pairs of classes, a replay memory, beta = 0.1.
-
-Ours: all sizes and the other constants below, the loss of pairs, how the loss is weighed against the task's, and that
-how far it is followed is up to `Trust`, as with every guide.
-
-A patent application, US 2020/0327450, claims this loop; its status is not known to us. Ask before you ship it.
+A patent application, US 2020/0327450, claims the original loop; its status is not known to us. Ask before you ship it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .aligned_losses import AlignedLoss, ClassLoss, PairLoss
-from .base import GuideContext, Round
-from .outputs import CLASSES, IDENTITIES, ReadingGuide, Rows, matched
-from .set_network import linear
+from ..evaluation.linearization import Linearization
+from ..evaluation.local_metric import LocalMetric
+from ..guides import Guide, GuideContext
+from ..guides.blend import unit
+from ..guides.pairs import slope_of
+from .labels import classes_of, logits_of, num_classes
 
-BETA = 0.1
-DISCOUNT = 0.7  # of the metric, a round
-HISTORY = 3  # rounds whose errors the state holds
-STATE_SIZE = 2 * HISTORY + 1  # errors, their relative changes, the parameter, progress
-HIDDEN_SIZE = 16
-HALF_WAY = 10  # rounds after which progress is a half
-MOST_REPLAYED = 4096  # actions that are remembered, one for each parameter and episode
-POLICY_STEPS, REPLAYED_PER_STEP, LEARNING_RATE = 10, 256, 1e-2
-ENTROPY_WEIGHT = 0.01
+PAIRS = 8  # in an update
+PERTURBATION, STEP = 0.3, 0.3  # of Phi: of each entry, and of all of them together in an update
+MOST_CLASSES = 100  # Phi has half their square
 
 
-class LossAlignmentGuide(ReadingGuide):
-    """Speaks through a loss of its own, whose parameters a policy moves from one round of observations to the next.
+class LossAlignmentGuide(Guide):
+    """Descends its own loss, whose parameters it moves from update to update.
 
-    It stands in for the task's loss, its gradient at the outputs `value_weight` times as long as that one's. It is
-    judged by how its loss, with the parameters as they are, ranks real rounds' predictions: a loss that falls where the
-    metric does not improve is not followed.
+    Needs one column of labels that are classes of the outputs.
 
-    Of classes the loss is ALA's; of labels that are not classes of the outputs, as with embeddings, a loss of pairs.
-    With other labels it switches itself off.
-
-    Its arguments are those of `ReadingGuide`.
+    Args:
+        count: the most antithetic pairs of losses in an update, of two metric calls each.
     """
 
-    kinds = (CLASSES, IDENTITIES)
+    def __init__(self, count: int = PAIRS):
+        self.count = count
 
     def start(self, context: GuideContext) -> None:
         super().start(context)
-        self._loss: AlignedLoss | None = None
-        first, last = linear(STATE_SIZE, HIDDEN_SIZE, context.generator), linear(HIDDEN_SIZE, 3, context.generator)
-        with torch.no_grad():
-            last.weight.mul_(0.1)  # at first all actions are about as likely
-        self._policy = nn.Sequential(first, nn.Tanh(), last)
-        self._optimizer = torch.optim.Adam(self._policy.parameters(), LEARNING_RATE)
-        self.parameters: Tensor | None = None  # of the loss, [p]
-        self.episodes, self._step = 0, -1
-        self._metric: float | None = None  # discounted
-        self._errors: list[Tensor] = []  # [p] of the last rounds, the latest last
-        self._tried: tuple[Tensor, Tensor] | None = None  # [p, STATE_SIZE] states and [p] actions, not yet rewarded
-        # [n, STATE_SIZE], [n] and [n]
-        self._replay = (torch.zeros(0, STATE_SIZE), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+        self.matrix: Tensor | None = None  # [c, c] Phi
+        self.linear: Linearization | None = None
 
-    def predict_rows(self, rows: list[Rows]) -> np.ndarray | None:
-        if self._loss is None:
-            self._begin(rows[0])
-        with torch.no_grad():
-            losses = torch.stack([self._loss(some, self.parameters) for some in rows]).numpy()
-        return -losses if self.context.greater_is_better else losses
+    def applies(self, metric: LocalMetric) -> bool:
+        """Whether labels are classes of the outputs."""
+        linear = metric.linearization
+        return classes_of(linear) is not None and num_classes(linear.decisions) <= MOST_CLASSES
 
-    def learn_rows(self, rows: list[Rows], scores: np.ndarray, observed: Round) -> None:
-        if self._loss is None:
-            self._begin(rows[0])
-        latest = max((t for t in (observed.trajectory, observed.interpolated) if len(t)), key=lambda t: t.steps[-1])
-        if latest.steps[-1] == self._step:  # nothing was trained since the last action
-            return
-        self._step = int(latest.steps[-1])
-        metric = float(latest.last_round.scores.mean()) * (1 if self.context.greater_is_better else -1)
-        if self._metric is not None:
-            self._reward(float(np.sign(metric - self._metric)))
-        self._metric = metric if self._metric is None else DISCOUNT * self._metric + (1 - DISCOUNT) * metric
-        errors = torch.stack([self._loss.errors(some) for some in rows]).mean(0)
-        self._errors = [*(self._errors or [errors] * HISTORY)[1:], errors]
-        self._act()
+    def fit(self, metric: LocalMetric, z: Tensor) -> None:
+        metric.halve()
+        self.linear = metric.linearization
+        if self.matrix is None:
+            self.matrix = torch.eye(num_classes(self.linear.decisions))
+        count = max(1, int(min(self.count, metric.share // 2)))
+        drawn = torch.randn(count, *self.matrix.shape, generator=self.context.generator)
+        offsets = PERTURBATION * torch.triu(drawn)
+        offsets = offsets + torch.triu(offsets, 1).mT
+        length = metric.spread * metric.dim**0.5  # as far as an ordinary perturbation
+        losses = torch.cat([self.matrix + offsets, self.matrix - offsets])
+        values = metric.values(torch.stack([z + length * unit(descent(metric.part, z, loss)) for loss in losses]))
+        slope = slope_of(values, offsets.flatten(1)).reshape(self.matrix.shape)
+        self.matrix = (self.matrix + STEP * unit(slope)).clamp(-1, 1)
 
-    def loss(self, inputs: dict[str, Any], outputs: Any, task_loss: Tensor) -> Tensor | None:
-        read = self.read_batch(inputs, outputs)
-        if read is None or self._loss is None:
-            return None
-        rows, at = read
-        own = self._loss(rows, self.parameters.to(at.device))
-        return matched(own, rows, at, task_loss, self.context.value_weight)
-
-    def _begin(self, rows: Rows) -> None:
-        self._loss = ClassLoss(rows.outputs.shape[1]) if rows.kind == CLASSES else PairLoss()
-        self.parameters = self._loss.start.clone()
-
-    def _state(self) -> Tensor:
-        """[p, STATE_SIZE]."""
-        errors = torch.stack(self._errors, 1)
-        changes = (errors[:, 1:] - errors[:, :-1]) / (errors[:, :-1] + 0.01)
-        progress = torch.full_like(self.parameters, self.episodes / (self.episodes + HALF_WAY))
-        return torch.cat([errors, changes.clamp(-2, 2), self.parameters[:, None], progress[:, None]], 1)
-
-    def _act(self) -> None:
-        """One more episode: move every parameter by what the policy draws for it."""
-        state = self._state()
-        with torch.no_grad():
-            chances = self._policy(state).softmax(-1)
-        actions = torch.multinomial(chances, 1, generator=self.context.generator)[:, 0]
-        self.parameters = (self.parameters + BETA * (actions - 1)).clamp(-1, 1)
-        self._tried = state, actions
-        self.episodes += 1
-
-    def _reward(self, reward: float) -> None:
-        """Reward what was tried last, and learn from all that is remembered (REINFORCE)."""
-        states, actions = self._tried
-        told = (states, actions, torch.full((len(actions),), reward))
-        columns = zip(self._replay, told, strict=True)
-        self._replay = tuple(torch.cat([old, new])[-MOST_REPLAYED:] for old, new in columns)
-        for _ in range(POLICY_STEPS):
-            drawn = torch.randint(len(self._replay[0]), (REPLAYED_PER_STEP,), generator=self.context.generator)
-            states, actions, rewards = (column[drawn] for column in self._replay)
-            log_chances = self._policy(states).log_softmax(-1)
-            chosen = log_chances.gather(1, actions[:, None])[:, 0]
-            entropy = -(log_chances.exp() * log_chances).sum(-1)
-            loss = -((rewards - self._replay[2].mean()) * chosen + ENTROPY_WEIGHT * entropy).mean()
-            self._optimizer.zero_grad()
-            loss.backward()
-            self._optimizer.step()
+    def gradient(self, z: Tensor) -> Tensor:
+        if self.matrix is None or self.linear is None:
+            return torch.zeros(self.context.dim)
+        return descent(self.linear, z, self.matrix)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "classes": self._loss.num_classes if isinstance(self._loss, ClassLoss) else None,
-            "parameters": self.parameters,
-            "policy": self._policy.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "episodes": self.episodes,
-            "step": self._step,
-            "metric": self._metric,
-            "errors": list(self._errors),
-            "tried": None if self._tried is None else list(self._tried),
-            "replay": list(self._replay),
-        }
+        return {} if self.matrix is None else {"matrix": self.matrix}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.parameters = state["parameters"]
-        if self.parameters is not None:
-            self._loss = PairLoss() if state["classes"] is None else ClassLoss(state["classes"])
-        self._policy.load_state_dict(state["policy"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.episodes, self._step, self._metric = state["episodes"], state["step"], state["metric"]
-        self._errors = list(state["errors"])
-        self._tried = None if state["tried"] is None else tuple(state["tried"])
-        self._replay = tuple(state["replay"])
+        self.matrix = state.get("matrix")
+
+
+def aligned_loss(outputs: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
+    """-sigma(y^T Phi log f), the mean over rows.
+
+    Args:
+        outputs: [rows] or [rows, c] logits. labels: [rows]. matrix: [c, c] Phi.
+    """
+    return -torch.sigmoid((matrix[labels] * logits_of(outputs).log_softmax(1)).sum(1)).mean()
+
+
+def descent(linear: Linearization, z: Tensor, matrix: Tensor) -> Tensor:
+    """-d loss / d z at z: [k]."""
+    outputs = linear.decisions.at(z).requires_grad_()
+    (slope,) = torch.autograd.grad(aligned_loss(outputs, classes_of(linear), matrix), outputs)
+    return linear.decisions.pull(-slope)

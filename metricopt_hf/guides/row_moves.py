@@ -25,8 +25,7 @@ from .base import Guide, GuideContext
 
 NOISE = 0.3  # on the logits, so that decisions near the boundary count with either side
 DECAY = 0.9  # of what earlier updates have found
-MOST_CALLS = 250  # in an update: of more moves, the least known
-ALTERNATIVES = 3  # of a row's classes, those with the largest logits beside the decision, to which it is moved
+KNOWN = 1e-3  # of a count that decays: less is as good as nothing
 
 
 class RowMovesGuide(Guide):
@@ -42,6 +41,7 @@ class RowMovesGuide(Guide):
         self.count: np.ndarray | None = None  # [rows, classes] of how many
         self.linear: Linearization | None = None
         self.kinds = np.zeros(0, int)  # of the rows of `linear`: the same where labels are
+        self.paid = 0.0  # updates for which calls were made in advance
 
     def applies(self, metric: LocalMetric) -> bool:
         """Whether the metric is one of decisions: it is the same if the logits are replaced by their order's top."""
@@ -56,32 +56,40 @@ class RowMovesGuide(Guide):
         return bool(np.isclose(as_they_are, decided))
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:
-        metric.halve()
+        """Where all moves take more calls than an update may make, they are made in one update for several."""
         if self.linear is not metric.linearization:
-            self.linear, self.kinds = metric.linearization, _kinds(metric.linearization.centre)
-        rows = metric.rows
+            self.linear, self.kinds, self.paid = metric.linearization, _kinds(metric.linearization.centre), 0.0
+        if self.paid >= 1:
+            self.paid -= 1
+            return
+        metric.halve()
         logits = _two_sided(self.linear.decisions.at(z))
         if self.worth is None or self.worth.shape != logits.shape:
             self.worth, self.count = np.zeros(logits.shape), np.zeros(logits.shape)
-        seen = logits[torch.as_tensor(rows)]
+        seen = logits[torch.as_tensor(metric.rows)]
         seen = seen + NOISE * torch.randn(seen.shape, generator=self.context.generator)
-        effects, known = self._effects(metric, seen, rows)
+        effects, known, calls = self._effects(metric, seen)
+        self.paid = calls / max(1.0, metric.share) - 1
         self.worth *= DECAY
         self.count *= DECAY
-        self.worth[rows] += effects
-        self.count[rows] += known
+        self.worth[metric.rows] += effects
+        self.count[metric.rows] += known
 
-    def _effects(self, metric: LocalMetric, logits: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """([rows, classes] by how much the metric changes if a row alone is decided so, [rows, classes] if known)."""
-        classes = logits.shape[1]
+    def _effects(self, metric: LocalMetric, logits: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+        """([rows, classes] by how much the metric changes if a row alone is decided so, [rows, classes] whether that is
+        known, how many calls would tell all)."""
+        rows, classes = metric.rows, logits.shape[1]
         decisions = logits.argmax(1).numpy()
-        _, first, kind = np.unique(self.kinds[rows] * classes + decisions, return_index=True, return_inverse=True)
-        ranked = logits[first].argsort(1, descending=True).numpy()[:, 1 : 1 + ALTERNATIVES]
-        moves = [(row, other) for row, others in zip(first, ranked, strict=True) for other in others]
-        if len(moves) > (most := max(1, int(min(MOST_CALLS, metric.share - 1)))):
+        keys = self.kinds[rows] * classes + decisions
+        _, first, kind, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+        moves = [(row, other) for row in first for other in range(classes) if other != decisions[row]]
+        calls = len(moves) + 1
+        if calls > metric.remaining:
             drawn = torch.randperm(len(moves), generator=self.context.generator).numpy()
             count = np.array([self.count[rows[row], other] for row, other in moves])
-            moves = [moves[i] for i in drawn[np.argsort(count[drawn], kind="stable")][:most]]  # the least known first
+            known = count / np.repeat(sizes, classes - 1)  # first what is known least, of most rows
+            most = max(1, int(metric.remaining) - 1)
+            moves = [moves[i] for i in drawn[np.argsort(known[drawn], kind="stable")][:most]]
 
         def moved(i: int) -> EvalPrediction:
             if i == 0:
@@ -98,14 +106,17 @@ class RowMovesGuide(Guide):
             effects[place[row], other] = change
             known[place[row], other] = 1
         known[np.arange(len(first)), decisions[first]] = 1  # as it is, nothing changes
-        return effects[kind], known[kind]
+        return effects[kind], known[kind], calls
 
     def gradient(self, z: Tensor) -> Tensor:
         if self.worth is None or not self.worth.any():
             return torch.zeros(self.context.dim)
-        worth = torch.as_tensor(self.worth / np.maximum(self.count, 1e-9), dtype=torch.float32)
-        best = worth.max(1)
-        weight = best.values - (worth.sum(1) - best.values) / (worth.shape[1] - 1)  # against the mean of the others
+        known = torch.as_tensor(self.count > KNOWN)
+        worth = torch.as_tensor(self.worth / np.maximum(self.count, KNOWN), dtype=torch.float32)
+        best = worth.masked_fill(~known, -torch.inf).max(1)
+        others = known & ~torch.nn.functional.one_hot(best.indices, worth.shape[1]).bool()
+        mean = (worth * others).sum(1) / others.sum(1).clamp_min(1)
+        weight = torch.where(others.any(1), best.values - mean, 0.0)  # against the mean of the others that are known
         leaf = self.linear.decisions
         outputs = leaf.at(z)
         target = torch.nn.functional.one_hot(best.indices, worth.shape[1]).float()

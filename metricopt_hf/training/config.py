@@ -183,7 +183,7 @@ class MetricOptConfig(TrainingArguments):
         },
     )
     phi_dim: int = field(
-        default=64,
+        default=128,
         metadata={"help": "The most compact coordinates in which phi moves: those that move the outputs most."},
     )
     phi_learning_rate: float = field(

@@ -3,7 +3,7 @@
 This is the sentence of the whole library, as `advance` reads it:
 
     linearise(phi) -> metric calls on outputs + jacobian z -> guide.gradient(z), blended -> a step of phi
-        -> a real pass: is it better? -> the selection split
+        -> a real pass: is it better?
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ..evaluation.evaluator import Evaluator
 from ..evaluation.faults import Faults
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
-from ..evaluation.local_metric import BudgetSpent, LocalMetric
+from ..evaluation.local_metric import LocalMetric
 from ..evaluation.noise import standard_error
 from ..evaluation.ranks import agreed
 from ..evaluation.trajectory import Trajectory
@@ -35,13 +35,28 @@ from ..value import ValueNetwork
 from .ascent import ascend
 from .plan import MOST_MOVED, PREDICTIONS, PhasePlan
 from .selection import Selection
+from .trust import Trust
 
 logger = logging.getLogger(__name__)
 
-GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 16  # of a guide's rate, relative to its first
-ANNEALED = 0.0
+FIRST_SHARE = 2 / 3  # of a step's metric calls, which the first of two guides may make; the next has what is left
+ANNEALED = 0.5  # share of a guide's rate that is gone at the last step
 MOST_TAKEN_BACK = 3  # steps in a row, behind which the phase ends
 ATTEMPTS = 3  # of the first metric call
+
+
+class Step(NamedTuple):
+    """A step that a guide has made.
+
+    Attributes:
+        value: of the metric behind it, see `Metric.merit`.
+        phi: [d] to which it goes.
+        prediction: what the model predicts there.
+    """
+
+    value: float
+    phi: Tensor
+    prediction: EvalPrediction | None = None
 
 
 class MetricPhase:
@@ -73,14 +88,12 @@ class MetricPhase:
     ):
         self.evaluator, self.selection, self.plan = evaluator, selection, plan
         self.phi, self.metric, self.ledger = evaluator.phi, evaluator.metric, evaluator.ledger
-        self.make_guides, self.make_optimizer, self.loss_gradients = make_guides, make_optimizer, loss_gradients
+        self.trust, self.make_optimizer = Trust(make_guides), make_optimizer
         self.observing_scores = observing_scores or plan
         self.coordinates, self.network = coordinates, network
         self.faults, self.trajectory = Faults(), Trajectory()
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.linearizer = Linearizer(evaluator, plan.dim, loss_gradients, self.generator)
-        self.guides: dict[str, Guide] = {}
-        self.rates: dict[str, float] = {}
         self.start_step = -1
         self.value = float("nan")  # of the metric at the present phi, see `Metric.merit`
         self.last_step = -1  # that was made
@@ -89,7 +102,7 @@ class MetricPhase:
         self.finished = False
         self.curve: list[dict[str, Any]] = []
         self._linearization: Linearization | None = None  # at the present phi
-        self._drawn: Tensor | None = None  # state of the generator before it was made, which may draw rows
+        self._prediction: EvalPrediction | None = None  # there
 
     @property
     def started(self) -> bool:
@@ -108,28 +121,29 @@ class MetricPhase:
         since = perf_counter()
         score, prediction = self._first_score()
         pass_seconds = perf_counter() - since
-        if self.ended is not None:
-            pass
-        elif self.plan.observe == PREDICTIONS and prediction is not None:
+        if self.ended is None and self.plan.observe == PREDICTIONS and prediction is not None:
             try:
                 self.coordinates = self.coordinates or self.linearizer.coordinates()
                 self._linearise(prediction)
+                self.plan = self.plan.for_outputs(self._linearization)
                 self.plan = replace(self.plan, scale=self._scale())
             except NotLinearizable as error:
                 self._observe_scores(str(error))
-        elif self.plan.observe == PREDICTIONS:
+        elif self.ended is None and self.plan.observe == PREDICTIONS:
             self._observe_scores("the metric is computed batch by batch")
         self._keep_in_time(pass_seconds, trained_seconds)
         if self.coordinates is None:
             self.coordinates = self.linearizer.coordinates(row_by_row=False)
         if not self.plan.calls:
             self._end("metric_call_budget is 0")
-        self._start_guides()
+        context = GuideContext(self.coordinates.dim, self.generator, self.network)
+        asked = self._local_metric(step) if self.ended is None else None
+        self.trust.start(self.plan.observe == PREDICTIONS, context, asked)
         self.selection.start(step)
         logger.info(
             f"Metric phase: steps {step + 1} to {step + self.plan.steps} follow {self.metric.name} ({score:.4f} on the "
             f"observation set at its start). Observed: {self.plan.observe}, in {self.coordinates.dim} coordinates of "
-            f"the {self.phi.dim} numbers of phi; guides: {', '.join(self.guides)}."
+            f"the {self.phi.dim} numbers of phi; guides: {', '.join(self.trust.guides)}."
         )
 
     def advance(self, step: int, loss_gradient: Callable[[], Tensor] | None = None) -> None:
@@ -141,10 +155,9 @@ class MetricPhase:
         self.last_step = step
         if self.ended is None:
             if self.plan.observe == PREDICTIONS and self._linearization is None:
-                self._linearise_again()
+                self._linearise(self._prediction or self.evaluator.predictions())
             tried = self._tried(step, loss_gradient)
             self._judge(tried, step)
-            self.selection.consider(step + 1)
             if (reason := self.faults.reason) is not None:
                 self._end(reason)
 
@@ -156,65 +169,65 @@ class MetricPhase:
 
     # A step
 
-    def _tried(self, step: int, loss_gradient: Callable[[], Tensor] | None) -> dict[str, tuple[float, Tensor]]:
-        """(value, phi) where each guide has gone that is still followed."""
+    def _tried(self, step: int, loss_gradient: Callable[[], Tensor] | None) -> dict[str, Step]:
+        """Where each guide has gone that is still followed."""
         phi, tried = self.phi.read(), {}
         gradient = None
         if self.plan.blends and loss_gradient is not None:
             gradient = (self.coordinates.basis.T @ loss_gradient()).cpu()
-        followed = [name for name in self.guides if self.rates[name] >= SMALLEST_RATE]
-        for name in followed:
-            steps_left = max(1, self.start_step + self.plan.steps - step)
-            local = self._local_metric(step, int(self.ledger.remaining / steps_left / len(followed)))
+        followed = self.trust.followed
+        left = self.ledger.remaining / max(1, self.start_step + self.plan.steps - step)  # calls of this step
+        for i, name in enumerate(followed):
+            before = self.ledger.calls["observe"]
+            local = self._local_metric(step, int(left if i == len(followed) - 1 else FIRST_SHARE * left))
             share = (step - self.start_step) / self.plan.steps
-            rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
-            z = ascend(
-                self.guides[name], local, self.plan.updates, rate, self.make_optimizer, gradient, self.plan.value_weight
-            )
+            rate = self.trust.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
+            guide = self.trust.guides[name]
+            z = ascend(guide, local, self.plan.updates, rate, self.make_optimizer, gradient, self.plan.value_weight)
+            left -= self.ledger.calls["observe"] - before
             tried[name] = self._scored(phi, z)
         return tried
 
     def _local_metric(self, step: int, allowance: float = float("inf")) -> LocalMetric:
         """The metric near phi, in coordinates, with a number of calls."""
-        return LocalMetric(
-            self.evaluator, self.coordinates, self._linearization, self.plan.spread(self.coordinates.dim),
-            self.generator, self.faults, self.trajectory, step, self.value, self.plan.on_all_rows, allowance,
-        )  # fmt: skip
+        spread, kept = self.plan.spread(self.coordinates.dim), (self.generator, self.faults, self.trajectory)
+        parts = self.evaluator, self.coordinates, self._linearization, spread
+        return LocalMetric(*parts, *kept, step, self.value, self.plan.on_all_rows, allowance)
 
-    def _scored(self, phi: Tensor, z: Tensor) -> tuple[float, Tensor]:
-        """(value, phi) with a step z from phi: minus infinity where the metric fails, or nothing has moved."""
+    def _scored(self, phi: Tensor, z: Tensor) -> Step:
+        """A step z from phi; its value is minus infinity where the metric fails, or nothing has moved."""
         there = phi + self.coordinates.lift(z.to(phi.device))
         if not bool(z.any()):
-            return float("-inf"), there
+            return Step(float("-inf"), there)
         with self.phi.restored():
             self.phi.write(there)
             try:
-                return self.metric.merit(self.evaluator.evaluate("observe")), there
+                score, prediction = self.evaluator.evaluate_with_predictions("observe")
+                return Step(self.metric.merit(score), there, prediction)
             except MetricError as error:
                 self.faults.add([str(error)], succeeded=0)
-                return float("-inf"), there
+                return Step(float("-inf"), there)
 
-    def _judge(self, tried: dict[str, tuple[float, Tensor]], step: int) -> None:
+    def _judge(self, tried: dict[str, Step], step: int) -> None:
         """Take the best step, unless its value is worse by more than the metric's standard error."""
         error = self._standard_error()
-        best = max(tried, key=lambda name: tried[name][0], default=None)
-        taken = best is not None and tried[best][0] >= self.value - error
-        for name, (value, _) in tried.items():
-            pays = value > self.value
-            self.rates[name] = min(MOST_RATE, self.rates[name] * GROWTH) if pays else self.rates[name] / 2
+        best = max(tried, key=lambda name: tried[name].value, default=None)
+        taken = best is not None and tried[best].value >= self.value - error
+        self.trust.judge({name: made.value for name, made in tried.items()}, self.value)
         if taken:
-            self.value, phi = tried[best]
-            self.phi.write(phi)
-            self._linearization = self._drawn = None
+            self.value, self._prediction = tried[best].value, tried[best].prediction
+            self.phi.write(tried[best].phi)
+            self.selection.visit()
+        self._linearization = None
         self.taken_back = 0 if taken else self.taken_back + 1
         self.curve.append(
             {
                 "step": step,
                 "guide": best if taken else None,
                 "value": self.value,
-                "tried": {name: value for name, (value, _) in tried.items()},
+                "tried": {name: made.value for name, made in tried.items()},
                 "standard_error": error,
-                "rates": dict(self.rates),
+                "rates": dict(self.trust.rates),
                 "calls": self.ledger.calls["observe"],
                 "passes": self.ledger.passes["observe"],
             }
@@ -237,50 +250,36 @@ class MetricPhase:
     # The start
 
     def _first_score(self) -> tuple[float, EvalPrediction | None]:
-        """The metric at the start, asked again where it fails; (nan, None) and the end of the phase where it always does."""
+        """The metric at the start, asked again where it fails; where it always does, the phase ends."""
         for _ in range(ATTEMPTS):
             try:
-                score, prediction = self.evaluator.evaluate_with_predictions("observe")
+                score, self._prediction = self.evaluator.evaluate_with_predictions("observe")
             except MetricError as error:
                 self.faults.add([str(error)], succeeded=0)
                 continue
             self.value = self.metric.merit(score)
-            return score, prediction
+            return score, self._prediction
         self._end(f"the metric failed {ATTEMPTS} times at its start")
         return float("nan"), None
 
     def _keep_in_time(self, pass_seconds: float, trained_seconds: float) -> None:
         """Lower the number of calls for a slow metric; the same on every rank, whose clocks differ."""
-        evaluator = self.evaluator
+        evaluator, before = self.evaluator, self.plan.calls
         seconds = evaluator.call_seconds if self.plan.observe == PREDICTIONS else pass_seconds
-        before = self.plan.calls
-        self.plan = agreed(
-            evaluator.rank, evaluator.world_size, lambda: self.plan.in_time(seconds, trained_seconds)
-        )
-        self.ledger.budget = self.plan.calls
-        if self.plan.calls < before:
-            logger.info(f"{self.metric.name} takes {seconds:.2g} s: it is called {self.plan.calls} times, not {before}.")
-
-    def _linearise_again(self) -> None:
-        """At the phi of the last step; behind a resume, where it was linearised before, in the same way and uncharged."""
-        prediction = self.evaluator.predictions()
-        if self._drawn is None:
-            self._linearise(prediction)
-            return
-        now = self.generator.get_state()
-        self.generator.set_state(self._drawn)
-        self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
-        self.generator.set_state(now)
+        in_time = agreed(evaluator.rank, evaluator.world_size, lambda: self.plan.in_time(seconds, trained_seconds))
+        self.plan, self.ledger.budget = in_time, in_time.calls
+        if in_time.calls < before:
+            logger.info(f"{self.metric.name} takes {seconds:.2g} s: it is called {in_time.calls} times, not {before}.")
 
     def _linearise(self, prediction: EvalPrediction) -> None:
-        self._drawn = self.generator.get_state()
         self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction))
         self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
 
     def _observe_scores(self, why: str) -> None:
         """From now on every observation is a forward pass."""
         logger.warning(f"The metric's scores are observed, not the model's predictions: {why}.")
-        self.plan, self._linearization, self._drawn = self.observing_scores, None, None
+        self.plan, self._linearization = self.observing_scores, None
+        self.ledger.budget = self.plan.calls
 
     def _scale(self) -> float:
         """By which perturbations must be smaller so as not to move the outputs by more than `MOST_MOVED`."""
@@ -289,17 +288,6 @@ class MetricPhase:
         size = [float(leaf.outputs.std(correction=0)) for leaf in self._linearization.leaves.values()]
         ratio = max((m / s for m, s in zip(moved, size, strict=True) if s > 0), default=0.0)
         return min(1.0, MOST_MOVED / ratio) if ratio > 0 else 1.0
-
-    def _start_guides(self) -> None:
-        linearised = self.plan.observe == PREDICTIONS
-        self.guides = self.make_guides(linearised)
-        context = GuideContext(self.coordinates.dim, self.generator, self.network)
-        local = self._local_metric(self.start_step)
-        for name, guide in list(self.guides.items()):
-            guide.start(context)
-            if len(self.guides) > 1 and self.ended is None and not _applies(guide, local):
-                del self.guides[name]
-        self.rates = dict.fromkeys(self.guides, 1.0)
 
     @contextmanager
     def _moved(self):
@@ -322,9 +310,7 @@ class MetricPhase:
         latest = self.curve[-1]
         scalars = {name: float(latest[name]) for name in ("standard_error", "calls", "passes")}
         scalars["value"] = self.metric.sign * self.value
-        scalars |= {f"rate_{name}": rate for name, rate in self.rates.items()}
-        if self.selection.latest is not None:
-            scalars["selection"] = float(self.selection.latest)
+        scalars |= {f"rate_{name}": rate for name, rate in self.trust.rates.items()}
         return {**scalars, "failed_calls": float(self.faults.total)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,11 +323,9 @@ class MetricPhase:
             "taken_back": self.taken_back,
             "ended": self.ended,
             "finished": self.finished,
-            "rates": dict(self.rates),
-            "guides": {name: guide.state_dict() for name, guide in self.guides.items()},
+            "trust": self.trust.state_dict(),
             "way": self.linearizer.way,
             "generator": self.generator.get_state(),
-            "drawn": self._drawn,
             "trajectory": {name: torch.as_tensor(array) for name, array in self.trajectory.state_dict().items()},
             "faults": self.faults.state_dict(),
             "selection": self.selection.state_dict(),
@@ -350,33 +334,18 @@ class MetricPhase:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as if nothing had been interrupted; phi is in place already."""
-        device = self.phi.read().device
+        device, saved = self.phi.read().device, state["coordinates"]
         self.plan = PhasePlan(**state["plan"])
         self.ledger.budget = self.plan.calls
-        self.coordinates = Coordinates(
-            state["coordinates"]["origin"].to(device), state["coordinates"]["basis"].to(device), state["coordinates"]["kind"]
-        )
+        self.coordinates = Coordinates(saved["origin"].to(device), saved["basis"].to(device), saved["kind"])
         self.start_step, self.value = state["start_step"], state["value"]
         self.taken_back, self.ended, self.finished = state["taken_back"], state["ended"], state["finished"]
         self.curve, self.linearizer.way = state["curve"], state["way"]
         self.faults.load_state_dict(state["faults"])
         self.selection.load_state_dict(state["selection"])
         self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})
-        self.guides = self.make_guides(self.plan.observe == PREDICTIONS)
         context = GuideContext(self.coordinates.dim, self.generator, self.network)
-        self.guides = {name: guide for name, guide in self.guides.items() if name in state["guides"]}
-        for name, guide in self.guides.items():
-            guide.start(context)
-            guide.load_state_dict(state["guides"][name])
-        self.rates = dict(state["rates"])
+        self.trust.load_state_dict(state["trust"], self.plan.observe == PREDICTIONS, context)
         self.generator.set_state(state["generator"])
-        self._drawn = state["drawn"]
         if not self.finished:
             self._freeze()
-
-
-def _applies(guide: Guide, metric: LocalMetric) -> bool:
-    try:
-        return guide.applies(metric)
-    except BudgetSpent:
-        return False

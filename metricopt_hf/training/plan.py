@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ..evaluation.linearization import Linearization
 from .config import MetricOptConfig
 
 # What of the model is observed: predictions, on which the metric is called without a pass; or scores, a pass for each
@@ -16,6 +17,7 @@ SPREAD_LENGTH = 1.6  # of a perturbation, in phi
 MOST_MOVED = 0.5  # standard deviations of the outputs by which a perturbation moves them at most, else it is smaller
 PATIENCE = 60.0  # seconds that metric calls may take, however short the training was
 DEFAULT_STEPS = 10
+CLASSES, MOST_CLASSES = 4, 10  # logits a row up to which `CALLS` are made, and from which no more than for so many
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class PhasePlan:
         rate: learning rate of an update of phi, in units of `STEP_LENGTH`.
         value_weight: lambda in `blended`.
         seed: of the private generator.
-        calls_given: whether the user says how many calls, so that a slow metric has as many.
+        follows_outputs: whether `calls` is the default, which grows with the number of logits, and is lowered for a slow
+            metric.
         scale: by which steps and perturbations are made smaller, see `MOST_MOVED`.
     """
 
@@ -43,7 +46,7 @@ class PhasePlan:
     rate: float
     value_weight: float
     seed: int
-    calls_given: bool = False
+    follows_outputs: bool = True
     scale: float = 1.0
 
     @classmethod
@@ -57,8 +60,15 @@ class PhasePlan:
         calls = CALLS[observe] if args.metric_call_budget is None else args.metric_call_budget
         on_all_rows = args.observe == "predictions_on_all_rows"
         return cls(
-            steps, calls, observe, on_all_rows, args.phi_dim, args.phi_learning_rate, args.value_weight, args.seed,
-            args.metric_call_budget is not None,
+            steps,
+            calls,
+            observe,
+            on_all_rows,
+            args.phi_dim,
+            args.phi_learning_rate,
+            args.value_weight,
+            args.seed,
+            follows_outputs=args.metric_call_budget is None,
         )
 
     def observing_scores(self, args: MetricOptConfig) -> PhasePlan:
@@ -66,9 +76,17 @@ class PhasePlan:
         calls = CALLS[SCORES] if args.metric_call_budget is None else args.metric_call_budget
         return replace(self, observe=SCORES, calls=calls)
 
+    def for_outputs(self, linear: Linearization) -> PhasePlan:
+        """With more calls where a row has many logits, since there are as many more decisions to tell apart."""
+        leaf = linear.decisions
+        if not self.follows_outputs or leaf is None or leaf.outputs.dim() < 2:
+            return self
+        classes = min(MOST_CLASSES, leaf.outputs.shape[1])
+        return replace(self, calls=int(self.calls * max(1.0, classes / CLASSES)))
+
     def in_time(self, call_seconds: float, trained_seconds: float) -> PhasePlan:
         """With fewer calls, where the metric is slow: as many as take no longer than training did, or a minute."""
-        if self.calls_given or not call_seconds > 0:
+        if not self.follows_outputs or not call_seconds > 0:
             return self
         return replace(self, calls=min(self.calls, max(2, int(max(PATIENCE, trained_seconds) / call_seconds))))
 

@@ -15,8 +15,7 @@ from metricopt_hf.phi import Coordinates
 def test_grids_are_of_one_size():
     assert {len(rival.grid) for rival in methods.RIVALS.values() if rival.grid} == {6}
     for name, rival in methods.RIVALS.items():
-        # the start has nothing to set, and "scores" is the library's defaults
-        assert rival.grid or rival.settings_of or rival.setting or name in ("start", "scores")
+        assert rival.grid or rival.settings_of or rival.setting or name == "start"  # which has nothing to set
 
 
 def test_what_is_committed_is_from_the_grids():

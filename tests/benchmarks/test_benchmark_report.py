@@ -38,7 +38,7 @@ def test_the_front_page_leads_with_what_the_records_say_of_tuning_on_both_sides(
     plain = "MetricOpt has not been measured yet" if ours is None else "MetricOpt wins on 1 of 1 task (`bank_f1`)"
     assert f" Without that tuning, {plain}." in first
     folder = tmp_path / "docs" / "results"
-    assert {path.stem for path in folder.iterdir()} == {"README", "harm", "decision", "guides", "forest", "bank_f1"}
+    assert {path.stem for path in folder.iterdir()} == {"README", "harm", "decision", "forest", "bank_f1"}
 
 
 def test_the_lead_counts_every_verdict():

@@ -1,40 +1,43 @@
-"""The blend: how long the value gradient is beside the task gradient."""
+"""The blend of the value gradient with the loss gradient: its length, its units, and what says nothing."""
+
+import math
 
 import pytest
 import torch
 
-from metricopt_hf.guides.blend import correction
+from metricopt_hf.guides import blended
 
-G, V = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, -0.2, 0.0])
-
-
-def test_its_length_is_weight_times_trust_times_the_task_gradients():
-    added = correction(G, V, trust=0.5, weight=3.0)
-    assert torch.allclose(added, torch.tensor([0.0, -7.5, 0.0]))
+ASCENT, LOSS = torch.tensor([0.0, -0.2, 0.0]), torch.tensor([3.0, 4.0, 0.0])
 
 
-def test_the_unit_of_the_metric_does_not_matter_and_that_of_the_loss_carries_over():
-    added = correction(G, V, 0.5, 3.0)
-    assert torch.allclose(correction(G, 1e6 * V, 0.5, 3.0), added)
-    assert torch.allclose(correction(65536 * G, V, 0.5, 3.0), 65536 * added)
+def test_the_value_gradient_is_weight_times_as_long_as_the_loss_gradient():
+    for weight in (0.5, 3.0):
+        expected = weight * torch.tensor([0.0, -1.0, 0.0]) - torch.tensor([0.6, 0.8, 0.0])
+        assert torch.allclose(blended(ASCENT, LOSS, weight), expected / expected.norm())
 
 
-@pytest.mark.parametrize(
-    ("task", "value", "trust", "weight"),
-    [
-        (0 * G, V, 1.0, 1.0),
-        (G, 0 * V, 1.0, 1.0),
-        (G, V, 0.0, 1.0),
-        (G, V, 1.0, 0.0),
-        (G, V * float("nan"), 1.0, 1.0),
-        (G, torch.tensor([0.0, float("inf"), 0.0]), 1.0, 1.0),
-    ],
-    ids=["no task gradient", "no value gradient", "no trust", "no weight", "nan direction", "infinite direction"],
-)
-def test_there_are_cases_in_which_nothing_is_added(task, value, trust, weight):
-    assert torch.equal(correction(task, value, trust, weight), torch.zeros(3))
+@pytest.mark.parametrize("weight", [0.0, 1.0, math.inf])
+def test_no_unit_matters_and_the_length_is_one(weight):
+    found = blended(ASCENT, LOSS, weight)
+    assert torch.allclose(blended(1e6 * ASCENT, 1e-6 * LOSS, weight), found)
+    assert float(found.norm()) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_an_overflow_of_the_task_gradient_shows(bad):
-    assert not correction(torch.tensor([bad, 1.0, 1.0]), V, 0.5, 1.0).isfinite().all()
+def test_with_an_infinite_weight_the_loss_has_no_say():
+    assert torch.equal(blended(ASCENT, LOSS, math.inf), blended(ASCENT, None, 1.0))
+
+
+def test_with_no_weight_the_value_has_no_say():
+    assert torch.allclose(blended(ASCENT, LOSS, 0.0), -LOSS / 5)
+
+
+@pytest.mark.parametrize("nothing", [torch.zeros(3), torch.full((3,), math.nan), torch.tensor([math.inf, 0.0, 0.0])])
+def test_what_is_zero_or_not_finite_says_nothing(nothing):
+    assert torch.allclose(blended(nothing, LOSS, 1.0), -LOSS / 5)
+    assert torch.allclose(blended(ASCENT, nothing, 1.0), ASCENT / 0.2)
+    assert torch.equal(blended(nothing, nothing, 1.0), torch.zeros(3))
+
+
+def test_tiny_and_huge_gradients_keep_their_direction():
+    for scale in (1e-30, 1e30):
+        assert torch.allclose(blended(scale * ASCENT, None, math.inf), ASCENT / 0.2)

@@ -1,173 +1,143 @@
-"""One contract for every guide: those that a config names, and the user's own, of either kind."""
+"""One contract for every guide: those that a config names, and the experimental ones."""
+
+import copy
 
 import pytest
 import torch
-from helpers import guide_context
-from teaching import D, K, LearnedLoss, Truth, batch, coordinates, started, taught, trusted
+from local_metrics import DIM, Local, accuracy, cosine, error, started, taught
 
-from metricopt_hf import Guide, Trajectory, ValueFunctionGuide
-from metricopt_hf.guides import GUIDES, from_spec
-from metricopt_hf.guides.trust import NO_EVIDENCE, PREDICTIVE
-from metricopt_hf.training import checkpoint
-from metricopt_hf.value import ValueNetwork
+from metricopt_hf.evaluation.local_metric import BudgetSpent
+from metricopt_hf.experimental import EXPERIMENTAL
+from metricopt_hf.guides import AUTO, GUIDES, Guide, from_spec
 
-MAKE = {
-    **{name: (lambda name=name: from_spec(name)) for name in GUIDES},
-    "value function given": lambda: ValueFunctionGuide(ValueNetwork(K, hidden_size=8)),
-    "user's direction": Truth,
-    "user's loss": LearnedLoss,
-}
-LOSSES = ("bridge", "loss_alignment", "user's loss")
-DIRECTIONS = [name for name in MAKE if name not in LOSSES]
-LEARNERS = [name for name in MAKE if name not in ("shuffled", "random")]  # those that can come to know the metric
+EVERY = {**GUIDES, **EXPERIMENTAL}
+CONTROLS = ("shuffled", "random")
+LEARNERS = [name for name in EVERY if name not in CONTROLS]
+CALLING = [name for name in EVERY if name != "random"]
 
-every_guide = pytest.mark.parametrize("name", MAKE)
+every_guide = pytest.mark.parametrize("name", EVERY)
 
 
-def answer(guide, phi=None):
-    """What it answers when it is trusted: a direction, or else a loss."""
-    direction = guide.direction(torch.zeros(D) if phi is None else phi)
-    return guide.loss(*batch()) if direction is None else direction.vector
-
-
-def assert_not_followed(guide, reason):
-    """By `standing`, which gates a loss, and by the direction, where it has one."""
-    trust, why = guide.standing
-    assert trust == 0 and reason in why
-    direction = guide.direction(torch.zeros(D))
-    if direction is not None:
-        assert direction.trust == 0 and reason in direction.reason
-        assert torch.equal(direction.vector, torch.zeros(D))
+@pytest.fixture(scope="module")
+def shared():
+    return Local()
 
 
 @every_guide
-def test_it_is_a_guide_that_answers_in_one_way(name):
-    guide = started(MAKE[name]())
-    assert isinstance(guide, Guide) and guide.scope in ("phi", "all")
-    taught(guide)
-    direction = trusted(guide).direction(torch.zeros(D))
-    loss = guide.loss(*batch())
-    assert (direction is None) != (loss is None)
-    assert (direction is None) == (name not in DIRECTIONS)
-    if loss is not None:
-        assert loss.shape == () and loss.isfinite()
-
-
-@every_guide
-def test_before_there_is_evidence_it_is_not_followed(name):
-    assert_not_followed(started(MAKE[name]()), NO_EVIDENCE)
-
-
-@every_guide
-def test_it_is_judged_before_it_is_told(name):
-    guide = started(MAKE[name]())
-    asked, learned = [], []
-    predict, learn = guide.predict_round, guide.learn
-    guide.predict_round = lambda observed: (
-        asked.append((len(learned), len(observed.trajectory.last_round))) or predict(observed)
-    )
-    guide.learn = lambda observed: learned.append(len(observed.trajectory)) or learn(observed)
-    taught(guide, rounds=3)
-    assert asked == [(0, 8), (1, 8), (2, 8)]  # of the last round, before it was fitted to it
-    assert learned == [8, 16, 24]
+def test_it_applies_to_decisions_and_gives_a_direction(name, shared):
+    guide = started(EVERY[name](), shared)
+    assert isinstance(guide, Guide) and guide.applies(shared.metric()) and shared.dim == DIM
+    taught(guide, shared, updates=1)
+    gradient = guide.gradient(torch.zeros(DIM))
+    assert gradient.shape == (DIM,) and gradient.isfinite().all() and gradient.norm() > 0
+    expected = guide.predict(torch.zeros(DIM))
+    assert expected is None or isinstance(expected, float)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
-def test_one_that_knows_the_metric_is_trusted(name):
-    guide = started(MAKE[name]())
-    taught(guide, rounds=8)
-    trust, reason = guide.standing
-    assert trust > 0.3 and reason == PREDICTIVE
+@pytest.mark.parametrize(("function", "greater"), [(accuracy, True), (error, False)])
+def test_its_gradient_goes_where_the_metric_improves(name, function, greater):
+    """Whichever way the metric goes: the slope is that of what is compared, of which more is better."""
+    local = Local(function, greater)
+    guide = taught(started(EVERY[name](), local), local, updates=6)
+    assert cosine(guide.gradient(torch.zeros(DIM)), local.slope()) > 0.3
+
+
+@pytest.mark.parametrize("name", ["value_function", "bridge"])
+def test_one_that_predicts_knows_which_point_is_better(name):
+    local = Local()
+    guide = taught(started(EVERY[name](), local), local, updates=6)
+    ahead = local.slope()
+    ahead = ahead / ahead.norm()
+    assert guide.predict(ahead) > guide.predict(-ahead)
+
+
+def both_generators(guide, local):
+    return guide.context.generator.get_state(), local.generator.get_state()
 
 
 @every_guide
-def test_the_saved_state_goes_on_exactly(name, tmp_path):
-    first = started(MAKE[name]())
-    trajectory = taught(first, rounds=2)
-    checkpoint.save(first.state_dict(), tmp_path)
-    second = started(MAKE[name](), seed=1)  # even from another seed
-    second.load_state_dict(checkpoint.load(tmp_path))
+def test_the_saved_state_goes_on_exactly(name, tmp_path, shared):
+    first = taught(started(EVERY[name](), shared), shared, updates=2)
+    own, theirs = both_generators(first, shared)
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    taught(first, shared, updates=2)
 
-    taught(first, 2, first=2, trajectory=Trajectory(trajectory))
-    taught(second, 2, first=2, trajectory=Trajectory(trajectory))
-    phi = torch.randn(D)
-    assert second.trust == first.trust and second.trust.evidence > 0
-    assert torch.equal(answer(trusted(second), phi), answer(trusted(first), phi))
-
-
-@every_guide
-def test_a_state_from_before_the_first_round_can_be_saved_too(name, tmp_path):
-    checkpoint.save(started(MAKE[name]()).state_dict(), tmp_path)
-    guide = started(MAKE[name]())
-    guide.load_state_dict(checkpoint.load(tmp_path))
-    taught(guide)
-    assert answer(trusted(guide)).norm() > 0
+    second = started(EVERY[name](), shared, seed=1)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    second.context.generator.set_state(own)
+    shared.generator.set_state(theirs)
+    taught(second, shared, updates=2)
+    point = 0.1 * torch.ones(DIM)
+    assert torch.equal(first.gradient(point), second.gradient(point)) and first.predict(point) == second.predict(point)
 
 
 @every_guide
-def test_the_seed_is_the_only_randomness(name):
-    answers = []
+def test_what_was_saved_does_not_change_with_what_is_learned(name, shared):
+    guide = taught(started(EVERY[name](), shared), shared, updates=1)
+    state = guide.state_dict()
+    before = copy.deepcopy(state)
+    flat, same = (torch.utils._pytree.tree_leaves(s) for s in (state, before))
+    for a, b in zip(flat, same, strict=True):
+        assert type(a) in (torch.Tensor, float, int, bool) and torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@every_guide
+def test_a_state_from_before_the_first_update_can_be_saved_too(name, shared):
+    state = started(EVERY[name](), shared).state_dict()
+    guide = started(EVERY[name](), shared)
+    guide.load_state_dict(state)
+    assert taught(guide, shared, updates=1).gradient(torch.zeros(DIM)).norm() > 0
+
+
+@every_guide
+def test_the_generators_are_the_only_randomness(name):
+    found = []
     for seed in (0, 0, 1):
-        torch.rand(1)  # the global state is another each time
+        local = Local(seed=seed)
         state = torch.get_rng_state()
-        guide = started(MAKE[name](), seed=seed)
-        taught(guide)
-        answers.append(answer(trusted(guide)))
+        guide = taught(started(EVERY[name](), local, seed), local, updates=2)
+        found.append(guide.gradient(torch.zeros(DIM)))
         assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(answers[0], answers[1])
-    assert name == "user's direction" or not torch.equal(answers[0], answers[2])
-
-
-@every_guide
-def test_switched_off_it_is_followed_no_more_until_the_next_phase(name, tmp_path):
-    guide = started(MAKE[name]())
-    taught(guide)
-    trusted(guide).switch_off("the metric failed")
-    checkpoint.save(guide.state_dict(), tmp_path)
-    resumed = started(MAKE[name]())
-    resumed.load_state_dict(checkpoint.load(tmp_path))
-    for off in (guide, resumed):
-        assert_not_followed(off, "the metric failed")
-    guide.start(guide_context(coordinates()))
-    assert_not_followed(guide, NO_EVIDENCE)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 @every_guide
 def test_a_new_phase_forgets_the_last(name):
-    guide, fresh = started(MAKE[name]()), started(MAKE[name]())
-    taught(guide)
-    guide.start(guide_context(coordinates()))
-    phi = torch.randn(D)
-    for g in (guide, fresh):
-        taught(g, rounds=2, first=7)
-    assert guide.trust == fresh.trust
-    assert torch.equal(answer(trusted(guide), phi), answer(trusted(fresh), phi))
+    found = []
+    for before in (True, False):
+        local = Local()
+        guide = started(EVERY[name](), local)
+        if before:
+            taught(guide, Local(seed=3), updates=2)
+            started(guide, local)
+        found.append(taught(guide, local, updates=1).gradient(torch.zeros(DIM)))
+    assert torch.equal(*found)
 
 
-@every_guide
-def test_a_round_of_one_observation_is_no_trouble(name):
-    guide = started(MAKE[name]())
-    taught(guide, rounds=1, size=1)
-    assert_not_followed(guide, NO_EVIDENCE)
+@pytest.mark.parametrize("name", CALLING)
+def test_it_stops_where_the_budget_does(name):
+    local = Local(budget=3)
+    guide = started(EVERY[name](), local)
+    with pytest.raises(BudgetSpent):
+        guide.fit(local.metric(), torch.zeros(DIM))
+    assert local.ledger.calls["observe"] == 0
 
 
-# ---- those that answer a direction
+@pytest.mark.parametrize("name", CALLING)
+def test_calls_that_fail_are_left_out(name):
+    calls = []
+
+    def fails_at_times(prediction):
+        calls.append(1)
+        return accuracy(prediction) if len(calls) % 3 != 2 else float("nan")
+
+    local = Local(fails_at_times)
+    guide = taught(started(EVERY[name](), local), local, updates=2)
+    assert guide.gradient(torch.zeros(DIM)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", DIRECTIONS)
-def test_a_direction_is_a_vector_in_the_span_of_the_coordinates(name):
-    guide = started(MAKE[name]())
-    taught(guide)
-    vector, basis = answer(trusted(guide), torch.randn(D)), guide.context.coordinates.basis
-    assert vector.shape == (D,) and vector.isfinite().all() and vector.norm() > 0
-    assert torch.allclose(basis @ (basis.T @ vector), vector, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", DIRECTIONS)
-def test_where_smaller_is_better_the_direction_is_the_opposite(name):
-    phi, vectors = torch.randn(D), []
-    for greater_is_better in (True, False):
-        guide = started(MAKE[name](), greater_is_better)
-        taught(guide)
-        vectors.append(answer(trusted(guide), phi))
-    assert torch.equal(vectors[0], -vectors[1])
+def test_a_spec_names_guides_by_whether_calls_cost_a_pass():
+    assert list(from_spec(AUTO, linearised=True)) == ["pairs", "rows"]
+    assert list(from_spec(AUTO, linearised=False)) == ["value_function"]
+    assert list(from_spec("random", linearised=True)) == ["random"]

@@ -19,8 +19,9 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from metricopt_hf import HubError, MetricOptConfig, MetricOptTrainer, Observation, Trajectory, ValueFunction
+from metricopt_hf import HubError, MetricOptConfig, MetricOptTrainer, ValueFunction
 from metricopt_hf import ValueFunctionError as Refused
+from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 from metricopt_hf.value import fit
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,8 @@ from helpers import Texts, tiny_bert, true_class_probability
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from metricopt_hf import MetricOptConfig, MetricOptTrainer, Observation, Trajectory, ValueFunction
+from metricopt_hf import MetricOptConfig, MetricOptTrainer, ValueFunction
+from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 from metricopt_hf.hub import cards
 from metricopt_hf.value import Signature
 from metricopt_hf.value.serialization import replace_file
@@ -112,7 +113,7 @@ def run(folder, name):
     trainer = MetricOptTrainer(
         tiny_bert(),
         MetricOptConfig(
-            str(folder), max_steps=4, metric_start_ratio=0, metric_call_budget=16, metric_for_best_model=name,
+            str(folder), max_steps=4, metric_steps=2, metric_call_budget=16, metric_for_best_model=name,
             greater_is_better=True, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2, eval_strategy="steps",
             eval_steps=2,
         ),

@@ -147,4 +147,4 @@ def test_the_page_on_sharing_shares_and_loads(used):
 
 def test_published_cards_pass_the_hub_s_validation(published):
     result = of(published[0], "published_cards")
-    assert result["cards"] == 3 and "task" in result["broken"]
+    assert result["cards"] == 2 and "task" in result["broken"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from metricopt_hf import Observation, Trajectory, ValueFunction, ValueFunctionError
+from metricopt_hf import ValueFunction, ValueFunctionError
+from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 from metricopt_hf.phi.coordinates import random_directions
 from metricopt_hf.value import Signature, ValueNetwork, fit
 

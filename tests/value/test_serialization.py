@@ -16,7 +16,8 @@ import torch
 from helpers import config
 from safetensors.torch import load_file, save_file
 
-from metricopt_hf import Observation, Trajectory, ValueFunction, ValueFunctionError
+from metricopt_hf import ValueFunction, ValueFunctionError
+from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 from metricopt_hf.phi.coordinates import random_directions
 from metricopt_hf.value import Signature, fit, serialization
 

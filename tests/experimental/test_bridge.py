@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
-from metricopt_hf import Bridge, ConfigurationError
+from metricopt_hf import ConfigurationError
+from metricopt_hf.experimental import Bridge
 
 B, D, H, C = 12, 3, 6, 4
 
