@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation.constraints import ConstraintCheck
 from ..evaluation.ledger import Ledger
@@ -16,7 +15,7 @@ from ..phi import PhiSpace
 from . import building, checkpoint, preflight, reporting, sharing, steps
 from .callback import MetricPhaseCallback
 from .diagnosis import Diagnosis, diagnose
-from .inputs import INDICES, MetricInputs
+from .inputs import MetricInputs
 from .phase import MetricPhase
 from .result import RunResult
 from .setup import Given, Phi, Setup
@@ -62,6 +61,7 @@ class MetricOptTrainer(Trainer):
 
     post_process_function = None  # a subclass may have it as a method
     eval_examples = None
+    whole_output = None  # what a post-processing is given instead of the predictions, made of them and their data set
 
     def __init__(
         self,
@@ -87,11 +87,8 @@ class MetricOptTrainer(Trainer):
             self.post_process_function = post_process_function
         if eval_examples is not None:
             self.eval_examples = eval_examples
-        indices = INDICES in self.args.include_for_metrics
-        self.metric_inputs = MetricInputs(self.post_process_function, self.eval_examples, indices, self.whole_output)
+        self.metric_inputs = MetricInputs(self)
         self.compute_metrics = self.metric_inputs.wrapped(self.compute_metrics)
-
-    whole_output = None  # see `MetricInputs`
 
     # What a user reads
 
@@ -176,11 +173,8 @@ class MetricOptTrainer(Trainer):
         if self.model_init is None:
             self.settled()
         preflight.check_training_step(self, MetricOptTrainer)
-        self.phase, self.checkpoint_settings = None, None
-        self.ignore_keys = ignore_keys_for_eval
-        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if folder:  # else Trainer says what is missing
-            self.checkpoint_settings = checkpoint.check(folder)
+        self.phase, self.ignore_keys = None, ignore_keys_for_eval
+        self.checkpoint_settings = checkpoint.resumed(resume_from_checkpoint, self.args.output_dir)
         callbacks = list(self.callback_handler.callbacks)
         try:
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
