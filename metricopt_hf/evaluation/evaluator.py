@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -77,6 +78,9 @@ class Evaluator:
         complete: what the metric is given instead of the predictions; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
+
+    Attributes:
+        call_seconds: that the last metric call took, without the pass.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class Evaluator:
         self.rank, self.world_size, self.complete = rank, world_size, complete
         self.predict, self._batches, self._max_bytes = predict, batches, max_bytes
         self.batch_sizes: tuple[int, ...] | None = getattr(batches, "batch_sizes", None)
-        self._accumulation_steps = accumulation_steps
+        self._accumulation_steps, self.call_seconds = accumulation_steps, 0.0
         self._kept: list[Any] | bool | None = None  # the batches; False: they are too many
         self._prefix: PrefixCache | None = None
 
@@ -139,11 +143,17 @@ class Evaluator:
         with self.ledger.charge(purpose, passes=1):
             self._check_finite()
             complete = complete or self.complete
-            if self.metric.batchwise and complete is None and self.world_size == 1:
+            if self.metric.batchwise and complete is None:
                 with undisturbed(self.phi.model):
-                    return self.metric.over(self._each()), None
+                    batches = self._each() if self.world_size == 1 else list(self._each())
+                    return agreed(self.rank, self.world_size, lambda: self.metric.over(batches)), None
             prediction = self.predictions()
-            score = agreed(self.rank, self.world_size, lambda: self.metric(prediction, complete))
+
+            def call() -> tuple[float, float]:
+                start = perf_counter()
+                return self.metric(prediction, complete), perf_counter() - start
+
+            score, self.call_seconds = agreed(self.rank, self.world_size, call)
             return score, prediction
 
     def _check_finite(self) -> None:

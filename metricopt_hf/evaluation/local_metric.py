@@ -18,7 +18,6 @@ from .linearization import Linearization
 from .metric import world_kept
 from .trajectory import Observation, Trajectory
 
-
 PERTURBED = 64
 
 

@@ -23,7 +23,7 @@ def with_tuned_bias(evaluator: Evaluator, point: Tensor) -> Tensor | None:
         evaluator: the metric on the observation set.
     """
     where = evaluator.phi.output_bias_slice
-    if where is None or not evaluator.metric.of_predictions or not evaluator.concat:
+    if where is None or not evaluator.metric.of_predictions or not evaluator.concat or evaluator.metric.batchwise:
         return None
     with evaluator.phi.restored():
         prediction = _predictions(evaluator, point)

@@ -40,7 +40,8 @@ class PhasePlan:
         rate: learning rate of an update of phi, in units of `STEP_LENGTH`.
         value_weight: lambda in `blended`.
         seed: of the private generator.
-        follows_outputs: whether `calls` is the default, which grows with the number of logits.
+        follows_outputs: whether `calls` is the default, which grows with the number of logits, and is lowered for a slow
+            metric.
         scale: by which steps and perturbations are made smaller, see `MOST_MOVED`.
     """
 
@@ -86,9 +87,9 @@ class PhasePlan:
         """With the calls of `default_calls`, where the config leaves them open."""
         return replace(self, calls=default_calls(linear)) if self.follows_outputs else self
 
-    def in_time(self, args: MetricOptConfig, call_seconds: float, trained_seconds: float) -> PhasePlan:
+    def in_time(self, call_seconds: float, trained_seconds: float) -> PhasePlan:
         """With fewer calls, where the metric is slow: as many as take no longer than training did, or a minute."""
-        if args.metric_call_budget is not None or not call_seconds > 0:
+        if not self.follows_outputs or not call_seconds > 0:
             return self
         return replace(self, calls=min(self.calls, max(2, int(max(PATIENCE, trained_seconds) / call_seconds))))
 

@@ -39,6 +39,15 @@ def names_metric(given: Any, args: TrainingArguments, compute_metrics: Callable 
     return compute_metrics is not None and metric_name(args, eval_dataset) is not None
 
 
+def require_metric(guided: bool) -> None:
+    """Raises ConfigurationError where there is no metric to diagnose."""
+    if not guided:
+        raise ConfigurationError(
+            "There is no metric to diagnose: give the trainer one (metric=..., or compute_metrics and "
+            "metric_for_best_model in the config)."
+        )
+
+
 def tell_unguided(args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> None:
     """Warn of a run that is Trainer's own although it has something of a metric."""
     name, why = metric_name(args, eval_dataset), None
