@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 START, BIAS, MEAN = "start", "start, bias tuned", "mean of the last steps"  # kinds of candidates
 MARGIN = 0.5  # standard errors of the difference, by which the steps must be better than what is cheap
+SEEN = 0.15  # weight of the same difference on the observation split, which the steps were fitted to, beside that
 SHARE = 0.5  # of a gain, by which a second answer of the metric may differ from the first
 
 
@@ -95,7 +96,7 @@ class Selection:
         if self.steps:
             mean = torch.stack(self.steps[len(self.steps) // 2 :]).mean(0)
             self.candidates.append(self._scored(Candidate(MEAN, mean, step)))
-        self.chosen = self._choose()
+        self.chosen = self._choose(observation)
         self.phi.write(self.chosen.phi)
         self._predictions.clear()
         logger.info(f"Kept: {self.chosen.kind}; {self.why}.")
@@ -104,7 +105,7 @@ class Selection:
             for check in self.constraints:
                 logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
 
-    def _choose(self) -> Candidate:
+    def _choose(self, observation: Evaluator) -> Candidate:
         """The steps where they are better by `MARGIN`, and their score comes out again; else the better of the others."""
         ascent = next((candidate for candidate in self.candidates if candidate.kind == MEAN), None)
         if ascent is None:
@@ -124,15 +125,29 @@ class Selection:
             return ascent
         gain = self._merit(ascent) - self._merit(cheap)
         error = self._error(ascent, cheap)
-        pays = gain > 0 and not gain < MARGIN * error
+        evidence = gain + SEEN * self._gain_on(observation, ascent, cheap)
+        pays = evidence > 0 and not evidence < MARGIN * error
         self.why = f"the steps are {'better' if pays else 'not clearly better'} than {cheap.kind}: {gain:+.4g} ± {error:.2g}"
-        if pays and not self._comes_out_again(ascent, gain):
+        if pays and not self._comes_out_again(ascent, abs(gain)):
             self.why += ", which does not come out again when the metric is asked again"
             pays = False
         return ascent if pays else cheap
 
     def _merit(self, candidate: Candidate) -> float:
         return self.evaluator.metric.merit(Score(candidate.score, candidate.raw))
+
+    def _gain_on(self, observation: Evaluator, first: Candidate, second: Candidate) -> float:
+        """By how much one candidate is better than another on the observation split; 0 where the metric fails."""
+        merits = []
+        with self.phi.restored():
+            for candidate in (first, second):
+                self.phi.write(candidate.phi)
+                try:
+                    merits.append(observation.metric.merit(observation.evaluate("select")))
+                except MetricError as error:
+                    self.faults.add([str(error)], succeeded=0)
+                    return 0.0
+        return merits[0] - merits[1]
 
     def _comes_out_again(self, candidate: Candidate, gain: float) -> bool:
         """Whether a second answer confirms a score: what is finite and comes out again is true."""
