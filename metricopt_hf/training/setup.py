@@ -119,6 +119,7 @@ class Setup:
         metric = given.resolve_metric(trainer)  # first of all, whether `args` are ours
         state = trainer.accelerator.state
         preflight.check_supported(trainer, state.distributed_type, getattr(state, "fsdp_plugin", None))
+        preflight.check_metric(metric, state.distributed_type)
         sets = given.observation_dataset, given.selection_dataset
         if metric.of_predictions or metric.takes_dataset:
             label_name = trainer.label_names[0] if trainer.label_names else "labels"

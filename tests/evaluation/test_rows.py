@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from metricopt_hf.evaluation.rows import num_rows, take_rows
+from metricopt_hf.evaluation.rows import SizedPrediction, divisible, num_rows, take_rows
 
 ROWS = np.array([0, 3, 4])
 
@@ -18,11 +18,6 @@ def test_joined_predictions(wrap):
     assert num_rows(whole) == 5 and num_rows(part) == 3
     assert repr(part.predictions) == repr(expected.predictions) and repr(part.label_ids) == repr(expected.label_ids)
     assert part.inputs.tolist() == ROWS.tolist() == part.losses.tolist()
-
-
-def test_what_has_no_row_per_example_stays():
-    whole = EvalPrediction((np.zeros((5, 2)), np.arange(3)), np.arange(5))
-    assert take_rows(whole, ROWS).predictions[1].tolist() == [0, 1, 2]
 
 
 def test_batches_that_are_not_joined_with_a_dict_per_image():
@@ -42,3 +37,21 @@ def test_the_original_is_left_as_it_is():
     part = take_rows(whole, ROWS)
     part.predictions[:] = -1
     assert whole.predictions.min() == 0
+
+
+def test_rows_are_counted_as_the_data_set_says_and_half_of_what_is_no_rows_is_not_taken():
+    """Outputs by token before those by row; a number of no row at all."""
+    tokens, logits, balance = np.zeros((11, 2)), np.arange(10.0).reshape(5, 2), np.array(0.5)
+    known = SizedPrediction((tokens, logits, balance), np.arange(5), sizes=[5])
+    assert num_rows(known) == 5 and not divisible(known)
+    known = SizedPrediction((balance, logits), np.arange(5), sizes=[5])
+    part = take_rows(known, ROWS)
+    assert divisible(known) and num_rows(part) == 3 and part.predictions[0] == 0.5 and part.label_ids.tolist() == [0, 3, 4]
+
+
+def test_columns_of_labels_are_no_rows_though_a_batch_has_as_many():
+    """The report e6: masks and classes of two images."""
+    masks, classes = [np.ones((1, 4, 4)), np.ones((2, 4, 4))], [np.array([0]), np.array([1, 0])]
+    batch = EvalPrediction([(np.zeros((2, 4, 3)), np.zeros((2, 4, 4, 4)))], [(masks, classes)])
+    labels = take_rows(batch, np.array([1]), concat=False).label_ids[0]
+    assert [[array.shape for array in column] for column in labels] == [[(2, 4, 4)], [(2,)]]
