@@ -1,9 +1,8 @@
-"""Draws docs/images/how_it_works.png: one round of the method, computed on a toy of two coordinates.
+"""Draws docs/images/how_it_works.png: one step of the metric phase, computed on a toy whose phi has two numbers.
 
     python docs/draw.py            (part of make docs)
 
-The toy: 200 examples in two groups, a linear model, and the accuracy of the worse group as the metric. The loss is that
-of the greater group, so that loss and metric pull in different directions.
+The toy: 400 examples in two groups, outputs that bend as phi moves, and the accuracy of the worse group as the metric.
 """
 
 from pathlib import Path
@@ -15,82 +14,96 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 PATH = Path(__file__).resolve().parent / "images" / "how_it_works.png"
-STEP = 0.9  # how far from phi the passes go, in the coordinates' unit
-SPREAD = 0.55  # standard deviation of the points on which the metric is called
-BLUE, ORANGE, GREEN = "tab:blue", "tab:orange", "tab:green"
+SPREAD, RATE = 0.35, 0.07  # of a perturbation, of an update
+UPDATES, PAIRS = 20, 8  # updates in a step, pairs of calls in an update
+REACH = 1.7  # of the axes
+BLUE, ORANGE, GREEN, GRAY = "tab:blue", "tab:orange", "tab:green", "tab:gray"
 
 
-def toy(generator: np.random.Generator):
-    """Outputs at a point z, [..., 2] -> [..., rows]; labels and groups, [rows]."""
-    groups = np.arange(200) % 4 == 0
-    labels = generator.integers(0, 2, 200) * 2 - 1
-    towards = np.where(groups[:, None], [0.5, 1.0], [-1.0, 0.35]) * labels[:, None]
-    slope = towards + generator.normal(0, 0.25, (200, 2))
-    start = np.where(groups, -0.35, 0.15) * labels + generator.normal(0, 0.6, 200)
-    return lambda z: start + z @ slope.T, labels, groups
+class Toy:
+    """Outputs [..., rows] at a phi z [..., 2], as they are and to first order; labels -1 and 1, and groups, [rows]."""
+
+    def __init__(self, generator: np.random.Generator, rows: int = 400):
+        self.groups = np.arange(rows) % 4 == 0
+        self.labels = generator.integers(0, 2, rows) * 2 - 1
+        towards = np.where(self.groups[:, None], [0.7, 0.9], [-0.4, 0.3]) * self.labels[:, None]
+        self.slope = towards + generator.normal(0, 0.3, (rows, 2))
+        self.bend = generator.normal(0, 0.25, rows)
+        self.start = np.where(self.groups, -0.4, 0.5) * self.labels + generator.normal(0, 0.6, rows)
+
+    def linearised(self, z: np.ndarray) -> np.ndarray:
+        return self.start + z @ self.slope.T
+
+    def outputs(self, z: np.ndarray) -> np.ndarray:
+        return self.linearised(z) + self.bend * (z**2).sum(-1)[..., None]
+
+    def metric(self, outputs: np.ndarray, rows: np.ndarray = slice(None)) -> np.ndarray:
+        """Accuracy of the worse group: [..., rows] -> [...]; no gradient anywhere."""
+        right, groups = (outputs * self.labels > 0)[..., rows], self.groups[rows]
+        return np.minimum(right[..., groups].mean(-1), right[..., ~groups].mean(-1))
 
 
-def metric(outputs: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Accuracy of the worse group: [..., rows] -> [...]; no gradient anywhere."""
-    right = outputs * labels > 0
-    return np.minimum(right[..., groups].mean(-1), right[..., ~groups].mean(-1))
-
-
-def features(z: np.ndarray) -> np.ndarray:
-    x, y = z[..., 0], z[..., 1]
-    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-
-
-def arrow(axes, vector, color: str, label: str, at) -> None:
-    style = {"arrowstyle": "-|>", "color": color, "linewidth": 2.2, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", xy=vector, xytext=(0, 0), arrowprops=style)
-    axes.annotate(label, xy=at, color=color, fontsize=9, ha="center")
+def ascent(toy: Toy, generator: np.random.Generator) -> np.ndarray:
+    """Where pairs of metric calls on linearised outputs lead: [updates + 1, 2]."""
+    path = [np.zeros(2)]
+    for _ in range(UPDATES):
+        half = np.sort(generator.permutation(len(toy.labels))[: len(toy.labels) // 2])
+        offsets = generator.normal(0, SPREAD, (PAIRS, 2))
+        ends = (toy.metric(toy.linearised(path[-1] + sign * offsets), half) for sign in (1, -1))
+        slope = (next(ends) - next(ends)) @ offsets
+        path.append(path[-1] + RATE * slope / max(1e-9, np.linalg.norm(slope)))
+    return np.array(path)
 
 
 def draw(path: Path = PATH) -> None:
     generator = np.random.default_rng(2)
-    outputs, labels, groups = toy(generator)
-    points = generator.normal(0, SPREAD, (150, 2))
-    scores = metric(outputs(points), labels, groups)
-    fit, *_ = np.linalg.lstsq(features(points), scores, rcond=None)
+    toy = Toy(generator)
+    way = ascent(toy, generator)
+    points = generator.normal(0, 2 * SPREAD, (200, 2))
+    scores = toy.metric(toy.linearised(points))
 
     matplotlib.rcParams.update({"font.size": 10})
-    figure = Figure(figsize=(11, 4.1), dpi=120, layout="constrained")
-    first, second, third = figure.subplots(1, 3, sharex=True, sharey=True)
-    for axes, title in (
-        (first, "1. A few forward passes\naround phi"),
-        (second, "2. The metric, on predictions\ninterpolated between them"),
-        (third, "3. A value function, fitted; its gradient\nblended into the loss's by trust"),
-    ):
+    figure = Figure(figsize=(13, 3.9), dpi=110, layout="constrained")
+    first, second, third, fourth = figure.subplots(1, 4)
+    titles = (
+        "1. Linearise the outputs at phi\n(some backward passes)",
+        "2. Call the metric on linearised\noutputs (no pass)",
+        "3. Learn a value function, and go\nup its gradient",
+        "4. A real pass: take the step,\nor take it back",
+    )
+    for axes, title in zip((first, second, third, fourth), titles, strict=True):
         axes.set_title(title, fontsize=11)
-        axes.set_xlim(-1.6, 1.6)
-        axes.set_ylim(-1.6, 1.6)
-        axes.set_aspect("equal")
-        axes.set_xticks([])
-        axes.set_yticks([])
+    for axes in (second, third):
+        axes.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), aspect="equal", xticks=[], yticks=[])
 
-    for corner in STEP * np.array([[1, 0], [-1, 0], [0, 1], [0, -1]]):
-        first.plot(*np.stack([np.zeros(2), corner]).T, color="tab:gray", linewidth=1, zorder=1)
-        first.scatter(*corner, color=BLUE, s=70, zorder=2)
-    first.scatter(0, 0, color="black", s=70, zorder=3)
-    first.annotate("phi", (0.08, -0.28))
-    first.annotate("each point: one pass over the\nobservation split, all its outputs kept", (0, -1.48), ha="center")
+    along = np.linspace(-1.2, 1.2, 60)
+    for row in range(0, 36, 3):
+        color = ORANGE if toy.groups[row] else BLUE
+        line = along[:, None] * np.array([0.6, 0.8])
+        first.plot(along, toy.outputs(line)[:, row], color=color, linewidth=1.6)
+        first.plot(along, toy.linearised(line)[:, row], color=color, linewidth=1, linestyle=":")
+    first.axvline(0, color="black", linewidth=1)
+    first.set(xlabel="along one direction of phi", ylabel="output of a row", xticks=[0], xticklabels=["phi"], yticks=[])
 
-    shown = second.scatter(*points.T, c=scores, cmap="viridis", s=22)
-    second.scatter(0, 0, color="black", s=70)
-    second.annotate("each point: one metric call, no pass", (0, -1.48), ha="center")
-    figure.colorbar(shown, ax=second, label="worse group's accuracy", shrink=0.85)
+    shown = second.scatter(*points.T, c=scores, cmap="viridis", s=20)
+    second.scatter(0, 0, color="black", s=60)
+    second.set_xlabel("each point: one metric call")
+    figure.colorbar(shown, ax=second, label="worse group's accuracy", shrink=0.8)
 
-    grid = np.stack(np.meshgrid(np.linspace(-1.6, 1.6, 80), np.linspace(-1.6, 1.6, 80)), axis=-1)
-    third.contour(grid[..., 0], grid[..., 1], features(grid) @ fit, 12, cmap="viridis", linewidths=0.8)
-    third.scatter(0, 0, color="black", s=70)
-    uphill = fit[1:3] / np.linalg.norm(fit[1:3])
-    gradient = (outputs(np.eye(2)) - outputs(np.zeros(2))) @ (labels * ~groups)  # of the greater group's margin
-    downhill = gradient / np.linalg.norm(gradient)
-    blended = uphill + downhill
-    arrow(third, 0.85 * downhill, BLUE, "the loss", downhill + [0, 0.1])
-    arrow(third, 0.85 * uphill, ORANGE, "the metric", uphill * 0.95 + [0.3, 0])
-    arrow(third, 0.85 * blended, GREEN, "the step", blended * 0.92)
+    grid = np.stack(np.meshgrid(np.linspace(-REACH, REACH, 60), np.linspace(-REACH, REACH, 60)), axis=-1)
+    third.contour(grid[..., 0], grid[..., 1], toy.metric(toy.linearised(grid)), 10, cmap="viridis", linewidths=0.8)
+    third.plot(*way.T, "o-", color=GREEN, markersize=3, linewidth=1.2)
+    third.scatter(0, 0, color="black", s=60, zorder=3)
+    third.set_xlabel(f"{UPDATES} updates, {2 * PAIRS} calls each")
+
+    value, real = toy.metric(toy.linearised(way)), toy.metric(toy.outputs(way))
+    error = np.sqrt(real[0] * (1 - real[0]) / toy.groups.sum())
+    fourth.axhspan(real[0] - error, real[0] + error, color=GRAY, alpha=0.2, linewidth=0, label="standard error at phi")
+    fourth.plot(value, color=GREEN, linestyle=":", label="on linearised outputs")
+    fourth.plot([0, UPDATES], [real[0], real[-1]], "o", color="black", label="real passes")
+    fourth.set(xlabel="update", ylabel="worse group's accuracy", xticks=[0, UPDATES // 2, UPDATES])
+    fourth.legend(fontsize="small", framealpha=0.6, loc="lower right")
+
     path.parent.mkdir(exist_ok=True)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -2,7 +2,7 @@
 """Fine-tune an image classifier for the metric that it is judged by, and compare with what else one could do.
 
 Without options, a small ResNet that tells 0 to 4 from 5 to 9 among scikit-learn's digits as four scanners give them
-(no Hub, no GPU, a few minutes on two cores; this is `make demo`). Each scanner leaves a stripe at an edge of its own.
+(no Hub, no GPU, about a minute; this is `make demo`). Each scanner leaves a stripe at an edge of its own.
 Nearly all low digits of the training split went to two scanners, nearly all high ones to the other two, so the stripe
 tells the label. In the other splits each digit goes through all four, and the worst scanner's accuracy is what counts.
 Or a small ViT on the ten digits under one camera, with a long tail of classes to train on, by the worst class's recall:
@@ -16,14 +16,17 @@ On your data, model and metric, for instance
         --dataset_name uoft-cs/cifar10 --model_name_or_path nateraw/vit-base-patch16-224-cifar10 \\
         --metric worst_class_recall --max_train_samples 6000 --num_train_epochs 1 --output_dir out/cifar10
 
+A model whose head does not fit gets a new one, which `--first_steps 500` trains by the loss before the methods part.
+
 The model is one of transformers or of timm, by its name on the Hub or in timm, or a folder. The metric is an `evaluate`
 module, by name or path; misclassification, worst_class_recall, macro_auprc and g_mean come along, and, with the column
 that holds the groups, which the metric alone is told (`--group_column_name camera`), worst_group_accuracy.
 
-From the same start and with the same seed, data, steps and parameters, a model is tuned by its loss alone, by a control
-(a value function fitted to shuffled scores), and by MetricOpt; the cheap rival, a bias per class searched on the
-observation split, is measured too. Four disjoint splits: the loss sees train, the metric is observed on `observation`,
-each method's best step is chosen on `selection`, and methods are compared on `report`, which nothing else touches.
+From the same start and with the same seed, data and steps, a model is tuned by its loss alone, by a control (a guide
+that learns from shuffled scores), and by MetricOpt, whose last `--metric_steps` follow the metric; the cheap rival, a
+bias per class searched on the observation split, is measured too. Four disjoint splits: the loss sees train, the metric
+is observed on `observation`, what a metric phase ends with is chosen on `selection`, and methods are compared on
+`report`, which nothing else touches.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (an ordinary one, to be loaded without
 metricopt_hf), its value function in `value_function/`, `results.json`, `metric.png`, `diagnosis.png` (what can be told
@@ -34,6 +37,7 @@ instead of them.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import datasets
 import numpy as np
@@ -51,10 +55,11 @@ from comparison.splits import (
     Splits,
     class_names,
     find_column,
+    group_axis,
     load_splits,
     with_group,
 )
-from comparison.study import FIRST_PHASE, ModelArguments, Start, parse, run_script, run_study, start
+from comparison.study import FIRST_STEPS, ModelArguments, Start, parse, run_script, run_study, start
 from metricopt_hf import ConfigurationError, MetricOptConfig
 
 SMALL = (
@@ -76,9 +81,9 @@ DEFAULTS = {
 DIGITS_DEFAULTS = {
     **DEFAULTS,
     "metric_name_or_path": "worst_group_accuracy",
-    "max_steps": 200,
+    "metric_call_budget": 3000,
     "per_device_train_batch_size": 64,
-    "learning_rate": 1e-3,  # of the pretraining; phi has its own
+    "learning_rate": 1e-3,
 }
 
 
@@ -96,13 +101,6 @@ class ImageArguments:
         default=None,
         metadata={"help": "Column of whole numbers that the metric alone is told, for worst_group_accuracy and such."},
     )
-    pretraining_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "Steps for which the digits' model is pretrained in this script on the ten clean digits. Default: "
-            "400; of the scanners' 200, before 40 on ones with stripes."
-        },
-    )
 
 
 # The digits
@@ -116,8 +114,10 @@ SCANNERS = {
     "at the right": (slice(None), slice(-4, None)),
 }
 AGREEMENT = 0.95  # share of the training digits that went to a scanner of their label's: of 0 to 4, the first two
-READING_RATE = 3e-3  # learning rate of the pretraining on clean digits
-STRIPED_STEPS = 40  # behind that, before the methods part
+READING_RATE = 3e-3  # learning rate of the pretraining on the ten clean digits
+READING_STEPS = 150
+FIRST = {True: 40, False: 400}  # steps before the methods part: with scanners, behind the reading; of the long tail
+STEPS = {True: 20, False: 200}  # the methods' own
 # Of a timm model, what makes it a small one.
 VIT = {"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 4, "num_heads": 4}
 RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64]}
@@ -196,11 +196,17 @@ def long_tailed(seed: int) -> tuple[Splits, datasets.Dataset]:
     return Splits(*splits), as_dataset(clean[rows[0]], labels[rows[0]])
 
 
+def in_memory(dataset: datasets.Dataset, processor: Any) -> list[dict[str, Any]]:
+    """The rows of `with_pixels`, made once: so few and so small images need not be decoded at each use."""
+    columns = with_pixels(dataset, processor)[:]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def taught(dataset: datasets.Dataset, steps: int, args: MetricOptConfig) -> dict[str, torch.Tensor]:
     """All weights but the last layer's of a small ResNet that learned to read the ten digits."""
     model, processor = new_model("resnet18", 32, RESNET, num_labels=10)
-    args = replace(args, max_steps=steps, learning_rate=READING_RATE, **FIRST_PHASE)
-    Trainer(model, args, train_dataset=with_pixels(dataset, processor)).train()
+    args = replace(args, max_steps=steps, learning_rate=READING_RATE, **FIRST_STEPS)
+    Trainer(model, args, train_dataset=in_memory(dataset, processor)).train()
     return {name: weights for name, weights in model.to("cpu").state_dict().items() if ".fc." not in name}
 
 
@@ -220,7 +226,7 @@ def read(dataset: datasets.Dataset, columns: ImageArguments) -> datasets.Dataset
 def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, args: MetricOptConfig) -> Start:
     """Load, check, and train the start model where that is asked for."""
     set_seed(args.seed)
-    first_steps = first_dataset = None
+    first_dataset = None
     on_digits, by_group = data.dataset_name is None, images.group_column_name is not None
     if on_digits and by_group:
         splits, first_dataset, clean = scanned(args.seed)
@@ -233,32 +239,34 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
     splits = splits.with_groups(images.group_column_name)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if on_digits and by_group:
-        first_steps, learned = STRIPED_STEPS, taught(clean, images.pretraining_steps, args)
+        learned = taught(clean, READING_STEPS, args)
         model, processor = new_model("resnet18", 32, RESNET, **labels)
         model.load_state_dict(learned, strict=False)
     elif on_digits:
-        first_steps = images.pretraining_steps
         model, processor = new_model("vit_tiny_patch16_224", 8, VIT, **labels)
     else:
-        model, processor = load_model(named, **(labels if args.metric_start_ratio > 0 else {}))
+        model, processor = load_model(named, **(labels if named.first_steps > 0 else {}))
+    ready = in_memory if on_digits else with_pixels
     if first_dataset is not None:
-        first_dataset = with_pixels(first_dataset, processor)
+        first_dataset = ready(first_dataset, processor)
     if model.config.num_labels != len(names):
         raise ConfigurationError(
             f"{named.model_name_or_path} tells {model.config.num_labels} classes apart, the data set has {len(names)}. "
-            "To train a new head first, give the share of the steps for that: --metric_start_ratio 0.75."
+            "To train a new head first, say how many steps that may take: --first_steps 500."
         )
     made = start(
         model,
         args,
-        splits.map(partial(with_pixels, processor=processor)),
-        first_steps,
+        splits.map(partial(ready, processor=processor)),
+        named.first_steps,
         first_dataset,
         class_bias=True,
         processing_class=processing_class(processor),
     )
     if images.group_column_name is not None:
         made.group_names = class_names(splits.report, "group")
+        by = "scanner" if on_digits else images.group_column_name
+        made.group_axis = group_axis(args.metric_name_or_path, by)
     return made
 
 
@@ -275,14 +283,13 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         raise ConfigurationError(
             "--dataset_name and --model_name_or_path go together; without both, a small model is made for the digits."
         )
-    if on_digits and args.metric_start_ratio > 0:
-        raise ConfigurationError("On the digits, --pretraining_steps says how long the start model is trained.")
     if on_digits:
         by_group = args.metric_name_or_path in GROUP_METRICS
         if by_group:
             images.group_column_name = "group"
-        if images.pretraining_steps is None:
-            images.pretraining_steps = 200 if by_group else 400
+        named.first_steps = named.first_steps or FIRST[by_group]
+        if args.max_steps < 0:
+            args = replace(args, max_steps=STEPS[by_group])
         torch.set_num_threads(1)  # so small a model is slower on several, and far slower beside other work
     args = with_group(args, images.group_column_name)
     return run_study(

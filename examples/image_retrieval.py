@@ -13,12 +13,12 @@ data, model, loss and metric, for instance
         --embedding_size 256 --loss ContrastiveLoss --metric recall_at_k --observation_size 2000
 
 The embedding is what the model's last layer gives: a classifier's head with `--embedding_size` outputs instead of
-classes. It is first trained by a loss of pytorch-metric-learning for the share `--metric_start_ratio` of the steps,
-once per seed, on batches with several images of a class; from there each method goes on by itself. Beside the loss
-alone stands a specialist, a loss made for this metric (`--specialist`).
+classes. It is first trained by a loss of pytorch-metric-learning for `--first_steps`, once per seed, on batches with
+several images of a class; from there each method goes on by itself. Beside the loss alone stands a specialist, a loss
+made for this metric (`--specialist`).
 
-Four disjoint splits, and no class is in two of them: the loss sees train, the metric is observed on `observation`, each
-method's best step is chosen on `selection`, and methods are compared on `report`. Where classes belong to groups
+Four disjoint splits, and no class is in two of them: the loss sees train, the metric is observed on `observation`, what
+a metric phase ends with is chosen on `selection`, and methods are compared on `report`. Where classes belong to groups
 (`--group_column_name`: the alphabets here), no group is in two of them either.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (an ordinary one of transformers, whose logits
@@ -47,11 +47,10 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 DEFAULTS = {
     "output_dir": "out/image_retrieval",
     "metric_name_or_path": "map_at_r",
-    "max_steps": 300,
-    "metric_start_ratio": 0.7,
-    "metric_call_budget": 80,
+    "first_steps": 210,
+    "max_steps": 90,
     "observation_size": 600,
-    "learning_rate": 1e-3,  # of the first phase; phi has its own
+    "learning_rate": 1e-3,
     "per_device_train_batch_size": 8,  # times images_per_class
     "per_device_eval_batch_size": 100,
     "remove_unused_columns": False,  # the transform needs the image column
@@ -182,6 +181,7 @@ def prepare(retrieval: RetrievalArguments, named: ModelArguments, args: MetricOp
         model,
         args,
         replace(splits, train=train),
+        named.first_steps,
         data_collator=collate,
         compute_loss_func=pair_loss(retrieval.loss),
         processing_class=processing_class(processor),

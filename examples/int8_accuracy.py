@@ -3,7 +3,7 @@
 
     pip install "metricopt_hf[onnx]"
     python examples/int8_accuracy.py
-    python examples/int8_accuracy.py --max_steps 200 --metric_call_budget 200
+    python examples/int8_accuracy.py --max_steps 20 --metric_steps 20 --metric_call_budget 200
 
 The metric is a `ModelMetric`: it is given a copy of the model at each point of phi, exports it, quantises the export,
 runs that on the data set, and answers the accuracy. No formula of it is known, and no gradient passes through it. The
@@ -32,9 +32,9 @@ from metricopt_hf import MetricOptConfig, MetricOptTrainer, ModelMetric
 
 DEFAULTS = {
     "output_dir": "out/int8_accuracy",
-    "max_steps": 60,
-    "metric_start_ratio": 0.0,
-    "metric_call_budget": 48,
+    "max_steps": 12,
+    "metric_steps": 12,  # all of them: the model is trained already
+    "metric_call_budget": 96,
     "per_device_train_batch_size": 32,
     "save_strategy": "no",
     "report_to": "none",

@@ -13,15 +13,15 @@ On your data, with a model of the Hub whose new head is first trained by the los
 
     python examples/object_detection.py \\
         --dataset_name rishitdagli/cppe-5 --model_name_or_path PekingU/rtdetr_r18vd \\
-        --max_steps 2000 --metric_start_ratio 0.8 --metric_for_best_model map_50 --output_dir out/cppe-5
+        --first_steps 1600 --max_steps 400 --metric_for_best_model map_50 --output_dir out/cppe-5
 
 The data set holds an image column and a column `objects` with `bbox` (x, y, width, height in pixels) and `category`.
 Any detector of transformers fits (RT-DETR, D-FINE, YOLOS, DETR, ...), with its own image processor. The black box is
 all of its post-processing and then COCO's evaluation; `--metric_for_best_model` picks one of its numbers.
 
-Four disjoint splits: the loss sees train, the metric is observed on `observation`, each method's best step is chosen on
-`selection`, and methods are compared on `report`. A bias per class, the cheap rival elsewhere, is none here: average
-precision ranks the boxes of each class by themselves, so such a bias hardly changes it.
+Four disjoint splits: the loss sees train, the metric is observed on `observation`, what a metric phase ends with is
+chosen on `selection`, and methods are compared on `report`. A bias per class, the cheap rival elsewhere, is none here:
+average precision ranks the boxes of each class by themselves, so such a bias hardly changes it.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (an ordinary one, to be loaded without
 metricopt_hf), its value function in `value_function/`, `results.json`, `metric.png` and `diagnosis.png` (what can be
@@ -73,8 +73,7 @@ DEFAULTS = {
     "output_dir": "out/object_detection",
     "metric_for_best_model": "map",
     "max_steps": 48,
-    "metric_call_budget": 48,
-    "phi_dim": 4,
+    "phi_dim": 8,  # each takes a pass over the observation split in each metric step
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,
     "remove_unused_columns": False,  # the transform needs the image column
@@ -257,7 +256,7 @@ def load_model(named: ModelArguments, names: list[str], trained_here: bool):
     if model.config.num_labels != len(names):
         raise ConfigurationError(
             f"{name} detects {model.config.num_labels} classes, the data set has {len(names)}. To train a new head "
-            "first, give the share of the steps for that: --metric_start_ratio 0.75."
+            "first, say how many steps that may take: --first_steps 500."
         )
     return model, AutoImageProcessor.from_pretrained(name, **named.loading)
 
@@ -274,11 +273,12 @@ def prepare(data: DataArguments, named: ModelArguments, detection: DetectionArgu
     """Load, check, and train a new head where that is asked for."""
     set_seed(args.seed)
     splits, names = load(data, named, detection, args)
-    model, processor = load_model(named, names, trained_here=args.metric_start_ratio > 0)
+    model, processor = load_model(named, names, trained_here=named.first_steps > 0)
     return start(
         model,
         args,
         splits.map(partial(with_pixels, processor=processor)),
+        named.first_steps,
         data_collator=partial(collate, masked="pixel_mask" in inspect.signature(model.forward).parameters),
         processing_class=processor,
         compute_metrics=partial(coco_metrics, processor=processor),

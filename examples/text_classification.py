@@ -18,15 +18,15 @@ On your data, model and metric, for instance
         --dataset_name nyu-mll/glue --dataset_config_name mrpc --text_column_names sentence1 sentence2 \\
         --eval_split train --model_name_or_path microsoft/deberta-v3-small --metric_for_best_model f1
 
-The labels decide on the head: classes, or one number. The encoder and its head are first trained by the loss, for the
-share `--metric_start_ratio` of the steps, once per seed; from there each method goes on by itself. Computed here, and
-named by `--metric_for_best_model`, are accuracy, f1 and matthews_correlation for classes, and spearman, pearson and mse
-for numbers; `--metric` names an `evaluate` module instead. One that compares groups needs the column that holds them,
+The labels decide on the head: classes, or one number. The encoder and its head are first trained by the loss, for
+`--first_steps`, once per seed; from there each method goes on by itself. Computed here, and named by
+`--metric_for_best_model`, are accuracy, f1 and matthews_correlation for classes, and spearman, pearson and mse for
+numbers; `--metric` names an `evaluate` module instead. One that compares groups needs the column that holds them,
 which it alone is told: `--metric worst_group_accuracy --group_column_name dialect`.
 
-Four disjoint splits: the loss sees train, the metric is observed on `observation`, each method's best step is chosen on
-`selection`, and methods are compared on `report`. GLUE gives no labels for test, so by default all four are cut from
-train and validation; of repeated texts one is taken.
+Four disjoint splits: the loss sees train, the metric is observed on `observation`, what a metric phase ends with is
+chosen on `selection`, and methods are compared on `report`. GLUE gives no labels for test, so by default all four are
+cut from train and validation; of repeated texts one is taken.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (with LoRA, its adapter), its value function in
 `value_function/`, `results.json`, `metric.png`, `diagnosis.png` (what can be told before any training) and, of groups,
@@ -53,6 +53,7 @@ from comparison.splits import (
     class_names,
     default_dataset,
     find_column,
+    group_axis,
     load_splits,
     with_group,
 )
@@ -67,11 +68,9 @@ NUMBER_METRICS = {"spearman": True, "pearson": True, "mse": False}
 
 DEFAULTS = {
     "output_dir": "out/text_classification",
-    "max_steps": 150,
-    "metric_start_ratio": 0.667,
-    "learning_rate": 1e-4,  # of the first phase; phi has its own
-    "metric_call_budget": 64,
-    "phi_dim": 5,
+    "first_steps": 100,
+    "max_steps": 50,
+    "learning_rate": 1e-4,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 100,
     "train_sampling_strategy": "group_by_length",  # less padding; the splits to be measured are sorted by length
@@ -97,8 +96,7 @@ COLA = {
     "observation_size": 500,
     # MiniLM leaves the more frequent class, and a correlation of 0, only after some 7,000 sentences
     "per_device_train_batch_size": 32,
-    "max_steps": 350,
-    "metric_start_ratio": 0.857,
+    "first_steps": 300,
     "warmup_steps": 0.1,  # of all steps
 }
 STSB = {"metric_for_best_model": "spearman", "observation_size": 250}
@@ -227,12 +225,14 @@ def prepare(data: DataArguments, named: ModelArguments, texts: TextArguments, ar
         with_lora(model, texts.lora_rank) if args.phi == "adapter" else model,
         args,
         splits.map(tokenized),
+        named.first_steps,
         class_bias=not numbers,
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
     )
     if texts.group_column_name is not None:
         made.group_names = class_names(splits.report, "group")
+        made.group_axis = group_axis(args.metric_name_or_path or args.metric_for_best_model, texts.group_column_name)
     return made
 
 

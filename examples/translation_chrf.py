@@ -7,12 +7,12 @@
         --prefix "translate English to French: "
 
 Any pair of text columns will do (`--source document --target summary`), and any `evaluate` module that compares texts
-(`--metric sacrebleu --metric_for_best_model score`). Generated tokens cannot be interpolated between forward passes, so
-every metric call generates all of the observation split: `--observation_size` and `--forward_pass_budget` bound that.
+(`--metric sacrebleu --metric_for_best_model score`). Generated tokens cannot be linearised, so every metric call
+generates all of the observation split: `--observation_size` and `--metric_call_budget` bound that.
 
-Four disjoint splits: the loss sees train, the metric is observed on `observation`, each method's best step is chosen on
-`selection`, and methods are compared on `report`. Left in `output_dir`: the model tuned by MetricOpt with the first
-seed, and `results.json`. `--help` lists all options.
+Four disjoint splits: the loss sees train, the metric is observed on `observation`, what a metric phase ends with is
+chosen on `selection`, and methods are compared on `report`. Left in `output_dir`: the model tuned by MetricOpt with the
+first seed, and `results.json`. `--help` lists all options.
 """
 
 import logging
@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from comparison.methods import METHODS, REFERENCE, in_order, run_method
+from comparison.methods import METHODS, REFERENCE, by_loss_alone, in_order, run_method
 from comparison.report import MethodRun, comparison_table, save_results, table_note
 from comparison.splits import MEASURED, DataArguments, find_column, load_splits
 from comparison.study import ModelArguments, run_script
@@ -42,8 +42,7 @@ DEFAULTS = {
     "output_dir": "out/translation",
     "model_name_or_path": "google-t5/t5-small",
     "max_steps": 200,
-    "metric_start_ratio": 0.0,
-    "forward_pass_budget": 60,
+    "metric_call_budget": 60,
     "observation_size": 100,
     "max_report_samples": 1000,
     "predict_with_generate": True,
@@ -134,10 +133,11 @@ def main(argv: list[str] | None = None) -> list[MethodRun]:
         set_seed(seed)
         splits = load_splits(data, read, seed, args.observation_size, named.token)
 
-        def trainer(output_dir, seed=seed, splits=splits, **changes):
+        def trainer(output_dir, follows_metric=True, seed=seed, splits=splits, **changes):
             model = AutoModelForSeq2SeqLM.from_pretrained(named.model_name_or_path, **named.loading)
             numbers = {name: changes.pop(name) for name in [*changes] if hasattr(args, name)}
-            return MetricOptSeq2SeqTrainer(
+            cls = MetricOptSeq2SeqTrainer if follows_metric else by_loss_alone(MetricOptSeq2SeqTrainer)
+            return cls(
                 model,
                 replace(args, seed=seed, output_dir=output_dir, **numbers),
                 train_dataset=splits.train,

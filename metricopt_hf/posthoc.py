@@ -12,7 +12,6 @@ from transformers import EvalPrediction
 from .errors import MetricError
 from .evaluation.ledger import Ledger
 from .evaluation.metric import Metric
-from .evaluation.rows import FIELDS, remade
 
 # The first step, in standard deviations of the logits: wide, because a metric of decisions is flat close by.
 FIRST_STEP = 2.0
@@ -80,8 +79,7 @@ def add_bias(prediction: EvalPrediction, bias: np.ndarray) -> EvalPrediction:
     logits = logits_of(prediction) + bias
     if isinstance(prediction.predictions, (tuple, list)):
         logits = (logits, *prediction.predictions[1:])
-    fields = {name: getattr(prediction, name) for name in FIELDS}
-    return remade(prediction, {**fields, "predictions": logits})
+    return EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
 
 
 def logits_of(prediction: EvalPrediction) -> np.ndarray:

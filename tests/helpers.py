@@ -19,7 +19,7 @@ NUM_LABELS = 3
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("METRICOPT_DATA", ROOT.parent / "shared" / "data"))
 # Options of an example script that make a run of seconds.
-TINY = "--max_steps 4 --metric_call_budget 16 --phi_dim 2 --use_cpu --disable_tqdm True"
+TINY = "--max_steps 4 --metric_call_budget 120 --phi_dim 2 --use_cpu --disable_tqdm True"
 
 
 def example(name: str) -> ModuleType:

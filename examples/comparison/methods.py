@@ -1,7 +1,8 @@
 """Methods against each other, from the same start: what an example script runs so that its table is a fair one.
 
-Every method gets the same model, data, seed, phi, steps and selection; they differ by `Method.changes` alone. A script
-takes `METHODS`, and adds what else its field would do.
+Every method gets the same model, data, seed and steps; they differ by `Method.changes` alone. The loss alone is the
+same trainer whose run follows no metric, so that all of its steps are Trainer's. A script takes `METHODS`, and adds
+what else its field would do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_callback import ProgressCallback
 
 from metricopt_hf import Ledger, Metric, MetricError, MetricOptTrainer
@@ -43,7 +44,8 @@ class Method:
 
     Attributes:
         title: row of the table.
-        changes: to the arguments that all methods share: of `MetricOptConfig`, or of the trainer.
+        changes: to the arguments that all methods share: of `MetricOptConfig`, of the trainer, or `follows_metric`,
+            which is False where all steps are by the loss.
         class_bias: whether, in a classification, a second row shows it with a bias per class tuned on top.
     """
 
@@ -52,11 +54,21 @@ class Method:
     class_bias: bool = False
 
 
-# It never uses its coordinates, so they may be the cheapest; what a tuned bias adds is a row of its own.
-LOSS_ONLY = Method(
-    "loss only",
-    {"value_weight": 0.0, "metric_call_budget": 0, "coordinates": "random", "tune_output_bias": False},
-)
+def by_loss_alone(cls: type[MetricOptTrainer]) -> type[MetricOptTrainer]:
+    """A class of trainers whose runs are Trainer's, step by step; they know the metric, so that it can be measured."""
+
+    class LossOnlyTrainer(cls):
+        def train(self, *args, **kwargs):
+            self.settled()
+            return Trainer.train(self, *args, **kwargs)
+
+        def _prepare_for_training(self, *args, **kwargs):
+            return Trainer._prepare_for_training(self, *args, **kwargs)
+
+    return LossOnlyTrainer
+
+
+LOSS_ONLY = Method("loss only", {"follows_metric": False})
 METHODS = {
     "loss_only": replace(LOSS_ONLY, class_bias=True),
     "shuffled": Method("control: shuffled", {"guide": "shuffled"}),
@@ -124,7 +136,7 @@ def rows_of(
 ) -> list[MethodRun]:
     """The row of a trainer's model, measured on each split, and, with `class_bias`, one with a bias tuned on top."""
     trainer.remove_callback(ProgressCallback)  # no bar for each split
-    metric, calls = trainer.metric, dict(trainer.ledger.calls)
+    metric, calls = trainer.metric, dict(details.get("calls", {}))
     outputs = predictions(trainer, splits) if metric.of_predictions else {}
 
     def row(title: str, outputs: Mapping[str, EvalPrediction], **values: Any) -> MethodRun:
@@ -133,7 +145,7 @@ def rows_of(
         return MethodRun(title, trainer.args.seed, scores, by_group=groups, **values)
 
     details = dict(details)
-    if metric.constraints and details:
+    if metric.constraints and title != PRETRAINED:
         details["constraints"] = {
             name: [asdict(check) for check in trainer.check_constraints(rows, name)] for name, rows in splits.items()
         }
@@ -216,14 +228,15 @@ def write(
     title: str,
     arguments: Mapping[str, Any],
     group_names: Sequence[str] = (),
+    group_axis: str = "",
 ) -> list[str]:
     """Write results and plots into `folder`; their names.
 
     Args:
-        trainer: whose run is plotted.
+        trainer: whose run is plotted; guided.
         title: of its method, as in the table.
         arguments: of the script, for the record.
-        group_names: of the groups that the metric is told, where it is told any.
+        group_names, group_axis: of the groups that the metric is told, where it is told any; see `Start`.
     """
     metric, seed = trainer.metric, trainer.args.seed
     differences = compare(runs, REFERENCE, MEASURED[-1], metric.greater_is_better)
@@ -236,11 +249,15 @@ def write(
         arguments={name: value for name, value in arguments.items() if "token" not in name},
     )
     details = {run.method: run.details for run in runs if run.seed == seed}
-    reference = (REFERENCE, details[REFERENCE]) if REFERENCE in details and title != REFERENCE else None
-    plot_run(os.path.join(folder, PLOT), details[title], metric.name, reference, f"{title}, seed {seed}")
+    reference = next((run for run in runs if run.seed == seed and run.method == REFERENCE != title), None)
+    line = None if reference is None else (REFERENCE, reference.scores[MEASURED[1]])  # on the selection split
+    plots = []
+    if details[title]:
+        plot_run(os.path.join(folder, PLOT), details[title], metric.name, line, f"{title}, seed {seed}")
+        plots = [PLOT]
     if not any(run.by_group for run in runs):
-        return [RESULTS, PLOT]
+        return [RESULTS, *plots]
     shown = [PRETRAINED, PRETRAINED + WITH_BIAS, REFERENCE, REFERENCE + WITH_BIAS, title]
     mine = [run for run in in_order(runs) if run.method in shown]
-    plot_groups(os.path.join(folder, GROUPS_PLOT), mine, metric.name, group_names)
-    return [RESULTS, PLOT, GROUPS_PLOT]
+    plot_groups(os.path.join(folder, GROUPS_PLOT), mine, group_axis or metric.name, group_names)
+    return [RESULTS, *plots, GROUPS_PLOT]

@@ -201,13 +201,19 @@ def constraints_note(runs: Sequence[MethodRun], splits: Sequence[str]) -> str:
 
 
 def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
-    """The last run of a trainer as JSON values."""
+    """The last run of a trainer as JSON values; empty where it has no metric."""
     result = trainer.result
+    if result is None:
+        return {}
     return {
-        "selected": {"step": result.best_step, "score": result.best_score},
-        "curve": result.curve,
-        "observations": [{"step": o.step, "score": o.score} for o in result.trajectory],
+        "greater_is_better": result.greater_is_better,
+        "candidates": [{"kind": c.kind, "step": c.step, "score": c.score} for c in result.candidates],
+        "chosen": {"kind": result.chosen.kind, "step": result.chosen.step, "score": result.chosen.score},
+        "why": result.why,
+        "ended": result.ended,
+        "curve": list(result.curve),
         "calls": dict(result.ledger.calls),
+        "passes": dict(result.ledger.passes),
         "seconds": dict(result.ledger.seconds),
     }
 
@@ -224,52 +230,45 @@ def plot_run(
     path: str | os.PathLike,
     details: dict[str, Any],
     metric_name: str,
-    reference: tuple[str, dict[str, Any]] | None = None,
+    reference: tuple[str, float] | None = None,
     title: str | None = None,
 ) -> None:
-    """Draw one run along its steps into an image file: the metric above, trust below.
+    """Draw the metric phase of a run into an image file: the metric above, the size of each guide's steps below.
 
     Args:
         details: of `details_of`.
         metric_name: label of the axis.
-        reference: name and details of a run whose selection scores are drawn too.
+        reference: name and selection score of a run to compare with.
     """
     require("matplotlib", "plot")
     from matplotlib.figure import Figure  # no pyplot: no windows, no global state
 
-    curve, selected = details["curve"], details["selected"]
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    curve, chosen = details["curve"], details["chosen"]
+    sign = 1 if details["greater_is_better"] else -1
+    figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    if details["observations"]:
-        steps, scores = zip(*((o["step"], o["score"]) for o in details["observations"]), strict=True)
-        above.scatter(
-            steps, scores, s=14, color="tab:blue", alpha=0.45, linewidths=0, label="observation split: around phi"
-        )
-    if rows := [(row["step"], *row["predicted"]) for row in curve if row["predicted"] is not None]:
-        steps, mean, std = np.array(rows, dtype=float).T
-        above.plot(steps, mean, color="tab:blue", label="its value function at phi, ± std")
-        above.fill_between(steps, mean - std, mean + std, color="tab:blue", alpha=0.15, linewidth=0)
+    after = [row["step"] + 1 for row in curve]
+    above.plot(after, [sign * row["value"] for row in curve], "o-", color="tab:blue", label="observation split")
+    for i, candidate in enumerate(details["candidates"]):
+        label = f"selection split: {candidate['kind']}"
+        above.plot(candidate["step"], candidate["score"], "osD"[i % 3], color="tab:orange", label=label)
     if reference is not None:
-        name, others = reference
-        above.plot(*_selection(others["curve"]), color="tab:gray", linestyle="--", label=f"selection split: {name}")
-    above.plot(*_selection(curve), color="tab:orange", label="selection split: at phi")
-    if selected["step"] >= 0:
-        for axes in (above, below):
-            axes.axvline(selected["step"], color="tab:orange", alpha=0.35, linewidth=1)
-        above.plot(
-            selected["step"], selected["score"], "*", color="tab:orange", markersize=14, label="selected, and kept"
-        )
+        name, score = reference
+        above.axhline(score, color="tab:gray", linestyle=":", label=f"selection split: {name}")
+    above.plot(chosen["step"], chosen["score"], "*", color="tab:red", markersize=15, label="kept")
     above.set_ylabel(metric_name)
     above.legend(fontsize="small", framealpha=0.6)
     above.set_title(title or "")
 
-    rows = [(row["step"], row["trust"]) for row in curve]
-    steps, trust = np.array(rows, dtype=float).reshape(-1, 2).T
-    below.step(steps, trust, where="post", color="tab:green")
-    below.fill_between(steps, trust, step="post", color="tab:green", alpha=0.15, linewidth=0)
-    below.set_ylim(0, 1)
-    below.set_ylabel("trust")
+    for i, name in enumerate(dict.fromkeys(name for row in curve for name in row["rates"])):
+        below.plot(after, [row["rates"].get(name, math.nan) for row in curve], color=f"C{i + 2}", label=name)
+        taken = [(step, row["rates"][name]) for step, row in zip(after, curve, strict=True) if row["guide"] == name]
+        below.plot(*(zip(*taken, strict=True) if taken else ((), ())), "o", color=f"C{i + 2}")
+    below.set_yscale("log", base=2)
+    below.set_ylabel("rate of each guide\n(dot: step taken)")
     below.set_xlabel("optimizer step")
+    if curve:
+        below.legend(fontsize="small", framealpha=0.6)
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -277,11 +276,12 @@ def plot_run(
 
 
 def plot_groups(
-    path: str | os.PathLike, runs: Sequence[MethodRun], metric_name: str, names: Sequence[str] = ()
+    path: str | os.PathLike, runs: Sequence[MethodRun], axis: str, names: Sequence[str] = ()
 ) -> None:
     """Draw each method's metric in each group, mean and standard error over seeds, into an image file.
 
     Args:
+        axis: its label.
         names: of the groups, by their number.
     """
     require("matplotlib", "plot")
@@ -300,16 +300,11 @@ def plot_groups(
         places = np.arange(len(groups)) + (i + 0.5) * width - 0.4
         axes.bar(places, means, width, yerr=errors, capsize=2, color=f"C{i}", label=method)
     axes.set_xticks(range(len(groups)), [names[g] if 0 <= g < len(names) else f"group {g}" for g in groups])
-    axes.set_ylabel(f"{metric_name} within the group, report split")
+    axes.set_ylabel(axis)
     axes.legend(fontsize="small", framealpha=0.6, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, 1.12))
     axes.grid(alpha=0.25, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-
-
-def _selection(curve: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    rows = [(row["step"], row["selection"]) for row in curve if row["selection"] is not None]
-    return [step for step, _ in rows], [score for _, score in rows]
 
 
 def _estimate(mean: float, error: float, sign: str = "") -> str:

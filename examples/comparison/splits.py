@@ -1,7 +1,7 @@
 """The four data sets of a comparison: found among a data set's splits or cut from them, disjoint, and checked.
 
-The loss sees `train`; the metric is observed on `observation`; each method's best step is chosen on `selection`; and
-methods are compared on `report`, which nothing else touches.
+The loss sees `train`; the metric is observed on `observation`; what a metric phase ends with is chosen on `selection`;
+and methods are compared on `report`, which nothing else touches.
 """
 
 from __future__ import annotations
@@ -186,6 +186,17 @@ def with_group(args: MetricOptConfig, column: str | None) -> MetricOptConfig:
             "--group_column_name."
         )
     return args
+
+
+def group_axis(metric: str | None, groups: str) -> str:
+    """What a picture of each group's score shows.
+
+    Args:
+        groups: what tells them apart.
+    """
+    if metric == "worst_group_accuracy":
+        return f"accuracy by {groups}; the worst one counts"
+    return f"{metric or 'the metric'}, by {groups}"
 
 
 def class_names(dataset: datasets.Dataset, column: str = "label") -> list[str]:

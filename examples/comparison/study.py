@@ -11,7 +11,6 @@ import dataclasses
 import inspect
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptError, MetricOptTrainer
 from metricopt_hf import metrics as shipped_metrics
 
-from .methods import VALUE_FUNCTION, Method, run_method, run_start, summary, write
+from .methods import VALUE_FUNCTION, Method, by_loss_alone, run_method, run_start, summary, write
 from .report import MethodRun, require
 from .splits import Splits
 
@@ -33,15 +32,14 @@ logger = logging.getLogger(__name__)
 
 # Defaults of all scripts; each adds its own.
 DEFAULTS = {
-    "metric_start_ratio": 0.0,
     "save_strategy": "no",
     "report_to": "none",
     "dataloader_pin_memory": False,
     "methods": ["loss_only", "shuffled", "metricopt"],
 }
 DIAGNOSIS = "diagnosis.png"
-# In the first phase nothing is kept: the comparison begins behind it.
-FIRST_PHASE = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
+# In the steps before the methods part nothing is kept.
+FIRST_STEPS = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
 
 
 @dataclass
@@ -67,6 +65,13 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
     token: str | None = field(default=None, metadata={"help": "Token for private repositories on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    first_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps by the loss before the methods part, made once per seed, such as for a new head. The "
+            "methods' own steps, max_steps or num_train_epochs, come after them."
+        },
+    )
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -189,6 +194,7 @@ class Start:
         class_bias: whether the task is a classification, whose cheap rival is a bias per class.
         seconds: how long it took to train.
         group_names: of the groups that the metric is told, by their number.
+        group_axis: what a picture of the groups shows, for its axis.
     """
 
     model: nn.Module
@@ -198,9 +204,15 @@ class Start:
     class_bias: bool = False
     seconds: float = 0.0
     group_names: Sequence[str] = ()
+    group_axis: str = ""
 
-    def trainer(self, **changes: Any) -> MetricOptTrainer:
-        """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments."""
+    def trainer(self, follows_metric: bool = True, **changes: Any) -> MetricOptTrainer:
+        """A trainer on a copy of the model, with `changes` to its `MetricOptConfig` and to its other arguments.
+
+        Args:
+            follows_metric: else all of its steps are by the loss, and it only measures the metric.
+        """
+        cls = MetricOptTrainer if follows_metric else by_loss_alone(MetricOptTrainer)
         numbers = {f.name for f in dataclasses.fields(self.args)}
         options = {name: value for name, value in changes.items() if name not in numbers}
         datasets = {
@@ -210,50 +222,41 @@ class Start:
             "selection_dataset": self.splits.selection,
         }
         args = replace(self.args, **{name: value for name, value in changes.items() if name in numbers})
-        return MetricOptTrainer(copy.deepcopy(self.model), args, **{**datasets, **self.options, **options})
+        return cls(copy.deepcopy(self.model), args, **{**datasets, **self.options, **options})
 
 
 def start(
     model: nn.Module,
     args: MetricOptConfig,
     splits: Splits,
-    first_steps: int | None = None,
+    first_steps: int = 0,
     first_dataset: Any = None,
     class_bias: bool = False,
     **options: Any,
 ) -> Start:
-    """The start of one seed: the model as it is, or after a first phase by its loss, made once for all methods.
+    """The start of one seed: the model as it is, or after some steps by its loss, made once for all methods.
 
     Args:
-        args: `metric_start_ratio` is the first phase's share of the steps; what is left of them is each method's run.
-        first_steps: steps of the first phase in addition to the methods' own, instead of that share.
-        first_dataset: data of the first phase; default: train.
+        first_steps: see `ModelArguments`.
+        first_dataset: data of these steps; default: train.
         class_bias, options: see `Start`.
 
     Raises:
-        ConfigurationError, MetricError, PhiError: whatever the methods would refuse, before the first phase.
+        ConfigurationError, MetricError, PhiError: whatever the methods would refuse, before these steps.
     """
-    steps = args.max_steps
-    if steps <= 0:
-        batches = math.ceil(len(splits.train) / (args.train_batch_size * args.world_size))
-        steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-    if first_steps is None:
-        first_steps = round(args.metric_start_ratio * steps)
-        steps -= first_steps
-    args = replace(args, max_steps=steps, metric_start_ratio=0.0)
     made = Start(model, args, splits, options, class_bias)
     sizes = ", ".join(f"{name} {len(dataset)}" for name, dataset in splits.items())
     logger.info(f"Seed {args.seed}: {type(model).__name__}; {sizes}.")
     if first_steps:
         asked = made.trainer()
-        asked.settle()  # what would be refused later is refused now
+        asked.settled()  # what would be refused later is refused now
         run_start(asked, {"observation": splits.observation})
         logger.info(f"Seed {args.seed}: training the start model by its loss, {first_steps} steps.")
         plain = {name: value for name, value in options.items() if name in inspect.signature(Trainer).parameters}
         since = perf_counter()
         first_dataset = splits.train if first_dataset is None else first_dataset
         Trainer(
-            model, replace(args, max_steps=first_steps, **FIRST_PHASE), train_dataset=first_dataset, **plain
+            model, replace(args, max_steps=first_steps, **FIRST_STEPS), train_dataset=first_dataset, **plain
         ).train()
         made.seconds = perf_counter() - since
         model.to("cpu")
@@ -291,11 +294,12 @@ def run_study(
     for seed in study.seeds:
         begin = prepare(replace(args, seed=seed, push_to_hub=False))
         first = begin.trainer(push_to_hub=args.push_to_hub and not runs)  # makes the repository, or fails early
-        first.settle()  # what would be refused later is refused now
+        first.settled()  # what would be refused later is refused now
         diagnoses = study.diagnose and first.metric.of_predictions
         if diagnoses and not runs:
             found = first.diagnose()
             if first.is_world_process_zero():
+                print(found)
                 os.makedirs(args.output_dir, exist_ok=True)
                 found.plot(os.path.join(args.output_dir, DIAGNOSIS))
         runs += run_start(first, begin.splits.measured, begin.seconds, begin.class_bias)
@@ -319,11 +323,13 @@ def run_study(
 
     if kept.is_world_process_zero():
         recorded = {**arguments, **study.__dict__, **args.to_dict()}
-        written = write(args.output_dir, runs, kept, title, recorded, begin.group_names)
+        groups = (begin.group_names, begin.group_axis)
+        written = write(args.output_dir, runs, kept, title, recorded, *groups)
         print(summary(runs, kept))
         if note is not None:
             print(note)
-        written = ", ".join(["the model", f"{VALUE_FUNCTION}/", *[DIAGNOSIS] * diagnoses, *written])
+        learned = [f"{VALUE_FUNCTION}/"] * os.path.isdir(os.path.join(args.output_dir, VALUE_FUNCTION))
+        written = ", ".join(["the model", *learned, *[DIAGNOSIS] * diagnoses, *written])
         print(f"{perf_counter() - since:.0f} s in all. {args.output_dir} holds {written}.")
     source, dataset = arguments.get("model_name_or_path"), arguments.get("dataset_name")
     card = {**card, "tags": [*card.get("tags", ()), "metricopt"], "finetuned_from": source}

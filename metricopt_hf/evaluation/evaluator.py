@@ -1,4 +1,4 @@
-"""Evaluator: predictions and the metric at points of phi, on one data set, without disturbing the training around it."""
+"""Evaluator: predictions and the metric at points of phi, on one data set, without disturbing the training."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import EvalPrediction
@@ -23,8 +23,8 @@ from ..phi.space import is_sharded, reshard
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
-from .ranks import agreed
-from .rows import SizedPrediction
+
+T = TypeVar("T")
 
 NOTHING = (
     "The set on which the metric is observed is empty, or the model returns no logits. Look at "
@@ -67,7 +67,8 @@ class Evaluator:
     Args:
         phi: what is moved, and put back.
         predict: batch -> `BatchOutput`; runs the model. It must not wait for other ranks.
-        batches: makes a fresh iteration over the data set's collated batches, always in the same order.
+        batches: makes a fresh iteration over the data set's collated batches, always in the same order. If it has
+            `batch_sizes`, these say how many examples each of them has; see `rows`.
         metric: the black box.
         ledger: charged with the calls and all seconds, forward passes included.
         max_bytes: memory for keeping batches (else they are collated anew each time) and, beyond those, the frozen
@@ -75,7 +76,6 @@ class Evaluator:
         concat: whether batches are joined, as with Trainer's `eval_do_concat_batches`; else the metric sees lists.
         rank, world_size: this process, and how many there are.
         complete: what the metric is given instead of the predictions; see `Metric.__call__`.
-        num_rows, batch_size: of the data set and of its batches; None: predictions show how many rows they are of.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
 
@@ -95,15 +95,13 @@ class Evaluator:
         rank: int = 0,
         world_size: int = 1,
         complete: Callable[[EvalPrediction], EvalPrediction] | None = None,
-        num_rows: int | None = None,
-        batch_size: int | None = None,
         accumulation_steps: int | None = None,
     ):
         self.phi, self.metric, self.ledger, self.concat = phi, metric, ledger, concat
         self.rank, self.world_size, self.complete = rank, world_size, complete
         self.predict, self._batches, self._max_bytes = predict, batches, max_bytes
-        self._num_rows, self._batch_size, self._accumulation_steps = num_rows, batch_size, accumulation_steps
-        self.call_seconds = 0.0
+        self.batch_sizes: tuple[int, ...] | None = getattr(batches, "batch_sizes", None)
+        self._accumulation_steps, self.call_seconds = accumulation_steps, 0.0
         self._kept: list[Any] | bool | None = None  # the batches; False: they are too many
         self._prefix: PrefixCache | None = None
 
@@ -219,7 +217,7 @@ class Evaluator:
 
     def joined(self, outputs: Iterable[BatchOutput]) -> EvalPrediction:
         """Batches joined as Trainer joins them, or listed."""
-        columns, count = {name: EvalLoopContainer(self.concat, padding_index=-100) for name in BatchOutput._fields}, 0
+        columns = {name: EvalLoopContainer(self.concat, padding_index=-100) for name in BatchOutput._fields}
         for count, output in enumerate(outputs, 1):
             self._check_joinable(output.labels)
             for name, value in output._asdict().items():
@@ -231,20 +229,7 @@ class Evaluator:
         arrays = {name: column.get_arrays() for name, column in columns.items()}
         if arrays["logits"] is None:
             raise ConfigurationError(NOTHING)
-        return SizedPrediction(arrays["logits"], arrays["labels"], arrays["inputs"], arrays["loss"], self._sizes(count))
-
-    def rows_of_first_batch(self, otherwise: int) -> int:
-        """Examples in it, or `otherwise` where that is not known."""
-        known = self._num_rows is not None and self._batch_size is not None
-        return min(self._num_rows, self._batch_size) if known else otherwise
-
-    def _sizes(self, batches: int) -> list[int] | None:
-        """Rows of each of so many batches, or of all of them where they are joined; None where that is not known."""
-        if self._num_rows is None or self.concat:
-            return None if self._num_rows is None else [self._num_rows]
-        if self._batch_size is None or batches != -(-self._num_rows // self._batch_size):
-            return None
-        return [min(self._batch_size, self._num_rows - start) for start in range(0, self._num_rows, self._batch_size)]
+        return EvalPrediction(arrays["logits"], arrays["labels"], inputs=arrays["inputs"], losses=arrays["loss"])
 
     def _each(self) -> Iterator[EvalPrediction]:
         """Predictions and labels batch by batch, as tensors where the model is."""
@@ -275,3 +260,35 @@ class Evaluator:
             else:
                 self._kept = kept
         return self._kept or None
+
+
+# What several ranks of a run must agree on, since a black box may answer otherwise the next time it is asked
+
+
+def agreed(rank: int, world_size: int, compute: Callable[[], T]) -> T:
+    """What `compute` gives on the first rank, on every rank.
+
+    Raises:
+        MetricError: it raised one there; the same on every rank.
+    """
+    outcome: list[Any] = [None]
+    if rank == 0:
+        try:
+            outcome = [compute()]
+        except MetricError as error:
+            if world_size == 1:
+                raise
+            outcome = [error]
+    if world_size > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], MetricError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def shared_out(rank: int, world_size: int, count: int, compute: Callable[[int], T]) -> list[T]:
+    """`compute` of each of 0, ..., count - 1, each on one rank, and all of it on every rank, in order."""
+    mine = [(i, compute(i)) for i in range(rank, count, world_size)]
+    if world_size > 1:
+        mine = sorted(gather_object(mine), key=lambda pair: pair[0])
+    return [value for _, value in mine]

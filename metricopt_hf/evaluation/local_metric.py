@@ -12,12 +12,10 @@ from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..phi import Coordinates
-from .evaluator import Evaluator
-from .faults import Faults
+from .evaluator import Evaluator, shared_out
+from .ledger import Faults
 from .linearization import Linearization
 from .metric import world_kept
-from .ranks import shared_out
-from .rows import divisible
 from .trajectory import Observation, Trajectory
 
 PERTURBED = 64
@@ -69,16 +67,11 @@ class LocalMetric:
         self.spread, self.generator, self.faults = spread, generator, faults
         self.trajectory, self.step, self.value = trajectory, step, value
         self.allowance, self.share = allowance, allowance
-        # what completes knows all rows by their place
-        self.on_all_rows = on_all_rows or evaluator.complete is not None or not self._divisible
+        self.on_all_rows = on_all_rows or evaluator.complete is not None  # what completes knows all rows by their place
         self.phi = evaluator.phi.read()
         self.origin = coordinates.encode(self.phi).cpu()
         self.part = linearization
         self.rows: np.ndarray | None = None  # of the half that is seen; None: all
-
-    @property
-    def _divisible(self) -> bool:
-        return self.linearization is None or divisible(self.linearization.centre, self.linearization.concat)
 
     @property
     def dim(self) -> int:
@@ -103,7 +96,7 @@ class LocalMetric:
 
     def halve(self) -> None:
         """From now on another random half of the rows is seen, where the metric makes sense on a part."""
-        if self.linearization is None or self.on_all_rows:
+        if self.linearization is None or self.on_all_rows or self.linearization.unsplittable is not None:
             return
         count = self.linearization.num_rows
         self.rows = np.sort(torch.randperm(count, generator=self.generator)[: max(1, count // 2)].numpy())

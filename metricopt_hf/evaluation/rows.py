@@ -1,14 +1,18 @@
-"""Rows of predictions: how many there are, and some of them, for every form of predictions that Trainer makes.
+"""Rows of predictions: how many examples there are, and some of them, for every form of predictions that Trainer makes.
 
 Joined, predictions are arrays, or tuples and dicts of them, with a row per example. Not joined
 (`eval_do_concat_batches=False`) they are lists with such a thing per batch, in which labels may be a list of one dict
-per example, as of object detection. A tuple holds several columns; a list that is as long as there are rows holds one
-entry per row.
+per example, as of object detection.
+
+How many examples a batch has is known to whoever made it (`batch_sizes`). Where nobody says it, the first array's rows
+are counted. Those may be tokens, nodes or patches that a collator has joined; then rows are not examples, and half of
+the examples cannot be taken (see `unsplittable`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,96 +21,110 @@ from transformers import EvalPrediction
 FIELDS = ("predictions", "label_ids", "inputs", "losses")
 
 
-class Indivisible(Exception):
-    """An array holds something else than a row per example, such as joined tokens: a part of it makes no sense."""
-
-
-class SizedPrediction(EvalPrediction):
-    """Predictions that know how many examples they are of, which their arrays need not show.
-
-    Args:
-        sizes: examples of each batch; of joined batches, of all of them together. None: they are not known.
-    """
-
-    def __init__(self, predictions: Any, label_ids: Any, inputs: Any = None, losses: Any = None, sizes: Sequence[int] | None = None):
-        super().__init__(predictions, label_ids, inputs=inputs, losses=losses)
-        self.sizes = sizes
-
-
-def remade(prediction: EvalPrediction, fields: Mapping[str, Any], sizes: Sequence[int] | None = None) -> EvalPrediction:
-    """The same with other `FIELDS`; `sizes`: other ones, where the rows are others."""
-    return SizedPrediction(**fields, sizes=sizes or getattr(prediction, "sizes", None))
-
-
-def num_rows(prediction: EvalPrediction, concat: bool = True) -> int:
+def num_rows(prediction: EvalPrediction, concat: bool = True, batch_sizes: Sequence[int] | None = None) -> int:
     """How many examples `prediction` is of.
 
     Args:
         concat: whether batches are joined.
+        batch_sizes: examples in each batch; None: not known.
     """
-    return sum(_batch_sizes(prediction, concat))
+    return sum(_sizes(prediction, concat, batch_sizes))
 
 
-def divisible(prediction: EvalPrediction, concat: bool = True) -> bool:
-    """Whether every array has a row per example, so that some of the rows can be taken."""
-    try:
-        take_rows(prediction, np.arange(1), concat)
-    except Indivisible:
-        return False
-    return True
+def unsplittable(
+    prediction: EvalPrediction, concat: bool = True, batch_sizes: Sequence[int] | None = None
+) -> str | None:
+    """Why some of the examples cannot be taken, as the end of a sentence; None where they can.
+
+    Each of `FIELDS` that is there must hold an array with a row, or a list with an entry, for each example.
+
+    Example:
+        >>> nodes = EvalPrediction(np.zeros((7, 2)), np.zeros(3))
+        >>> print(unsplittable(nodes, batch_sizes=[2, 1]))
+        there is no saying which rows are an example's: of 3 examples the predictions hold 7 rows
+    """
+    sizes = _sizes(prediction, concat, batch_sizes)
+    fields = {name: value for name in FIELDS if (value := getattr(prediction, name)) is not None}
+    for name, value in fields.items():
+        parts = [value] if concat else list(value)
+        if len(parts) != len(sizes):
+            return (
+                f"there is no saying which rows are an example's: {len(parts)} batches of {name}, {len(sizes)} of data"
+            )
+        for part, size in zip(parts, sizes, strict=True):
+            found = _lengths(part)
+            if size not in found:
+                held = f"{' or '.join(map(str, sorted(set(found))))} rows" if found else "no rows"
+                return f"there is no saying which rows are an example's: of {size} examples the {name} hold {held}"
+    return None
 
 
-def take_rows(prediction: EvalPrediction, rows: np.ndarray, concat: bool = True) -> EvalPrediction:
+def take_rows(
+    prediction: EvalPrediction, rows: np.ndarray, concat: bool = True, batch_sizes: Sequence[int] | None = None
+) -> EvalPrediction:
     """Predictions and labels of some of the examples; the original is left as it is.
 
     Args:
         rows: [n] which ones, in increasing order.
         concat: whether batches are joined.
-
-    Raises:
-        Indivisible: an array does not have a row per example.
+        batch_sizes: examples in each batch; None: not known.
     """
     values = {name: getattr(prediction, name) for name in FIELDS}
-    sizes = _batch_sizes(prediction, concat)
+    sizes = _sizes(prediction, concat, batch_sizes)
     if concat:
         picked = {name: None if value is None else _pick(value, rows, sizes[0]) for name, value in values.items()}
-        return remade(prediction, picked, [len(rows)])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    parts = [rows[(rows >= start) & (rows < end)] - start for start, end in zip(starts, starts[1:], strict=False)]
-    kept = [i for i, part in enumerate(parts) if len(part)]  # a batch without a row is no batch
-    picked = {
-        name: None if value is None else [_pick(value[i], parts[i], sizes[i]) for i in kept]
-        for name, value in values.items()
-    }
-    return remade(prediction, picked, [len(parts[i]) for i in kept])
+    else:
+        parts = _by_batch(rows, sizes)
+        kept = [i for i, part in enumerate(parts) if len(part)]  # a batch without a row is no batch
+        picked = {
+            name: None if value is None else [_pick(value[i], parts[i], sizes[i]) for i in kept]
+            for name, value in values.items()
+        }
+    return EvalPrediction(**picked)
 
 
-def _batch_sizes(prediction: EvalPrediction, concat: bool) -> Sequence[int]:
-    if (sizes := getattr(prediction, "sizes", None)) is not None:
-        return sizes
+def sizes_of(prediction: EvalPrediction, rows: np.ndarray, batch_sizes: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Examples in each batch of what `take_rows` takes, of batches that are not joined."""
+    return tuple(len(part) for part in _by_batch(rows, _sizes(prediction, False, batch_sizes)) if len(part))
+
+
+def _by_batch(rows: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Of each batch, which of its rows are among `rows`."""
+    ends = list(accumulate(sizes))
+    return [rows[(rows >= end - size) & (rows < end)] - (end - size) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _sizes(prediction: EvalPrediction, concat: bool, batch_sizes: Sequence[int] | None) -> list[int]:
+    """Examples in each batch, or, where batches are joined, [of all of them]."""
+    if batch_sizes is not None:
+        return [sum(batch_sizes)] if concat else list(batch_sizes)
     batches = [prediction.predictions] if concat else prediction.predictions
-    return [_first_length(batch) or 0 for batch in batches]
+    return [next(iter(_lengths(batch)), 0) for batch in batches]
 
 
-def _first_length(tree: Any) -> int | None:
-    """Length of the first array with rows in nested tuples, lists and dicts; None where there is none."""
+def _lengths(tree: Any) -> list[int]:
+    """Rows of all arrays in nested tuples, lists and dicts, in order; other lists have one for each entry."""
+    if isinstance(tree, np.ndarray):
+        return [len(tree)] if tree.ndim else []
     if isinstance(tree, Mapping):
-        tree = list(tree.values())
+        return [length for value in tree.values() for length in _lengths(value)]
     if isinstance(tree, (list, tuple)):
-        return next((length for part in tree if (length := _first_length(part)) is not None), None)
-    return len(tree) if np.ndim(tree) else None
+        if tree and not any(isinstance(entry, (np.ndarray, list, tuple)) for entry in tree):
+            return [len(tree)]
+        inside = [length for value in tree for length in _lengths(value)]
+        return inside if isinstance(tree, tuple) else [*inside, len(tree)]
+    return []
 
 
 def _pick(tree: Any, rows: np.ndarray, size: int) -> Any:
-    if isinstance(tree, np.ndarray) and tree.ndim:
-        if len(tree) != size:
-            raise Indivisible(f"an array of {len(tree)} is of {size} examples")
-        return tree[rows]
+    if isinstance(tree, np.ndarray):
+        return tree[rows] if tree.ndim and len(tree) == size else tree
     if isinstance(tree, Mapping):
         return {key: _pick(value, rows, size) for key, value in tree.items()}
-    if isinstance(tree, list) and len(tree) == size:
-        if not all(isinstance(x, np.ndarray) and x.ndim and len(x) == size for x in tree):  # else columns
-            return [tree[i] for i in rows]
     if isinstance(tree, (list, tuple)):
+        has_rows = [isinstance(x, np.ndarray) and x.ndim > 0 and len(x) == size for x in tree]
+        if len(tree) == size and not (any(has_rows) if isinstance(tree, tuple) else all(has_rows)):
+            # one entry per example, whatever it is; a tuple of arrays is what a model returns
+            return [tree[i] for i in rows]
         return type(tree)(_pick(value, rows, size) for value in tree)
     return tree

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..evaluation.evaluator import Evaluator
+from ..evaluation.evaluator import Evaluator, agreed
 from ..evaluation.ledger import Ledger
-from ..evaluation.ranks import agreed
 from ..posthoc import logits_of, tune_bias
 
 TOLERANCE = 1e-2  # of the logits, relative to the bias: what a half-precision model rounds off

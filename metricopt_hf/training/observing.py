@@ -74,8 +74,6 @@ class Observing:
             args.process_index,
             args.world_size,
             self.inputs.completing(dataset),
-            None if is_overridden(self.trainer, "get_eval_dataloader") else _length(dataset),
-            args.eval_batch_size,
             args.eval_accumulation_steps,
         )
 
@@ -146,7 +144,7 @@ class Observing:
         if is_overridden(self.trainer, "get_eval_dataloader"):
             return partial(self._own_eval_batches, part)
         columns = self._columns(part, self.trainer.args.eval_batch_size)
-        return data.in_order(*columns, num_workers=self.trainer.args.dataloader_num_workers)
+        return data.InOrder(*columns, num_workers=self.trainer.args.dataloader_num_workers)
 
     def _own_eval_batches(self, part: Any) -> Iterator[Any]:
         """Of `get_eval_dataloader`, where that is overridden; every rank gets all of them.

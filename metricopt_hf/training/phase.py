@@ -21,13 +21,12 @@ from torch.optim import Optimizer
 from transformers import EvalPrediction
 
 from ..errors import MetricError
-from ..evaluation.evaluator import Evaluator
-from ..evaluation.faults import Faults
+from ..evaluation.evaluator import Evaluator, agreed
+from ..evaluation.ledger import Faults
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
 from ..evaluation.local_metric import LocalMetric
 from ..evaluation.noise import standard_error
-from ..evaluation.ranks import agreed
 from ..evaluation.trajectory import Trajectory
 from ..guides import Guide, GuideContext
 from ..phi import Coordinates
@@ -139,6 +138,8 @@ class MetricPhase:
         context = GuideContext(self.coordinates.dim, self.generator, self.network)
         asked = self._local_metric(step) if self.ended is None else None
         self.trust.start(self.plan.observe == PREDICTIONS, context, asked)
+        if self.ended is None and not self.trust.guides:
+            self._end("the guide has nothing to say of this metric (row moves are for metrics of decisions)")
         self.selection.start(step)
         logger.info(
             f"Metric phase: steps {step + 1} to {step + self.plan.steps} follow {self.metric.name} ({score:.4f} on the "

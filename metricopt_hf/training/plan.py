@@ -20,6 +20,13 @@ DEFAULT_STEPS = 10
 CLASSES, MOST_CLASSES = 4, 10  # logits a row up to which `CALLS` are made, and from which no more than for so many
 
 
+def default_calls(linear: Linearization) -> int:
+    """Metric calls on a linearization: more where a row has many logits, since there are more decisions to tell apart."""
+    leaf = linear.decisions
+    classes = 1 if leaf is None or leaf.outputs.dim() < 2 else min(MOST_CLASSES, leaf.outputs.shape[1])
+    return int(CALLS[PREDICTIONS] * max(1.0, classes / CLASSES))
+
+
 @dataclass(frozen=True)
 class PhasePlan:
     """The numbers of a metric phase.
@@ -77,12 +84,8 @@ class PhasePlan:
         return replace(self, observe=SCORES, calls=calls)
 
     def for_outputs(self, linear: Linearization) -> PhasePlan:
-        """With more calls where a row has many logits, since there are as many more decisions to tell apart."""
-        leaf = linear.decisions
-        if not self.follows_outputs or leaf is None or leaf.outputs.dim() < 2:
-            return self
-        classes = min(MOST_CLASSES, leaf.outputs.shape[1])
-        return replace(self, calls=int(self.calls * max(1.0, classes / CLASSES)))
+        """With the calls of `default_calls`, where the config leaves them open."""
+        return replace(self, calls=default_calls(linear)) if self.follows_outputs else self
 
     def in_time(self, call_seconds: float, trained_seconds: float) -> PhasePlan:
         """With fewer calls, where the metric is slow: as many as take no longer than training did, or a minute."""

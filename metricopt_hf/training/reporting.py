@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import MetricError
-from ..evaluation.answer import weights_of
-from ..evaluation.constraints import ConstraintCheck
+from ..evaluation.answer import ConstraintCheck, weights_of
 from ..evaluation.ledger import Ledger
 from ..evaluation.model_metric import score_of_model
 from ..evaluation.noise import checked_constraints

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from ..evaluation.constraints import ConstraintCheck
+from ..evaluation.answer import ConstraintCheck
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..hub import ValueFunction

@@ -33,7 +33,7 @@ class Trust:
         return [name for name in self.guides if self.rates[name] >= SMALLEST_RATE]
 
     def start(self, linearised: bool, context: GuideContext, metric: LocalMetric | None) -> None:
-        """Make the guides; of several, those that have something to say of the metric.
+        """Make the guides, and keep those that have something to say of the metric.
 
         Args:
             metric: None: it is not asked.
@@ -41,7 +41,7 @@ class Trust:
         self.guides = self._make_guides(linearised)
         for name, guide in list(self.guides.items()):
             guide.start(context)
-            if len(self.guides) > 1 and metric is not None and not _applies(guide, metric):
+            if metric is not None and not _applies(guide, metric):
                 del self.guides[name]
         self.rates = dict.fromkeys(self.guides, 1.0)
 

@@ -71,7 +71,6 @@ def small_runs(monkeypatch):
     def settle_smaller(self):
         settle(self)
         for name, unset, smaller in (
-            ("forward_pass_budget", None, 24),
             ("metric_call_budget", None, 140),
             ("max_steps", -1, 12),
         ):
@@ -93,7 +92,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, hub, small_runs, tmp
             for name, folder in hub.items():
                 code = code.replace(f'"{name}"', repr(folder))
             exec(compile("\n" * block.line + code, block.page, "exec"), names)
-            assert "trainer.train()" not in code or names["trainer"].observations  # it was guided
+            assert "trainer.train()" not in code or names["trainer"].result is not None  # it was guided
             assert "trainer.diagnose()" not in code or "Recommendation: " in capsys.readouterr().out
 
 

@@ -15,4 +15,4 @@ def test_the_site_builds_without_a_warning(tmp_path, capfd):
     assert build.build_main([*options, str(ROOT / "docs"), str(tmp_path / "site")]) == 0, capfd.readouterr().err
     api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
     arguments = (tmp_path / "site" / "arguments.html").read_text(encoding="utf-8")
-    assert "metricopt_hf.MetricOptTrainer" in api and "forward_pass_budget" in arguments
+    assert "metricopt_hf.MetricOptTrainer" in api and "metric_steps" in arguments

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from metricopt_hf.evaluation.rows import SizedPrediction, divisible, num_rows, take_rows
+from metricopt_hf.evaluation.rows import num_rows, sizes_of, take_rows, unsplittable
 
 ROWS = np.array([0, 3, 4])
 
@@ -18,6 +18,11 @@ def test_joined_predictions(wrap):
     assert num_rows(whole) == 5 and num_rows(part) == 3
     assert repr(part.predictions) == repr(expected.predictions) and repr(part.label_ids) == repr(expected.label_ids)
     assert part.inputs.tolist() == ROWS.tolist() == part.losses.tolist()
+
+
+def test_what_has_no_row_per_example_stays():
+    whole = EvalPrediction((np.zeros((5, 2)), np.arange(3)), np.arange(5))
+    assert take_rows(whole, ROWS).predictions[1].tolist() == [0, 1, 2]
 
 
 def test_batches_that_are_not_joined_with_a_dict_per_image():
@@ -39,19 +44,49 @@ def test_the_original_is_left_as_it_is():
     assert whole.predictions.min() == 0
 
 
-def test_rows_are_counted_as_the_data_set_says_and_half_of_what_is_no_rows_is_not_taken():
-    """Outputs by token before those by row; a number of no row at all."""
-    tokens, logits, balance = np.zeros((11, 2)), np.arange(10.0).reshape(5, 2), np.array(0.5)
-    known = SizedPrediction((tokens, logits, balance), np.arange(5), sizes=[5])
-    assert num_rows(known) == 5 and not divisible(known)
-    known = SizedPrediction((balance, logits), np.arange(5), sizes=[5])
-    part = take_rows(known, ROWS)
-    assert divisible(known) and num_rows(part) == 3 and part.predictions[0] == 0.5 and part.label_ids.tolist() == [0, 3, 4]
+def whole_of(predictions, labels=None, **others):
+    return EvalPrediction(predictions, np.arange(5) if labels is None else labels, **others)
 
 
-def test_columns_of_labels_are_no_rows_though_a_batch_has_as_many():
-    """The report e6: masks and classes of two images."""
-    masks, classes = [np.ones((1, 4, 4)), np.ones((2, 4, 4))], [np.array([0]), np.array([1, 0])]
-    batch = EvalPrediction([(np.zeros((2, 4, 3)), np.zeros((2, 4, 4, 4)))], [(masks, classes)])
-    labels = take_rows(batch, np.array([1]), concat=False).label_ids[0]
-    assert [[array.shape for array in column] for column in labels] == [[(2, 4, 4)], [(2,)]]
+LOGITS, PIXELS = np.zeros((5, 3)), np.zeros((40, 3))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "named"),
+    [
+        (whole_of(LOGITS), None),
+        (whole_of((LOGITS, PIXELS)), None),  # router logits beside them
+        (whole_of((PIXELS, LOGITS)), None),  # and in front
+        (whole_of(({"loss_ce": np.zeros(2)}, LOGITS)), None),
+        (whole_of({"logits": LOGITS}, losses=np.zeros(5)), None),
+        (whole_of(PIXELS), "predictions hold 40 rows"),  # patches, joined
+        (whole_of(PIXELS, np.zeros(40)), "predictions hold 40 rows"),
+        (whole_of(LOGITS, np.zeros(40)), "label_ids hold 40 rows"),
+        (whole_of(LOGITS, inputs=PIXELS), "inputs hold 40 rows"),
+        (whole_of(np.float64(0.5)), "predictions hold no rows"),
+    ],
+)
+def test_rows_are_those_of_examples_or_it_is_said_that_they_are_not(prediction, named):
+    found = unsplittable(prediction, batch_sizes=[2, 3])
+    assert (found is None) == (named is None) and (found is None or named in found and "5 examples" in found)
+    assert num_rows(prediction, batch_sizes=[2, 3]) == 5
+    if found is None:
+        part = take_rows(prediction, ROWS, batch_sizes=[2, 3])
+        assert unsplittable(part, batch_sizes=[3]) is None and part.label_ids.tolist() == [0, 3, 4]
+
+
+def test_of_batches_that_are_not_joined_each_is_looked_at():
+    sizes = (2, 3)
+    logits, labels = [np.zeros((9, 2)), np.zeros((3, 2))], [np.arange(2), np.arange(3)]
+    assert "of 2 examples the predictions hold 9" in unsplittable(EvalPrediction(logits, labels), False, sizes)
+    assert "1 batches" in unsplittable(EvalPrediction(logits[:1], labels), False, sizes)
+    fine = EvalPrediction([({"loss": np.float32(1)}, np.zeros((n, 2))) for n in sizes], labels)
+    assert unsplittable(fine, False, sizes) is None
+    part = take_rows(fine, ROWS, False, sizes)
+    assert [len(batch[1]) for batch in part.predictions] == [1, 2] == list(sizes_of(fine, ROWS, sizes))
+
+
+def test_of_a_batch_with_two_rows_two_outputs_are_no_rows():
+    whole = EvalPrediction((np.zeros((2, 3)), np.zeros(7)), np.arange(2))
+    part = take_rows(whole, np.array([1]))
+    assert isinstance(part.predictions, tuple) and [len(p) for p in part.predictions] == [1, 7]

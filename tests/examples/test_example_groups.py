@@ -66,9 +66,10 @@ def test_the_stripe_tells_the_label_in_training_alone_and_no_digit_is_in_two_spl
     assert {image.tobytes() for image in pixels(clean)[inner]} == digits[0] | digits[1]
 
 
-def test_the_demo_on_a_small_scale(images, tmp_path, capsys):
+def test_the_demo_on_a_small_scale(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(images, "READING_STEPS", 20)
     out = tmp_path / "out"
-    options = f"{TINY} --pretraining_steps 20 --seeds 5 6 --methods loss_only metricopt --output_dir {out}"
+    options = f"{TINY} --first_steps 20 --seeds 5 6 --methods loss_only metricopt --output_dir {out}"
     runs = images.main(options.split())
     printed = capsys.readouterr().out
     assert printed.index("Recommendation: ") < printed.index("inside noise")
@@ -105,7 +106,7 @@ def vit(tmp_path_factory):
 
 def test_a_column_of_groups_of_images(images, squares, vit, tmp_path):
     options = f"{TINY} --dataset_name {squares} --model_name_or_path {vit} --seeds 1 --methods loss_only metricopt"
-    options += " --metric_start_ratio 0.5"  # the plain Trainer of the first phase would give the model the groups
+    options += " --first_steps 2"  # the plain Trainer of these would give the model the groups
     options += f" --metric equalized_odds_gap --group_column_name camera --output_dir {tmp_path / 'out'}"
     with pytest.raises(ConfigurationError, match="no column 'nothing'; .* camera, kind.* with --group_column_name"):
         images.main([*options.replace("--group_column_name camera", "--group_column_name nothing").split()])

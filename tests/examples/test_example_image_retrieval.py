@@ -69,11 +69,10 @@ def test_a_run_on_local_images(script, images, model, tmp_path):
     out = tmp_path / "out"
     options = f"{TINY} --dataset_name {images} --model_name_or_path {model} --group_column_name family --seeds 1 "
     options += "--embedding_size 8 --images_per_class 2 --per_device_train_batch_size 4 --phi_learning_rate 0.05 "
-    runs = script.main([*options.split(), "--metric_start_ratio", "0.5", "--output_dir", str(out)])
+    runs = script.main([*options.split(), "--first_steps", "2", "--output_dir", str(out)])
     titles = ["pretrained", "loss only", "specialist: FastAPLoss", "control: shuffled", "MetricOpt"]
     assert [run.method for run in runs] == titles
-    ends = [run.details["curve"][-1]["selection"] for run in runs[1:3]]
-    assert ends[0] != ends[1]  # another loss
+    assert runs[1].scores != runs[2].scores  # another loss
     assert json.loads((out / "results.json").read_text())["metric"] == "map_at_r"
     # an ordinary model, whose logits are the embedding that was reported of
     kept = AutoModelForImageClassification.from_pretrained(out).eval()
@@ -95,10 +94,10 @@ def test_a_run_on_local_images(script, images, model, tmp_path):
 def test_another_specialist_and_another_metric(script, images, model, tmp_path):
     out = tmp_path / "out"
     options = f"{TINY} --dataset_name {images} --model_name_or_path {model} --metric recall_at_k --seeds 1 "
-    options += "--specialist SupConLoss --images_per_class 2 --methods specialist metricopt --metric_start_ratio 0"
+    options += "--specialist SupConLoss --images_per_class 2 --methods specialist metricopt --first_steps 0"
     runs = script.main([*options.split(), "--output_dir", str(out)])
     assert [run.method for run in runs] == ["pretrained", "specialist: SupConLoss", "MetricOpt"]
-    assert len(runs[2].details["observations"]) == 13
+    assert 0 < runs[2].calls["observe"] <= 120
     document = json.loads((out / "results.json").read_text())
     assert document["metric"] == "recall_at_k" and document["greater_is_better"]
 

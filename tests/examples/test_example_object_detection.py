@@ -74,8 +74,9 @@ def test_default_run_on_a_small_scale(script, rt_detr, tmp_path, monkeypatch, ca
     document = json.loads((out / "results.json").read_text())
     assert [run["method"] for run in document["runs"]] == titles
     assert document["metric"] == "mar_100" and document["greater_is_better"]
-    assert {run["calls"].get("observe") for run in document["runs"]} == {0, 8}
-    assert (out / "metric.png").exists() and (out / "value_function").is_dir()
+    observed = {run["method"]: run["calls"].get("observe", 0) for run in document["runs"]}
+    assert observed["loss only"] == 0 < observed["MetricOpt"] <= 8
+    assert (out / "metric.png").exists()
 
     model, processor = AutoModelForObjectDetection.from_pretrained(out).eval(), AutoImageProcessor.from_pretrained(out)
     assert not [name for name, _ in model.named_parameters() if "film" in name]
@@ -109,7 +110,7 @@ def test_images_of_different_size_another_model_and_a_new_head(script, boxes, tm
     model.save_pretrained(tmp_path / "two")
     YolosImageProcessor.from_pretrained(tmp_path / "three").save_pretrained(tmp_path / "two")
     options = f"{TINY} --dataset_name {boxes} --model_name_or_path {tmp_path / 'two'} --output_dir {tmp_path / 'out'}"
-    options += " --max_steps 4 --metric_start_ratio 0.5 --seeds 1 --methods metricopt --push_to_hub"
+    options += " --first_steps 2 --seeds 1 --methods metricopt --push_to_hub"
     start, run = script.main(options.split())
     assert (start.method, run.method) == ("pretrained", "MetricOpt")
     assert any(len(batch) > 1 for batch in shapes)
@@ -236,7 +237,7 @@ def test_refuses_a_head_that_does_not_fit(script, boxes, rt_detr, tmp_path):
     model = AutoModelForObjectDetection.from_pretrained(rt_detr, num_labels=5, ignore_mismatched_sizes=True)
     model.save_pretrained(tmp_path / "five")
     given = f"{TINY} --dataset_name {boxes} --model_name_or_path {tmp_path / 'five'} --output_dir {tmp_path / 'out'}"
-    with pytest.raises(ConfigurationError, match="detects 5 classes, the data set has 3.*--metric_start_ratio"):
+    with pytest.raises(ConfigurationError, match="detects 5 classes, the data set has 3.*--first_steps"):
         script.main(given.split())
 
 

@@ -27,7 +27,7 @@ def test_a_run_leaves_a_table_and_an_ordinary_model(script, tmp_path, capsys):
     data = save_dataset(tmp_path / "data", splits)
     model = given.hub(tmp_path / "hub")["google-t5/t5-small"]
     options = (
-        "--max_steps 4 --forward_pass_budget 4 --observation_size 12 --max_report_samples 8 --generation_max_length 8 "
+        "--max_steps 4 --metric_call_budget 4 --observation_size 12 --max_report_samples 8 --generation_max_length 8 "
         "--methods loss_only metricopt --seeds 0 --use_cpu --disable_tqdm True"
     )
     where = f"--dataset_name {data} --model_name_or_path {model} --output_dir {tmp_path / 'out'}"

@@ -6,14 +6,14 @@ import pytest
 from helpers import Texts
 from runs import text_trainer
 
-from comparison.methods import METHODS, run_method, run_start
+from comparison.methods import METHODS, by_loss_alone, run_method, run_start
 from comparison.report import MethodRun, constraints_note
-from metricopt_hf import ModelMetric
+from metricopt_hf import MetricOptTrainer, ModelMetric
 
 pytestmark = pytest.mark.slow
 
 SPLITS = {"observation": Texts(40, seed=3), "selection": Texts(40, seed=4), "report": Texts(40, seed=5)}
-SHORT = {"max_steps": 4, "metric_start_ratio": 0.0, "phi_dim": 2, "metric_call_budget": 8, "round_size": 4}
+SHORT = {"max_steps": 4, "phi_dim": 2, "metric_call_budget": 8}
 
 
 def accuracies(prediction):
@@ -22,8 +22,9 @@ def accuracies(prediction):
 
 
 def maker(folder, trainer_kwargs, **options):
-    def make(**changes):
-        return text_trainer(folder, trainer_kwargs=trainer_kwargs, **{**SHORT, **options, **changes})
+    def make(follows_metric=True, **changes):
+        cls = MetricOptTrainer if follows_metric else by_loss_alone(MetricOptTrainer)
+        return text_trainer(folder, cls, trainer_kwargs=trainer_kwargs, **{**SHORT, **options, **changes})
 
     return make
 
@@ -52,7 +53,6 @@ def test_rows_under_constraints_say_which_hold_where(tmp_path):
         metric_for_best_model="accuracy",
         metric_constraints="first>=0.9",
         metric_call_budget=80,
-        forward_pass_budget=20,
     )
     trainer, runs = run_method(METHODS["metricopt"], make, SPLITS, class_bias=True)
     assert [run.method for run in runs] == ["MetricOpt", "MetricOpt + class bias"]

@@ -126,7 +126,6 @@ def trainer(tmp_path_factory):
     args = MetricOptConfig(
         output_dir=str(tmp_path_factory.mktemp("run")),
         max_steps=6,
-        metric_start_ratio=0.0,
         metric_call_budget=12,
         phi_dim=2,
         observe="scores",
@@ -148,8 +147,8 @@ def trainer(tmp_path_factory):
 
 def test_results_are_strict_json(trainer, tmp_path):
     details = details_of(trainer)
-    assert len(details["observations"]) == 12
-    assert details["calls"]["observe"] == 12
+    assert 0 < details["calls"]["observe"]
+    assert [c["kind"] for c in details["candidates"]][0] == "start" and details["why"]
     run = MethodRun("MetricOpt", 0, {"report": float("nan")}, details["calls"], 1.0, {**details, "bias": np.ones(2)})
     save_results(tmp_path / "results.json", [run], differences={"b": Difference(0.0, float("nan"), "one seed").error})
 
@@ -160,17 +159,15 @@ def test_results_are_strict_json(trainer, tmp_path):
     (stored,) = document["runs"]
     assert stored["scores"] == {"report": None} and document["differences"] == {"b": None}
     assert stored["details"]["bias"] == [1.0, 1.0]
-    assert [row["step"] for row in stored["details"]["curve"]] == list(range(7))
+    assert [row["step"] for row in stored["details"]["curve"]] == [3, 4, 5]
 
 
 def test_plot(trainer, tmp_path):
     pytest.importorskip("matplotlib")
     details = details_of(trainer)
-    plot_run(tmp_path / "run.png", details, "worst-class recall", reference=("loss only", details), title="tiny")
+    plot_run(tmp_path / "run.png", details, "worst-class recall", reference=("loss only", 0.5), title="tiny")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-    # a run without guidance has neither observations nor predictions
-    bare = {**details, "observations": [], "curve": [{**row, "predicted": None} for row in details["curve"]]}
-    plot_run(tmp_path / "bare.png", bare, "worst-class recall")
+    plot_run(tmp_path / "bare.png", {**details, "curve": []}, "worst-class recall")  # it ended before its first step
     assert (tmp_path / "bare.png").exists()
 
 

@@ -43,7 +43,7 @@ def test_the_help_has_a_heading_for_each_class(capsys):
 
 
 def test_under_their_headings_options_mean_the_same():
-    given = "--dataset_name here --methods metricopt --seeds 4 --phi_dim 3 --no_tune_output_bias --learning-rate 0.5"
+    given = "--dataset_name here --methods metricopt --seeds 4 --phi_dim 3 --metric_steps 5 --learning-rate 0.5"
     data, study, args = parse([*given.split(), "--output_dir", "out"], TYPES, METHODS, DEFAULTS, "A script.")
     assert (data.dataset_name, study.methods, study.seeds) == ("here", ["metricopt"], [4])
-    assert (args.phi_dim, args.tune_output_bias, args.learning_rate) == (3, False, 0.5)
+    assert (args.phi_dim, args.metric_steps, args.learning_rate) == (3, 5, 0.5)
