@@ -200,8 +200,8 @@ def check_metric(metric: Metric, distributed_type: DistributedType) -> None:
     """Raises ConfigurationError for a metric of the model where no process has the whole model."""
     if not metric.of_predictions and distributed_type == DistributedType.FSDP:
         raise ConfigurationError(
-            f"The metric {metric.name!r} is one of the model, and is given a copy of it, which FSDP2 has shared out over "
-            "the ranks: use DDP (leave out fsdp), or a metric of predictions."
+            f"The metric {metric.name!r} is one of the model, and is given a copy of it, which FSDP2 has shared out: "
+            "use DDP (leave out fsdp), or a metric of predictions."
         )
 
 

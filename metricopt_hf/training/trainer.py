@@ -274,7 +274,8 @@ class MetricOptTrainer(Trainer):
         """
         if self.result is None:
             return super().create_model_card(*args, **kwargs)
-        sharing.write_cards(self, sharing.arguments_of(super().create_model_card, args, kwargs), scores or {}, comparison)
+        given = sharing.arguments_of(super().create_model_card, args, kwargs)
+        sharing.write_cards(self, given, scores or {}, comparison)
 
     def init_hf_repo(self, *args, **kwargs):
         return sharing.pushed(self, lambda: super(MetricOptTrainer, self).init_hf_repo(*args, **kwargs))

@@ -122,7 +122,9 @@ def test_what_the_metric_does_to_the_world_does_not_reach_the_training(tmp_path)
         torch.set_default_dtype(torch.float64)
         return value
 
-    polite, other = (bert_trainer(tmp_path, metric=metric, max_steps=2, metric_steps=2) for metric in (true_class_probability, rude))
+    polite, other = (
+        bert_trainer(tmp_path, metric=metric, max_steps=2, metric_steps=2) for metric in (true_class_probability, rude)
+    )
     for trainer in (polite, other):
         trainer.train()
     assert not torch.is_autocast_enabled("cpu") and torch.get_default_device().type == "cpu"
