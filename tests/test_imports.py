@@ -152,8 +152,11 @@ def attributes_of_self(cls):
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError):  # of C, or made by a decorator
         return set(), set()
-    found = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"]
-    return tuple({n.attr for n in found if isinstance(n.ctx, kind)} for kind in (ast.Load, ast.Store))
+    nodes = list(ast.walk(tree))
+    found = [n for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"]
+    read, put = ({n.attr for n in found if isinstance(n.ctx, kind)} for kind in (ast.Load, ast.Store))
+    calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "register_buffer"]
+    return read, put | {call.args[0].value for call in calls}
 
 
 @pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__qualname__)

@@ -71,7 +71,8 @@ class Gain:
         return NO if self.mean + ERRORS * self.error < 2 * worthwhile or self.mean <= -self.error else OPEN
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4g} ± {self.error:.2g}" if math.isfinite(self.error) else f"{self.mean:+.4g}, error unknown"
+        error = f" ± {self.error:.2g}" if math.isfinite(self.error) else ", error unknown"
+        return f"{self.mean:+.4g}{error}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Diagnosis:
     def advice(self) -> str:
         """The recommendation with its reasons, as sentences."""
         words = {YES: "pays", NO: "does not pay", OPEN: "cannot be told"}
-        reasons = [f"phi beyond {'a bias' if BIAS in self.scores else 'the start'} {words[self.verdict(PHI)]} ({self.beyond})"]
+        other = "a bias" if BIAS in self.scores else "the start"
+        reasons = [f"phi beyond {other} {words[self.verdict(PHI)]} ({self.beyond})"]
         if BIAS in self.scores:
             reasons.insert(0, f"a bias {words[self.verdict(BIAS)]} ({self.gains[BIAS, START]})")
         needed = self.examples_needed
@@ -219,14 +221,15 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None) -> Diagnos
     ledger, args = Ledger(), trainer.args
     generator = torch.Generator().manual_seed(args.seed)
     plan = PhasePlan.from_args(args, 1, True)
-    with tqdm(total=6, desc="diagnosing", leave=False, disable=args.disable_tqdm or not trainer.is_local_process_zero()) as bar:
+    silent = args.disable_tqdm or not trainer.is_local_process_zero()
+    with tqdm(total=6, desc="diagnosing", leave=False, disable=silent) as bar:
         folds: list[_Fold] = []
         coordinates, way = None, None
         for part in (setup.observation, setup.selection):
             evaluator = seen.evaluator(part, ledger)
             score, prediction = evaluator.evaluate_with_predictions("observe")
             if prediction is None:
-                raise ConfigurationError("The metric is computed batch by batch, so that nothing can be told from all predictions.")
+                raise ConfigurationError("The metric is computed batch by batch: there are no predictions to diagnose.")
             linearizer = Linearizer(evaluator, plan.dim, seen.loss_gradients, generator)
             linearizer.way = way or linearizer.way
             try:
@@ -288,7 +291,7 @@ def _adam(parameter: Tensor, rate: float) -> torch.optim.Optimizer:
 
 
 def _measured(fitted: _Fold, held_out: _Fold, z: Tensor, seed: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """(values on all rows, values on the same random halves) of each candidate, on the fold that it was not fitted to."""
+    """(values on all rows, on the same random halves) of each candidate, on the fold that it was not fitted to."""
     evaluator = held_out.evaluator
     predictions = {START: held_out.linear.centre, PHI: held_out.linear.at(z)}
     if _has_place_for_bias(fitted.linear.centre, evaluator.concat) and evaluator.complete is None:

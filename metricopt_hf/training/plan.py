@@ -40,8 +40,8 @@ class PhasePlan:
         rate: learning rate of an update of phi, in units of `STEP_LENGTH`.
         value_weight: lambda in `blended`.
         seed: of the private generator.
-        follows_outputs: whether `calls` is the default, which grows with the number of logits, and is lowered for a slow
-            metric.
+        follows_outputs: whether `calls` is the default, which grows with the number of logits, and is lowered for
+            a slow metric.
         scale: by which steps and perturbations are made smaller, see `MOST_MOVED`.
     """
 

@@ -156,10 +156,19 @@ class Selection:
 
     def _error(self, first: Candidate, second: Candidate) -> float:
         """Standard error of the difference of two candidates' scores; nan where it is not known."""
-        made = [self._predictions.get(candidate.kind) for candidate in (first, second)]
+        made = [self._prediction_of(candidate) for candidate in (first, second)]
         if self.on_all_rows or None in made or self.evaluator.complete is not None:
             return float("nan")
         return paired_error(self.evaluator, *made)
+
+    def _prediction_of(self, candidate: Candidate) -> EvalPrediction | None:
+        """What the model predicts there, made again behind a resume; None of a metric that is not one of all rows."""
+        metric = self.evaluator.metric
+        if candidate.kind not in self._predictions and metric.of_predictions and not metric.batchwise:
+            with self.phi.restored():
+                self.phi.write(candidate.phi)
+                self._predictions[candidate.kind] = self.evaluator.predictions()
+        return self._predictions.get(candidate.kind)
 
     def _scored(self, candidate: Candidate) -> Candidate:
         if self.evaluator is None:
