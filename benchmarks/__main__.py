@@ -1,6 +1,6 @@
 """Runs a benchmark command by its name, with the options that follow; without a name, lists all of them.
 
-    python -m benchmarks run --jobs 2            (make bench ARGS="run --jobs 2")
+python -m benchmarks run --jobs 2            (make bench ARGS="run --jobs 2")
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m benchmarks.cards            (make cards)
 
-The task of `worst_class` in 100 steps, from activations in front of the last block that are computed once. All
+The task of `worst_class` in ten steps, from activations in front of the last block that are computed once. All
 methods of the comparison, several seeds; the model and the value function that are described are the first seed's.
 """
 
@@ -45,7 +45,7 @@ class CardArguments:
     """What to run."""
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run, two or more."})
-    max_steps: int = field(default=100, metadata={"help": "Optimizer steps of every method."})
+    max_steps: int = field(default=10, metadata={"help": "Optimizer steps of every method."})
     folder: str = field(default=str(FOLDER), metadata={"help": "Where to write the cards."})
 
 

@@ -1,9 +1,10 @@
-"""A task's records compared: each method, paired by seed, with the reference that may see as much as it does."""
+"""A task's records compared: each method, paired by seed, with the best of what is cheap."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean
 
 import numpy as np
@@ -14,9 +15,11 @@ from .problem import KINDS, Task
 from .statistics import Paired, holm, paired
 from .tasks import tasks
 
-UNGUIDED, CONTROLS, NEGATED = "unguided", ("shuffled", "random"), "negated"
-LOSS_ONLY = ("loss_only", "loss_small", UNGUIDED)  # at the setting chosen for it, in small steps, and in both
-BLACK_BOX = ("cma", "cma_virtual", "cma_flat", "spsa", "evolution")
+CONTROLS = ("shuffled", "random", "negated")
+WAYS = ("pairs", "rows")  # of MetricOpt's, each alone
+CHEAP = ("loss_only", "loss_small", "start")  # at the setting chosen for it, in small steps, and no step at all
+LOSS_ONLY = CHEAP[0]
+BLACK_BOX = ("cma", "cma_virtual", "cma_flat", "spsa")
 SIGNIFICANT = 0.05
 WIN, ABOVE, TIE, BELOW, LOSS = "win", "above", "tie", "below", "loss"
 Key = tuple[str, str]  # method, variant
@@ -93,11 +96,10 @@ def rows_of(records: Iterable[dict]) -> dict[Key, Row]:
 
 @dataclass(frozen=True)
 class Compared:
-    """A row and its difference to the reference that may see as much as it does.
+    """A row and its difference to the rival.
 
     Attributes:
-        difference: to loss only, or, where the row reads observation labels, to loss only with post-hoc tuning. None:
-            the row is a reference itself, or the start.
+        difference: None: the row is the rival itself, or the start.
         corrected: its p-value, Holm-corrected over the task's rows.
     """
 
@@ -116,24 +118,23 @@ class Compared:
         return BELOW if self.difference.high < 0 else TIE
 
 
-def best(task: Task, rows: dict[Key, Row], methods: Iterable[str], variant: str = PLAIN) -> Row | None:
-    """Of the methods that were run, the one that is best on the selection split."""
-    found = [rows[method, variant] for method in methods if (method, variant) in rows]
+def best(task: Task, rows: dict[Key, Row], keys: Iterable[Key]) -> Row | None:
+    """Of the rows that there are, the one that is best on the selection split."""
+    found = [rows[key] for key in keys if key in rows]
     return max(found, key=lambda row: task.sign * mean(row.scores("selection")), default=None)
 
 
-def reference(task: Task, rows: dict[Key, Row], variant: str) -> Row | None:
-    """Loss only at its best."""
-    return best(task, rows, LOSS_ONLY, variant)
+def rival(task: Task, rows: dict[Key, Row]) -> Row | None:
+    """The best of what is cheap: loss only, or no training, each with and without a bias tuned afterwards."""
+    return best(task, rows, product(CHEAP, (PLAIN, POST_HOC)))
 
 
 def compare(task: Task, rows: dict[Key, Row]) -> dict[Key, Compared]:
-    plain = reference(task, rows, PLAIN)
-    tuned = reference(task, rows, POST_HOC) or plain  # numbers are not tuned post hoc
+    cheapest = rival(task, rows)
     differences = {}
     for key, row in rows.items():
-        if row is not plain and row is not tuned and row.method != "start":
-            differences[key] = row.minus(tuned if row.reads_labels else plain, task.sign)
+        if row is not cheapest and row.method != "start":
+            differences[key] = row.minus(cheapest, task.sign)
     tested = [key for key, difference in differences.items() if difference is not None]
     corrected = dict(zip(tested, holm([differences[key].p for key in tested]), strict=True))
     return {k: Compared(row, differences.get(k), corrected.get(k, float("nan"))) for k, row in rows.items()}
@@ -162,20 +163,38 @@ class Result:
             return None
         return self.rows[ours].minus(self.rows[theirs], self.task.sign)
 
+    @property
+    def rival(self) -> Row:
+        """What MetricOpt is compared with."""
+        return rival(self.task, self.rows)
+
+    @property
+    def ours(self) -> Compared | None:
+        """MetricOpt, as it comes out of a run."""
+        return self.compared.get((OURS, PLAIN))
+
+    @property
+    def best_with_labels(self) -> Compared | None:
+        """Of the methods that train on observation labels, the one that the selection split prefers."""
+        row = best(self.task, self.rows, ((method, PLAIN) for method, known in RIVALS.items() if known.reads_labels))
+        return row and self.compared[row.method, row.variant]
+
     def shown(self) -> list[Compared]:
-        """The eight rows that a reader wants first, or those of them that were run."""
-        task, rows = self.task, self.rows
+        """The rows that a reader wants first, or those of them that were run."""
+        searcher = best(self.task, self.rows, ((method, PLAIN) for method in BLACK_BOX))
+        with_labels = self.best_with_labels
         wanted = [
-            rows.get(("start", PLAIN)),
-            reference(task, rows, PLAIN),
-            reference(task, rows, POST_HOC),
-            rows.get((OURS, PLAIN)),
-            rows.get((OURS, POST_HOC)),
-            rows.get((CONTROLS[0], PLAIN)),
-            best(task, rows, BLACK_BOX),
-            best(task, rows, [method for method, rival in RIVALS.items() if rival.reads_labels]),
+            ("start", PLAIN),
+            ("start", POST_HOC),
+            (LOSS_ONLY, PLAIN),
+            (LOSS_ONLY, POST_HOC),
+            (self.rival.method, self.rival.variant),
+            (OURS, PLAIN),
+            *((control, PLAIN) for control in CONTROLS),
+            searcher and (searcher.method, searcher.variant),
+            with_labels and (with_labels.row.method, with_labels.row.variant),
         ]
-        return [self.compared[row.method, row.variant] for row in wanted if row is not None]
+        return [self.compared[key] for key in dict.fromkeys(wanted) if key in self.compared]
 
 
 def results_of(records: Iterable[dict]) -> list[Result]:
@@ -186,7 +205,7 @@ def results_of(records: Iterable[dict]) -> list[Result]:
     results = []
     for task in tasks().values():
         rows = rows_of(by_task.get(task.name, []))
-        if (LOSS_ONLY[0], PLAIN) in rows:
+        if (LOSS_ONLY, PLAIN) in rows:
             results.append(Result(task, rows, compare(task, rows)))
     return results
 

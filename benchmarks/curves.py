@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,16 @@ def png(path: Path, size: tuple[float, float]) -> Iterator:
     drawn.quantize(255, Image.Quantize.MAXCOVERAGE).save(path, format="png", optimize=True)
 
 
-def best_so_far(task: Task, row: Row) -> np.ndarray:
-    """[seeds, rounds + 1] the best of the selection scores up to each round."""
-    curves = np.array([run["curve"]["selection"] for _, run in sorted(row.runs.items())], dtype=float)
-    return task.sign * np.maximum.accumulate(task.sign * curves, axis=1)
+def column(runs: Sequence[dict], name: str) -> np.ndarray:
+    """[seeds, looks] of the curves; a run with fewer looks stays where its last one was."""
+    looks = max(len(run["curve"][name]) for run in runs)
+    curves = [run["curve"][name] for run in runs]
+    return np.array([curve + curve[-1:] * (looks - len(curve)) for curve in curves], dtype=float)
+
+
+def best_so_far(task: Task, runs: Sequence[dict]) -> np.ndarray:
+    """[seeds, looks] the best of the selection scores up to each look."""
+    return task.sign * np.fmax.accumulate(task.sign * column(runs, "selection"), axis=1)
 
 
 def plot_curves(path: Path, task: Task, rows: dict[Key, Row]) -> None:
@@ -47,10 +53,10 @@ def plot_curves(path: Path, task: Task, rows: dict[Key, Row]) -> None:
             row = rows.get((method, PLAIN))
             if row is None or not next(iter(row.runs.values()))["curve"]:
                 continue
-            runs = [run["curve"] for _, run in sorted(row.runs.items())]
-            curve = best_so_far(task, row).mean(0)
-            passes = np.mean([run["passes"] for run in runs], axis=0)
-            seconds = np.mean([run["seconds"] for run in runs], axis=0)
+            runs = [run for _, run in sorted(row.runs.items())]
+            curve, passes, seconds = (
+                curves.mean(0) for curves in (best_so_far(task, runs), column(runs, "passes"), column(runs, "seconds"))
+            )
             bold = method in ("loss_only", OURS)
             style = {"color": f"C{index % 10}", "linewidth": 2.2 if bold else 1.1}
             by_seconds.plot(seconds, curve, label=rival.title, **style)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .comparing import OURS, Result, groups
+from .comparing import Result, groups
 from .measure import PLAIN, POST_HOC
 from .methods import RIVALS
 from .statistics import Paired
@@ -42,15 +42,8 @@ def bias_pays(results: Sequence[Result]) -> tuple[list[str], int]:
 
 
 def ours_pays(results: Sequence[Result]) -> tuple[list[str], int]:
-    """The tasks where MetricOpt is better than loss only at its best, with a bias tuned on both sides; and how many.
-
-    Where the outputs are numbers there is no such bias.
-    """
-    found = {}
-    for result in results:
-        entry = result.compared.get((OURS, POST_HOC)) or result.compared.get((OURS, PLAIN))
-        if entry is not None:
-            found[result.task.name] = entry.difference
+    """The tasks where MetricOpt is better than the best of what is cheap; and how many."""
+    found = {result.task.name: result.ours.difference for result in results if result.ours is not None}
     return [name for name, difference in found.items() if worth_having(difference)], len(found)
 
 
@@ -66,7 +59,7 @@ def advice(pays: int, of: int, bias: int, of_bias: int) -> str:
 
 
 def specialists(results: Sequence[Result]) -> str:
-    """The methods that may see more than the metric, where their interval lies above that of their reference."""
+    """The methods that may see more than the metric, where their interval lies above the rival."""
     found: dict[str, list[str]] = {}
     for result in results:
         for (method, variant), entry in result.compared.items():
@@ -98,10 +91,11 @@ def page(results: Sequence[Result]) -> str:
         "# What to use\n\n"
         f"{table(results, '')}\n\n"
         "A row is a kind of task, and says what paid on at least half of its tasks; where MetricOpt paid on some, "
-        "before any training which kind yours is has to be measured. MetricOpt is compared with loss "
-        "only at its best, with a bias per logit tuned on both sides; a bias alone, with the model as it came. Better "
+        "before any training which kind yours is has to be measured. MetricOpt is compared with "
+        "the best of loss only and the model as it came, each with and without a tuned bias per logit; a bias alone, "
+        "with the model as it came. Better "
         f"means that the interval excludes zero, and that the gain is at least {WORTHWHILE}, as `trainer.diagnose()` "
-        "asks by default. The last column names methods that are better than their reference and see more than a "
+        "asks by default. The last column names methods that are better than the rival and see more than a "
         "metric's answers: they train on the labels of the observation split, are told its groups, or know the "
         "metric's formula. Which row is yours, `trainer.diagnose()` measures.\n\n"
         "Written by `make bench-report` from the records in `benchmarks/results/`; do not edit.\n"

@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from metricopt_hf import ConfigurationError, Diagnosis
 
 from .bench_report import ROOT
-from .comparing import OURS, Result, Row, best, reference, results_of
+from .comparing import OURS, Result, Row, best, results_of
 from .measure import PLAIN, POST_HOC
 from .pages import page
 from .problem import Task, no_data
@@ -76,7 +76,6 @@ def diagnosed(task: Task, seed: int, known: Mapping[str, Any]) -> dict[str, Any]
             "examples_needed": found.examples_needed,
             "scores": dict(found.scores),
             "gains": {f"{of} - {over}": [gain.mean, gain.error] for (of, over), gain in found.gains.items()},
-            "interpolation_error": found.interpolation_error,
             "calls": sum(found.ledger.calls.values()),
             "passes": sum(found.ledger.passes.values()),
             "seconds": found.seconds,
@@ -86,14 +85,7 @@ def diagnosed(task: Task, seed: int, known: Mapping[str, Any]) -> dict[str, Any]
 
 def without_training(result: Result) -> Row | None:
     """The start, or the start with a bias tuned, whichever the selection split prefers."""
-    rows = [result.rows.get(("start", variant)) for variant in (PLAIN, POST_HOC)]
-    return max(filter(None, rows), key=lambda row: result.task.sign * mean(row.scores("selection")), default=None)
-
-
-def with_guidance(result: Result) -> Row | None:
-    """MetricOpt, or the same with a bias tuned, whichever the selection split prefers."""
-    rows = [best(result.task, result.rows, [OURS], variant) for variant in (PLAIN, POST_HOC)]
-    return max(filter(None, rows), key=lambda row: result.task.sign * mean(row.scores("selection")), default=None)
+    return best(result.task, result.rows, (("start", variant) for variant in (PLAIN, POST_HOC)))
 
 
 def outcome(result: Result) -> str | None:
@@ -102,7 +94,7 @@ def outcome(result: Result) -> str | None:
     Guidance paid if MetricOpt lies above what needs no training by its 95 % interval on the report split; else a
     threshold sufficed if a bias lies above the start; else there was nothing to gain.
     """
-    ours, cheap, sign = with_guidance(result), without_training(result), result.task.sign
+    ours, cheap, sign = result.rows.get((OURS, PLAIN)), without_training(result), result.task.sign
     difference = None if ours is None or cheap is None else ours.minus(cheap, sign)
     if difference is None:
         return None
@@ -147,9 +139,8 @@ def diagnosis_page(diagnoses: Sequence[dict[str, Any]], results: Sequence[Result
         pairs += [(record["recommendation"], came) for record in records if came is not None]
         cells = ["not run", "", ""]
         if came is not None:
-            ours = with_guidance(result)
-            loss = reference(result.task, result.rows, POST_HOC) or reference(result.task, result.rows, PLAIN)
-            cells = [came, *(interval(ours.minus(other, task.sign)) for other in (without_training(result), loss))]
+            ours, others = result.rows[OURS, PLAIN], (without_training(result), result.rival)
+            cells = [came, *(interval(ours.minus(other, task.sign)) for other in others)]
         gain = mean(r["gains"]["phi - bias" if "phi - bias" in r["gains"] else "phi - start"][0] for r in records)
         said = "; ".join(f"{recommendation} ({count})" for recommendation, count in said.most_common())
         table.append([f"`{name}`", task.kind, said, f"{gain:+.4f}", *cells])
@@ -159,7 +150,7 @@ def diagnosis_page(diagnoses: Sequence[dict[str, Any]], results: Sequence[Result
         "# Diagnosis before training",
         f"`trainer.diagnose()` on all tasks, against what the runs came to. {share_right(pairs)}",
         confusion(pairs),
-        markdown([*headers, "MetricOpt - loss only + bias"], table),
+        markdown([*headers, "MetricOpt - rival"], table),
         'Recommended: on observation and selection, before any training. "phi beyond a bias": what phi reaches in its '
         "linear surroundings more than a bias per logit (than the start, where a bias has no place), mean over the "
         "seeds. Came to: guidance paid if MetricOpt lies above what needs no training (the start, or a bias tuned on "

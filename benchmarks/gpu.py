@@ -1,10 +1,9 @@
-"""All that a GPU alone can tell, in one command of some minutes: its tests, and what guidance costs on it.
+"""All that a GPU alone can tell, in one command of some minutes: its tests, and what MetricOpt costs on it.
 
     python -m benchmarks.gpu                 (make bench ARGS=gpu), writes docs/results/gpu.md
 
-Runs `pytest -m gpu`, guided steps against plain ones (`benchmarks.overhead`), a pass over the observation set against
-`trainer.evaluate()`, and 33 points together against one by one (`benchmarks.passes`), prints each row as it is
-measured, and makes one table of them.
+Runs `pytest -m gpu`, and on timm models of random weights a linearisation of an observation set and a run of MetricOpt,
+against as many training steps by the loss; prints each row as it is measured, and makes one table of them.
 """
 
 from __future__ import annotations
@@ -15,33 +14,92 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
+import numpy as np
+import timm
 import torch
 import transformers
 from tabulate import tabulate
-from transformers import HfArgumentParser
+from torch import nn
+from transformers import EvalPrediction, HfArgumentParser
 
-from . import overhead, passes
+from metricopt_hf import MetricOptConfig, MetricOptTrainer
+
 from .pages import page
+from .problem import Rows
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results" / "gpu.md"
-# of trainer.evaluate() a pass may take at most, and of 33 passes 33 points together
-PASS_LIMIT, TOGETHER_LIMIT = 1 / 15, 0.4
+SIZE, CLASSES = 224, 10  # of images
 
 
 @dataclass
 class GpuArguments:
-    """How long to measure."""
+    """How much to measure."""
 
-    models: list[str] = field(default_factory=lambda: list(overhead.ON_GPU), metadata={"help": "timm models."})
-    pairs: int = field(default=3, metadata={"help": "Pairs of runs per model."})
-    steps: int = field(default=30, metadata={"help": "Timed steps of a run."})
-    rows: int = field(default=2000, metadata={"help": "Images in the observation set."})
-    batch_size: int = field(default=250, metadata={"help": "Of passes and of evaluate()."})
+    models: list[str] = field(
+        default_factory=lambda: ["vit_base_patch16_224", "resnet50", "vit_small_patch16_224"],
+        metadata={"help": "timm models."},
+    )
+    steps: int = field(default=10, metadata={"help": "Of either run."})
+    rows: int = field(default=2000, metadata={"help": "Images in the observation set, and in the selection set."})
+    batch_size: int = field(default=64, metadata={"help": "Of training and of passes."})
     tests: bool = field(default=True, metadata={"help": "Whether to run the tests that need a GPU."})
     page: str = field(default=str(PAGE), metadata={"help": "Where the table is written to."})
+
+
+class WithLoss(nn.Module):
+    """A timm model as Trainer wants it."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.model = timm.create_model(name, num_classes=CLASSES)
+
+    def forward(self, pixel_values, labels):
+        logits = self.model(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def noise(count: int) -> Rows:
+    """Random images and classes."""
+    columns = {"pixel_values": torch.randn(count, 3, SIZE, SIZE), "labels": torch.randint(CLASSES, (count,))}
+    return Rows(columns, np.arange(count), "noise")
+
+
+def accuracy(prediction: EvalPrediction) -> float:
+    return float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+
+
+def trainer_of(name: str, args: GpuArguments, metric: bool, data: Rows, folder: str) -> MetricOptTrainer:
+    """Of a run that follows the accuracy, or, without a metric, its loss."""
+    torch.manual_seed(0)
+    config = MetricOptConfig(
+        folder,
+        max_steps=args.steps,
+        metric_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        greater_is_better=True if metric else None,
+        bf16=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    given = {"metric": accuracy, "observation_dataset": data, "selection_dataset": data} if metric else {}
+    trainer = MetricOptTrainer(WithLoss(name), config, train_dataset=data, **given)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def seconds_of(trainer: MetricOptTrainer) -> float:
+    torch.cuda.synchronize()
+    start = perf_counter()
+    trainer.train()
+    torch.cuda.synchronize()
+    return perf_counter() - start
 
 
 def tests_row() -> list[str]:
@@ -67,26 +125,18 @@ def tests_row() -> list[str]:
 
 def rows(args: GpuArguments) -> Iterator[list[str]]:
     """What was measured, as rows of the table."""
-    measured = passes.PassArguments(
-        device="cuda", models=args.models, rows=args.rows, batch_size=args.batch_size, points=33
-    )
+    data = noise(args.rows)
     for name in args.models:
-        found = passes.measure(name, measured)
-        told = f"{found.evaluate:.3f} -> {found.one_pass:.3f} s, ratio 1/{1 / found.ratio:.1f}"
-        yield [f"a pass over {args.rows} images", name, told, _hoped(found.ratio, PASS_LIMIT)]
-        told = f"{found.one_by_one:.2f} -> {found.together:.2f} s, ratio {found.together_ratio:.2f}"
-        yield [f"{measured.points} points together", name, told, _hoped(found.together_ratio, TOGETHER_LIMIT)]
-    for model in args.models:
-        steps = overhead.OverheadArguments(device="cuda", models=[model], pairs=args.pairs, steps=args.steps)
-        for name, batch, threads, workers, plain, guided, ratio, fine in overhead.step_rows(steps):
-            what = f"a step of {batch}, {threads} CPU threads, {workers} workers"
-            yield [what, name, f"{plain} -> {guided} ms, ratio {ratio}", fine]
+        with TemporaryDirectory() as folder:
+            by_loss = seconds_of(trainer_of(name, args, False, data, folder))
+            guided = trainer_of(name, args, True, data, folder)
+            seconds = seconds_of(guided)
+        spent, row = guided.ledger, guided.result.coordinates
+        told = f"{seconds:.1f} s, {sum(spent.passes.values())} passes, {sum(spent.calls.values())} calls"
+        yield [f"a run of {args.steps} metric steps, {row.dim} coordinates", name, told, "yes"]
+        yield [f"{args.steps} steps of {args.batch_size} by the loss", name, f"{by_loss:.1f} s", "yes"]
     if args.tests:
         yield tests_row()
-
-
-def _hoped(ratio: float, limit: float) -> str:
-    return f"{'yes' if ratio <= limit else 'NO'} ({limit:.2g})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,9 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     written = page(
         "# On a GPU",
         "Written by `python -m benchmarks.gpu`; do not edit.",
-        f"{told} in all. A step: plain Trainer's on the same frozen model, and a guided one; the ratio is the median "
-        f"of {args.pairs} pairs. A pass: `trainer.evaluate()`, and a pass behind phi on the same images. Points: one "
-        "pass each, and several in one where that is quicker. Random weights and images of 224 x 224.",
+        f"{told} in all. {args.rows} images each to observe and to select on, random weights and images of "
+        f"{SIZE} x {SIZE}; seconds of the wall clock, loading of the data included.",
         tabulate(table, headers, tablefmt="github", disable_numparse=True),
     )
     Path(args.page).write_text(written, encoding="utf-8")

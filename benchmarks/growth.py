@@ -100,20 +100,18 @@ def run(size: Size, told: Connection) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = process_time()
-    rounds = max(1, size.calls // 33)
     with TemporaryDirectory() as folder:
         trainer = MetricOptTrainer(
             Adapter(size),
             MetricOptConfig(
                 folder,
-                max_steps=2 * rounds,
+                max_steps=10,
+                metric_steps=10,
                 per_device_train_batch_size=16,
                 per_device_eval_batch_size=1000,
-                metric_start_ratio=0,
                 phi="^phi$",
                 phi_dim=size.coordinates,
                 metric_call_budget=size.calls,
-                forward_pass_budget=3 * (2 * size.coordinates + 1) + 8,
                 greater_is_better=False,
                 save_strategy="no",
                 report_to=[],
@@ -164,8 +162,8 @@ def page(rows: list[list[str]]) -> str:
         "Seconds (processor time in one thread) and memory (peak beyond the libraries) of a guided run, by the size of "
         "what it is about. One thing is varied at a time, in bold; the first row is what the others differ from.\n\n"
         f"{table}\n\n"
-        "Steps come with calls, two for every 33 of them. Nothing is kept per step: real observations and entries of "
-        "the curve are bounded, and so is what a checkpoint holds.\n"
+        "Every run has ten metric steps. Calls are the most that a run may make; observations that are kept are "
+        "bounded, and so is what a checkpoint holds.\n"
     )
 
 

@@ -23,9 +23,10 @@ from transformers import EvalPrediction
 
 from metricopt_hf import Ledger
 
+from .by_loss import train_by_loss
 from .problem import Problem, Rows, Task, inputs_of
 from .scores import each_label_in_each_group
-from .training import NO_GUIDE, Budget, Outcome, train
+from .training import Budget, Outcome
 
 Config = Mapping[str, Any]
 SUBSETS = 10  # of DFR, as in the paper
@@ -84,7 +85,7 @@ def retrain_last_layer(task: Task, problem: Problem, seed: int, budget: Budget, 
 
 
 class GroupDRO:
-    """The loss of group DRO (Sagawa et al. 2020, algorithm 1), as `compute_loss_func`: the worst groups weigh most.
+    """The loss of group DRO (Sagawa et al. 2020, algorithm 1): the worst groups weigh most.
 
     Args:
         groups: how many.
@@ -94,17 +95,13 @@ class GroupDRO:
     def __init__(self, groups: int, step: float):
         self.weights, self.step = torch.full((groups,), 1 / groups), step
 
-    def __call__(self, outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch=None) -> Tensor:
-        """labels: [b, 2], labels and groups, of training examples; [b] where the metric is looked at."""
-        logits = outputs["logits"]
-        if labels.ndim == 1:
-            return F.cross_entropy(logits, labels)
-        each, group = F.cross_entropy(logits, labels[:, 0], reduction="none"), labels[:, 1]
+    def __call__(self, outputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """labels: [b, 2], labels and groups."""
+        each, group = F.cross_entropy(outputs["logits"], labels[:, 0], reduction="none"), labels[:, 1]
         present = group.unique()
         losses = torch.stack([each[group == g].mean() for g in present])
-        if torch.is_grad_enabled():  # a step, not a look
-            self.weights[present] *= (self.step * losses.detach()).exp()
-            self.weights /= self.weights.sum()
+        self.weights[present] *= (self.step * losses.detach()).exp()
+        self.weights /= self.weights.sum()
         return (self.weights[present] * losses).sum()
 
 
@@ -117,9 +114,8 @@ def group_dro(task: Task, problem: Problem, seed: int, budget: Budget, folder: s
     labels = observation.columns["labels"].clone()[:, None].repeat(1, 2)
     labels[torch.as_tensor(observation.rows), 1] = torch.as_tensor(groups)
     trained = Rows({**observation.columns, "labels": labels}, balanced, observation.pool)
-    numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
     loss = GroupDRO(len(of_group), config["group_step"])
-    return train(task, problem, seed, budget, folder, numbers, train_dataset=trained, compute_loss_func=loss)
+    return train_by_loss(task, problem, seed, budget, config, trained, loss)
 
 
 class _Ready(BaseEstimator):

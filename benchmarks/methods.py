@@ -1,7 +1,7 @@
 """The rivals, each with its grid: what is chosen, on development seeds and the selection split, by `benchmarks.tune`.
 
-All start from the same model, with the same phi, data, steps and selection rounds. Grids are of one size. Controls take
-MetricOpt's own setting.
+All start from the same model, with the same phi, data, steps and selection rounds. Grids are of one size. MetricOpt
+and its controls have the library's defaults, and no grid.
 """
 
 from __future__ import annotations
@@ -12,66 +12,28 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from examples.comparison.methods import LOSS_ONLY, METHODS
-from metricopt_hf import DirectionGuide, GuideContext, Ledger, Trajectory, ValueFunctionGuide
+from metricopt_hf import Ledger
+from metricopt_hf.guides import PairsGuide
 
 from . import informed
+from .by_loss import train_by_loss
 from .problem import Problem, Task
-from .searchers import CMAES, SPSA, search
+from .searchers import CMAES, SPSA, search, search_linearised
 from .surrogates import SURROGATES, surrogate_loss
-from .training import NO_GUIDE, PREDICTIONS, Budget, Outcome, coordinates, train
+from .training import Budget, Outcome, train
 
 Config = Mapping[str, Any]
+RANKINGS = ("macro_auprc", "recall_at_precision", "spearman")  # metrics that see more of a row than its decision
 
 
-class EvolutionGuide(DirectionGuide):
-    """Evolution with the loss blended in: follows the slopes of the last rounds' antithetic pairs, always as far.
+class NegatedGuide(PairsGuide):
+    """Says the opposite of what its pairs say: what a real pass behind each step is there to find out."""
 
-    Args:
-        rounds: how many to average over.
-    """
-
-    TRUST = 0.5  # about what MetricOpt's guide comes to; `value_weight` is tuned on top
-
-    def __init__(self, rounds: int):
-        self.rounds, self.slope = rounds, None
-
-    def start(self, context: GuideContext) -> None:
-        super().start(context)
-        self.slope = None
-
-    def predict(self, z: np.ndarray) -> np.ndarray | None:
-        return None if self.slope is None else z @ self.slope.numpy()
-
-    def fit(self, trajectory: Trajectory) -> None:
-        steps, slope = trajectory.steps, torch.zeros(self.context.coordinates.dim)
-        for step in np.unique(steps)[-self.rounds :]:
-            z, scores = trajectory.z[steps == step], trajectory.scores[steps == step]
-            slope += torch.as_tensor((scores - scores.mean()) @ (z - z.mean(0)), dtype=torch.float32)
-        self.slope = slope
-
-    @property
-    def standing(self) -> tuple[float, str]:
-        return (0.0, "no slope yet") if self.slope is None or self.off else (self.TRUST, "fixed")
-
-    def ascent(self, phi: Tensor) -> Tensor:
-        return self.context.coordinates.lift(self.slope)
-
-
-class NegatedGuide(ValueFunctionGuide):
-    """Says the opposite of all that MetricOpt's guide says: what trust is there to find out."""
-
-    def predict(self, z: np.ndarray) -> np.ndarray | None:
-        predicted = super().predict(z)
-        return None if predicted is None else -predicted
-
-    def ascent(self, phi: Tensor) -> Tensor:
-        return -super().ascent(phi)
+    def gradient(self, z: Tensor) -> Tensor:
+        return -super().gradient(z)
 
 
 @dataclass(frozen=True)
@@ -81,9 +43,9 @@ class Rival:
     Attributes:
         title: row of the table.
         run: (task, problem, seed, budget, folder, config) -> outcome.
-        grid: settings to choose from; empty: it takes those of `settings_of`.
+        grid: settings to choose from; empty: there is nothing to choose.
         settings_of: method whose setting it takes.
-        setting: its only one, where there is nothing to choose.
+        setting: its only one, where there is nothing to choose; empty: the defaults.
         soup: whether the mean of its last rounds is shown too.
         reads_labels: whether it is given the labels of the observation split, and not only the metric.
         reads_groups: whether it is given the groups of the observation split.
@@ -111,8 +73,12 @@ def _grid(**values: tuple) -> tuple[Config, ...]:
     return tuple(dict(zip(values, combination, strict=True)) for combination in product(*values.values()))
 
 
-def _guided(method: str, task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, **METHODS[method].changes})
+def _metricopt(task, problem, seed, budget, folder, config) -> Outcome:
+    return train(task, problem, seed, budget, folder, config)
+
+
+def _negated(task, problem, seed, budget, folder, config) -> Outcome:
+    return train(task, problem, seed, budget, folder, config, guide=NegatedGuide())
 
 
 def _stay(task, problem, seed, budget, folder, config) -> Outcome:
@@ -120,94 +86,69 @@ def _stay(task, problem, seed, budget, folder, config) -> Outcome:
 
 
 def _loss_only(task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config})
-
-
-def _unguided(task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config, **NO_GUIDE})
+    return train_by_loss(task, problem, seed, budget, config)
 
 
 def _train_and_observation(task, problem, seed, budget, folder, config) -> Outcome:
     both = ConcatDataset([problem.train, problem.observation.as_training()])
-    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config}, train_dataset=both)
+    return train_by_loss(task, problem, seed, budget, config, both)
 
 
 def _observation(task, problem, seed, budget, folder, config) -> Outcome:
-    observed = problem.observation.as_training()
-    return train(task, problem, seed, budget, folder, {**NO_GUIDE, **config}, train_dataset=observed)
+    return train_by_loss(task, problem, seed, budget, config, problem.observation.as_training())
 
 
 def _formula(task, problem, seed, budget, folder, config) -> Outcome:
-    numbers = {**NO_GUIDE, "phi_learning_rate": config["phi_learning_rate"]}
     loss = surrogate_loss(task.metric.__name__, config["task_loss_weight"])
-    return train(task, problem, seed, budget, folder, numbers, compute_loss_func=loss)
-
-
-def _evolution(task, problem, seed, budget, folder, config) -> Outcome:
-    # with larger steps, and fewer, it was worse
-    numbers = {"phi_learning_rate": 3e-3, **{name: value for name, value in config.items() if name != "memory"}}
-    return train(task, problem, seed, budget, folder, numbers, guide=EvolutionGuide(config["memory"]))
-
-
-def _negated(task, problem, seed, budget, folder, config) -> Outcome:
-    return train(task, problem, seed, budget, folder, {**PREDICTIONS, **config}, guide=NegatedGuide())
+    return train_by_loss(task, problem, seed, budget, config, loss=loss)
 
 
 def _cma(flat: bool, task, problem, seed, budget, folder, config) -> Outcome:
-    space = None if flat else coordinates(task, problem, seed, folder)
     population = config["population"] * budget.calls
     make = partial(CMAES, perturbation_std=config["perturbation_std"], population=population, diagonal=flat, seed=seed)
-    return search(task, problem, seed, budget, space, make)
+    return search(task, problem, seed, budget, flat, make)
 
 
 def _cma_virtual(task, problem, seed, budget, folder, config) -> Outcome:
     make = partial(CMAES, **config, diagonal=False, seed=seed)
-    space = coordinates(task, problem, seed, folder)
-    return search(task, problem, seed, budget, space, make, config["population"])
+    return search_linearised(task, problem, seed, budget, config["population"], make)
 
 
 def _spsa(task, problem, seed, budget, folder, config) -> Outcome:
-    space = None if config["space"] == "flat" else coordinates(task, problem, seed, folder)
     numbers = {name: config[name] for name in ("perturbation_std", "step")}
     make = partial(SPSA, **numbers, rounds=budget.rounds, seed=seed)
-    return search(task, problem, seed, budget, space, make)
+    return search(task, problem, seed, budget, config["space"] == "flat", make)
 
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 # Where a first look found the best at an edge, the grid was moved, not grown. For the loss alone that went up to 0.1,
-# and no further: such steps are jumps, among which the selection split picks. So "unguided" is run beside it.
+# and no further: such steps are jumps, among which the selection split picks. So small steps are run beside it.
 LOSS_GRID = _grid(phi_learning_rate=(3e-3, 1e-2, 3e-2, 1e-1), lr_scheduler_type=("constant",)) + _grid(
     phi_learning_rate=(1e-2, 3e-2), lr_scheduler_type=("linear",)
 )
 
 RIVALS: dict[str, Rival] = {
     "start": Rival("pretrained", _stay, seeds=10),
-    "loss_only": Rival(LOSS_ONLY.title, _loss_only, LOSS_GRID, soup=True, seeds=10),
+    "loss_only": Rival("loss only", _loss_only, LOSS_GRID, soup=True, seeds=10),
     "loss_small": Rival("loss only, small steps", _loss_only, setting={"phi_learning_rate": 3e-3}, seeds=10),
-    "metricopt": Rival(
-        METHODS["metricopt"].title,
-        partial(_guided, "metricopt"),
-        _grid(phi_learning_rate=(5e-3, 1e-2), value_weight=(10.0, 20.0, 40.0)),
-        soup=True,
-        seeds=10,
+    "metricopt": Rival("MetricOpt", _metricopt, seeds=10),
+    "pairs": Rival("MetricOpt, pairs alone", _metricopt, setting={"guide": "pairs"}, seeds=3),
+    "rows": Rival(
+        "MetricOpt, row moves alone",
+        _metricopt,
+        setting={"guide": "rows"},
+        seeds=3,
+        applies=lambda task: task.metric.__name__ not in RANKINGS,
     ),
-    "unguided": Rival("MetricOpt without guidance", _unguided, settings_of="metricopt", seeds=10),
-    **{
-        control: Rival(METHODS[control].title, partial(_guided, control), settings_of="metricopt", seeds=10)
-        for control in ("shuffled", "random")
-    },
-    "negated": Rival("control: negated guide", _negated, settings_of="metricopt"),
+    "shuffled": Rival("control: shuffled", _metricopt, setting={"guide": "shuffled"}, seeds=10),
+    "random": Rival("control: random", _metricopt, setting={"guide": "random"}, seeds=10),
+    "negated": Rival("control: negated", _negated),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
-    "evolution": Rival(
-        "evolution and loss, same coordinates",
-        _evolution,
-        _grid(value_weight=(3.0, 8.0), memory=(3, 6, 12)),
-    ),
     "cma": Rival(
         "CMA-ES, same coordinates", partial(_cma, False), _grid(perturbation_std=(0.06, 0.2, 0.6), population=(1, 2))
     ),
     "cma_virtual": Rival(
-        "CMA-ES on interpolated predictions",
+        "CMA-ES on linearised predictions",
         _cma_virtual,
         _grid(perturbation_std=(0.06, 0.2, 0.6), population=(8, 16)),
     ),

@@ -48,4 +48,4 @@ def load(path: Path = FILE) -> Protocol:
 def first_of_grids() -> Protocol:
     """Untuned settings and a tiny budget, for smoke runs."""
     settings = {name: dict(rival.grid[0]) for name, rival in RIVALS.items() if rival.grid}
-    return Protocol(settings, Budget(steps=20, batch_size=16))
+    return Protocol(settings, Budget(steps=20, batch_size=16, metric_steps=2))

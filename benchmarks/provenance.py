@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from metricopt_hf.training.plan import CALLS, PREDICTIONS
+
 from . import protocol
 from .measure import POST_HOC_CALLS
 from .methods import FIRST, RIVALS
 from .records import TUNING, read, setting
-from .training import PREDICTIONS
 
 LOG = "[log of trials](experiments.md)"
 KIND = "tasks and seeds"  # of a choice, in `Protocol.chosen`
@@ -51,31 +52,29 @@ def protocol_text(fixed: protocol.Protocol) -> str:
     )
     return (
         f"Four disjoint splits: train, observation, selection, report. Every method starts from the same model and "
-        f"moves the same phi (FiLM on the last norms, and the output bias), in {budget.steps} steps with batches of "
-        f"{budget.batch_size}. MetricOpt, its controls and CMA-ES on interpolated predictions make at most "
-        f"{PREDICTIONS['forward_pass_budget']} forward passes over the observation split, and at most "
-        f"{PREDICTIONS['metric_call_budget']} metric calls, most of them on what is interpolated between these passes; "
-        "of MetricOpt, a tuned bias per logit is one more candidate in the end. Any other method that observes makes "
-        f"{budget.rounds} rounds of {budget.calls} passes with a metric call each. Every method is evaluated "
-        f"{budget.rounds + 1} times on the selection split, and the best phi is kept. Searchers without a loss "
-        "have no steps.\n\n"
+        "moves the same phi (FiLM on the last norms, and the output bias). MetricOpt, its controls and each of its "
+        f"ways alone take {budget.metric_steps} metric steps with the library's defaults, which were chosen on "
+        f"development seeds: at most {CALLS[PREDICTIONS]:,} metric calls, on linearised predictions of the "
+        "observation split. CMA-ES on linearised predictions has as many linearisations, as many calls, and the same "
+        f"candidates. What trains by a loss takes {budget.steps} steps of Adam with batches of {budget.batch_size}. "
+        f"Any other searcher makes {budget.rounds} rounds of {budget.calls} passes with a metric call each. These are "
+        f"evaluated {budget.rounds + 1} times on the selection split, and the best phi is kept; MetricOpt is "
+        "evaluated once behind each step that it takes, and at most three times more.\n\n"
         f"Seeds 0 to 9: {'; '.join(RIVALS[name].title for name in FIRST)}. "
-        "Seeds 0 to 4: all others. Each ran behind the commit that fixed its settings. MetricOpt ran "
-        "six times on these seeds: before the method was improved, "
-        f"and after each of five rounds of it ({LOG}); so did its controls, but after the fifth only on the tasks "
-        "whose tables show them. It was improved on development seeds and the selection split alone, in more trials "
-        "than the grids.\n\n"
+        f"Seeds 0 to 2: {'; '.join(rival.title for rival in RIVALS.values() if rival.seeds == 3)}. "
+        "Seeds 0 to 4: all others. Each ran behind the commit that fixed its settings. Earlier forms of MetricOpt ran "
+        f"on these seeds too ({LOG}); each was improved on development seeds and the selection split alone, in more "
+        "trials than the grids.\n\n"
         "Post-hoc tuning is a coordinate search for a bias per logit on the observation split, with at most "
-        f"{POST_HOC_CALLS} calls. The soup is the mean of phi over the last half of the rounds, kept where it is at "
-        "least as good on the selection split. The surrogates of the formula are our own small ones "
-        "(`benchmarks/surrogates.py`), not LibAUC's.\n\n"
+        f"{POST_HOC_CALLS} calls. The soup of what trains by a loss is the mean of phi over the last half of the "
+        "rounds, kept where it is at least as good on the selection split. The surrogates of the formula are our own "
+        "small ones (`benchmarks/surrogates.py`), not LibAUC's.\n\n"
         "## Settings\n\n"
-        f"Each method has one setting for all tasks, chosen from a grid of six by the selection split on development "
-        f"seeds ({chosen[KIND]}{apart}; `python -m benchmarks.tune`; `benchmarks/protocol.json` holds "
-        "the worth of every setting). "
+        "Each method that is not MetricOpt has one setting for all tasks, chosen from a grid of six by the selection "
+        f"split on development seeds ({chosen[KIND]}{apart}; `python -m benchmarks.tune`; `benchmarks/protocol.json` "
+        "holds the worth of every setting). "
         "A grid whose best setting lay at its edge was moved after a first run on these seeds, so some methods had "
-        f"more settings tried in all: {more}. MetricOpt's last grid was laid around what trials on development seeds "
-        f"had led to ({LOG}). Controls, other guides, and MetricOpt without guidance, take MetricOpt's setting:\n\n"
+        f"more settings tried in all: {more}.\n\n"
         f"{settings}"
     )
 

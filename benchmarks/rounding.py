@@ -4,12 +4,12 @@
     python -m benchmarks.rounding --models ResNet-20 --bits 3 --seeds 0 1 2 3 4
     python -m benchmarks.rounding --smoke
 
-The black box is a `ModelMetric`: it gets the model, rounds the weights of its convolutions and linear layers to
-`bits` bits by output channel, and answers the metric on the data set. Norms and biases, which are what phi is, are
-not rounded. Beside guidance stand the loss alone (of the model as it is), and the loss through straight-through
-rounding, which needs to know what the black box does: the weights are rounded in the forward pass. Both are selected by
-the same number; a bias per logit is tuned on top of each. As all in front of the last block stands still, its
-activations are computed once for the model as it is, and once for the rounded one.
+The black box is a `ModelMetric`: it gets the model, rounds the weights of its convolutions and linear layers to `bits`
+bits by output channel, and answers the metric on the data set. Norms and biases, which are what phi is, are not
+rounded. Beside guidance stand the loss alone (of the model as it is), and the loss through straight-through rounding,
+which needs to know what the black box does: the weights are rounded in the forward pass. A bias per logit is tuned on
+top of each. As all in front of the last block stands still, its activations are computed once for the model as it is,
+and once for the rounded one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .bench_report import ROOT
 from .pages import page
 from .problem import Rows, Sizes, cached, inputs_of, no_data
 from .run import quiet
-from .training import NO_GUIDE, SILENT
+from .training import SILENT
 
 PAGE = ROOT / "docs" / "results" / "rounding.md"
 SIZES, SMOKE = Sizes(10_000, 3_000, None, 1_000), Sizes(120, 80, 200, 60)
@@ -50,11 +50,10 @@ BATCH = 250
 START, LOSS_ONLY = "as it is", "loss only"
 # title -> (whether the loss sees rounded weights, changes)
 METHODS: dict[str, tuple[bool, Mapping]] = {
-    LOSS_ONLY: (False, NO_GUIDE),
-    "loss through rounding": (True, NO_GUIDE),
+    LOSS_ONLY: (False, {"follows_metric": False}),
+    "loss through rounding": (True, {"follows_metric": False}),
     "control: shuffled": (False, {"guide": "shuffled"}),
     "MetricOpt": (False, {}),
-    "MetricOpt, loss through rounding": (True, {}),
 }
 WITH_BIAS = " + bias"
 ROUNDED = nn.Conv2d, nn.Linear
@@ -69,7 +68,7 @@ class RoundingArguments:
     )
     bits: int = field(default=4, metadata={"help": "Of each rounded weight."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds to run, two or more."})
-    max_steps: int = field(default=200, metadata={"help": "Optimizer steps of every method."})
+    max_steps: int = field(default=10, metadata={"help": "Optimizer steps of every method."})
     metric_calls: int = field(default=80, metadata={"help": "Of a guided run, to observe."})
     page: str = field(default=str(PAGE), metadata={"help": "The page to write."})
     smoke: bool = field(
@@ -184,9 +183,7 @@ def measured(
     calls = {purpose: count for purpose, count in ledger.calls.items() if purpose != "check"}
     floating = EvalPrediction(logits_of(model, splits[False]["report"]), None)
     model = rounded(copy.deepcopy(model), bits)
-    outputs = {
-        name: rows.prediction(logits_of(model, rows)) for name, rows in splits[True].items() if name != "train"
-    }
+    outputs = {name: rows.prediction(logits_of(model, rows)) for name, rows in splits[True].items() if name != "train"}
     floating.label_ids = outputs["report"].label_ids
     found = {name: case.metric(output) for name, output in outputs.items()}
     tuning = Ledger()
@@ -211,10 +208,9 @@ def run(case: Case, title: str, seed: int, splits: Cut, args: RoundingArguments,
         max_steps=args.max_steps,
         lr_scheduler_type="constant",
         per_device_train_batch_size=64,
-        metric_start_ratio=0,
+        metric_steps=args.max_steps,
         observe="scores",
         metric_call_budget=args.metric_calls,
-        value_weight=64.0,
         seed=seed,
         **SILENT,
     )
@@ -244,7 +240,7 @@ def text(tables: Mapping[str, list[MethodRun]], args: RoundingArguments) -> str:
         f"# Behind rounding to {args.bits} bits",
         "Written by `python -m benchmarks.rounding`; do not edit.",
         f"Weights of convolutions and linear layers rounded to {args.bits} bits by output channel; {args.max_steps} "
-        "steps. The metric of the rounded model; \"float\": of the same model without rounding, on the report split. "
+        'steps. The metric of the rounded model; "float": of the same model without rounding, on the report split. '
         '"Loss through rounding" knows what the black box does to the model; "+ bias" has a bias per logit tuned on '
         "the observation split. Seconds are processor time.",
         *parts,

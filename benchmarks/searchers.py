@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import contextmanager
-from functools import partial
 from time import process_time
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.trainer_utils import set_seed
 
-from metricopt_hf import Ledger, Metric
-from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
-from metricopt_hf.evaluation.virtual_observer import VirtualObserver
-from metricopt_hf.phi import Coordinates, PhiSpace
-from metricopt_hf.training.plan import OF_PREDICTIONS
+from metricopt_hf import Ledger, MetricOptConfig
+from metricopt_hf.evaluation.evaluator import Evaluator
+from metricopt_hf.evaluation.linearizer import Linearizer
+from metricopt_hf.phi import Coordinates
+from metricopt_hf.training.plan import default_calls
+from metricopt_hf.training.selection import Selection
 
-from .problem import Problem, Task, inputs_of, label_ids_of
-from .training import PREDICTIONS, Budget, Outcome
-
-CACHE_BYTES = 2e9
+from .looks import evaluator, frozen_phi
+from .problem import Problem, Task
+from .training import Budget, Outcome
 
 
 class Searcher(ABC):
@@ -115,107 +113,96 @@ class SPSA(Searcher):
         return self.z
 
 
-class Passes:
-    """Scores what a searcher asks for: a forward pass over the observation split and a metric call for each point."""
-
-    def __init__(self, evaluator: Evaluator, place: Callable[[np.ndarray], Tensor], budget: Budget):
-        self.evaluator, self.place, self.budget = evaluator, place, budget
-
-    def round(self, turn: int, searcher: Searcher) -> None:
-        """One of the budget's rounds, with phi at the searcher's centre."""
-        points = searcher.ask(self.budget.calls)
-        phis = torch.stack([self.place(point) for point in points])
-        searcher.tell(points, self.evaluator.metric.sign * self.evaluator.evaluate_many(phis, "observe").values)
+def linearizer(observation: Evaluator, seed: int) -> Linearizer:
+    """As MetricOpt has it by default."""
+    return Linearizer(observation, MetricOptConfig.phi_dim, None, torch.Generator().manual_seed(seed))
 
 
-class Interpolation:
-    """The same on interpolated predictions, with MetricOpt's budgets: few passes, and as many calls as it makes.
-
-    Args:
-        space: what is searched.
-        population: points of a generation; as many whole generations to a round as the calls allow.
-        seed: of the directions of the expansions.
-    """
-
-    def __init__(self, evaluator: Evaluator, space: Coordinates, budget: Budget, population: int, seed: int):
-        self.evaluator, self.space, self.population = evaluator, space, population
-        self.virtual = VirtualObserver(evaluator, OF_PREDICTIONS.perturbation_std, on_all_rows=False, seed=seed)
-        passes = self.virtual.passes(space.dim)
-        expansions = PREDICTIONS["forward_pass_budget"] // passes
-        self.every = -(-budget.rounds // expansions)  # rounds
-        calls = PREDICTIONS["metric_call_budget"] - expansions * passes
-        self.generations = calls // budget.rounds // population
-
-    def round(self, turn: int, searcher: Searcher) -> None:
-        """One of the budget's rounds, with phi at the searcher's centre."""
-        if turn % self.every == 0:
-            self.virtual.expand(self.space, turn)
-            self.centre = searcher.centre.copy()
-        metric, ledger = self.evaluator.metric, self.evaluator.ledger
-        for _ in range(self.generations):
-            points, scores = searcher.ask(self.population), []
-            for prediction in self.virtual.interpolator.at(points - self.centre):
-                with ledger.charge("observe"):
-                    scores.append(metric(prediction))
-            searcher.tell(points, metric.sign * np.array(scores))
+def place(space: Coordinates, z: np.ndarray) -> Tensor:
+    """phi at coordinates: [d]."""
+    return space.origin + space.lift(torch.as_tensor(z, dtype=torch.float32))
 
 
 def search(
-    task: Task, problem: Problem, seed: int, budget: Budget, space: Coordinates | None, make, population: int = 0
+    task: Task, problem: Problem, seed: int, budget: Budget, flat: bool, make: Callable[[int], Searcher]
 ) -> Outcome:
-    """Let a searcher run for the budget's rounds.
+    """Let a searcher run for the budget's rounds; every call to observe is a pass.
 
     Args:
-        space: what is searched; None: flat phi.
+        flat: whether phi itself is searched; else the coordinates that MetricOpt would take at the start.
         make: dim -> the searcher.
-        population: of a generation that is scored on interpolated predictions; 0: by passes.
     """
     start = process_time()
     set_seed(seed)
-    model = copy.deepcopy(problem.model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    phi = problem.phi(model)
-    space = space or Coordinates(phi.read(), None)
-    searcher = make(space.dim)
-    metric, ledger = Metric(task.metric, task.metric_name, task.greater_is_better), Ledger()
+    phi, ledger = frozen_phi(problem), Ledger()
     observation, selection = (
-        _evaluator(phi, space, partial(rows.batches, problem.eval_batch), metric, ledger)
-        for rows in (problem.observation, problem.selection)
+        evaluator(task, problem, phi, rows, ledger) for rows in (problem.observation, problem.selection)
     )
-
-    def place(z: np.ndarray) -> Tensor:
-        return space.origin + space.lift(torch.as_tensor(z, dtype=torch.float32))
-
-    scorer = Passes(observation, place, budget)
-    if population:
-        scorer = Interpolation(observation, space, budget, population, seed)
-    every, curve, best = budget.steps // budget.rounds, [], None
+    space = Coordinates(phi.read(), torch.eye(phi.dim)) if flat else linearizer(observation, seed).coordinates()
+    searcher = make(space.dim)
+    every, curve, visited = budget.steps // budget.rounds, [], []
     for turn in range(budget.rounds + 1):
-        phi.write(place(searcher.centre))
-        spent = round(process_time() - start, 2)
-        score = selection.evaluate("select")
-        step = turn * every
-        curve.append({"step": step, "passes": ledger.passes["observe"], "seconds": spent, "selection": score})
-        if best is None or metric.sign * (score - best[1]) > 0:
-            best = (phi.read(), score, step)
+        phi.write(place(space, searcher.centre))
+        spent, visited = round(process_time() - start, 2), [*visited, phi.read()]
+        score = float(selection.evaluate("select"))
+        curve.append({"step": turn * every, "passes": ledger.passes["observe"], "seconds": spent, "selection": score})
         if turn < budget.rounds:
-            scorer.round(turn, searcher)
-    return Outcome(best[0], best[2], best[1], curve, ledger, process_time() - start)
+            points, scores = searcher.ask(budget.calls), []
+            for point in points:
+                phi.write(place(space, point))
+                scores.append(float(observation.evaluate("observe")))
+            searcher.tell(points, task.sign * np.array(scores))
+    best = max(range(len(curve)), key=lambda i: task.sign * curve[i]["selection"])
+    chosen = curve[best]
+    return Outcome(visited[best], chosen["step"], chosen["selection"], curve, ledger, process_time() - start)
 
 
-def _evaluator(phi: PhiSpace, space: Coordinates, batches: Callable, metric: Metric, ledger: Ledger) -> Evaluator:
-    """With the frozen prefix cached, as the trainer's own evaluators have it."""
+def search_linearised(
+    task: Task, problem: Problem, seed: int, budget: Budget, population: int, make: Callable[[int], Searcher]
+) -> Outcome:
+    """Let a searcher climb what MetricOpt climbs: the metric on linearised predictions of the whole observation split.
 
-    def predict(batch) -> BatchOutput:
-        return BatchOutput(phi.model(**inputs_of(batch))["logits"], label_ids_of(batch))
+    The linearisation is made anew, at the searcher's centre, as often as MetricOpt makes it, with as many metric calls
+    in all, in the same coordinates; and what comes out is chosen by the same rule among the same kinds of candidates.
 
-    @contextmanager
-    def moved():
-        with phi.restored():
-            phi.write(phi.read() + space.lift(0.1 * torch.ones(space.dim)))
-            yield
-
-    evaluator = Evaluator(phi, predict, batches, metric, ledger, CACHE_BYTES)
-    evaluator.freeze(moved)
-    return evaluator
+    Args:
+        population: points of a generation; as many whole generations to a linearisation as the calls allow.
+        make: dim -> the searcher.
+    """
+    start = process_time()
+    set_seed(seed)
+    phi, ledger = frozen_phi(problem), Ledger()
+    observation, selection = (
+        evaluator(task, problem, phi, rows, ledger) for rows in (problem.observation, problem.selection)
+    )
+    made = linearizer(observation, seed)
+    space = made.coordinates()
+    searcher, choice = make(space.dim), Selection(selection, phi)
+    choice.start(0)
+    spent = [(0, 0.0)]  # passes and seconds behind each step
+    for _ in range(budget.metric_steps):
+        centre, prediction = searcher.centre.copy(), observation.predictions()
+        ledger.add("observe", 0, 0.0, passes=1 + made.passes(prediction))
+        linear = made.linearize(space.basis, prediction)
+        for _ in range(default_calls(linear) // budget.metric_steps // population):
+            points, scores = searcher.ask(population), []
+            for point in points:
+                predicted = linear.at(torch.as_tensor(point - centre, dtype=torch.float32))
+                scores.append(observation.score(predicted, "observe"))
+            searcher.tell(points, task.sign * np.array(scores, dtype=float))
+        phi.write(place(space, searcher.centre))
+        choice.visit()
+        spent.append((ledger.passes["observe"], round(process_time() - start, 2)))
+    choice.finish(budget.metric_steps, observation)
+    curve: list[dict[str, Any]] = [
+        {
+            "step": candidate.step,
+            "passes": spent[candidate.step][0],
+            "seconds": spent[candidate.step][1],
+            "selection": candidate.score,
+            "kind": candidate.kind,
+        }
+        for candidate in choice.candidates
+    ]
+    chosen = choice.chosen
+    return Outcome(chosen.phi, chosen.step, chosen.score, curve, ledger, process_time() - start)

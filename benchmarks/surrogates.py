@@ -107,10 +107,10 @@ SURROGATES = {
 
 
 def surrogate_loss(metric: str, task_loss_weight: float) -> Callable:
-    """A `compute_loss_func`: the surrogate of `metric`, and `task_loss_weight` times the ordinary loss."""
+    """Of outputs and labels: the surrogate of `metric`, and `task_loss_weight` times the ordinary loss."""
     surrogate = SURROGATES[metric]
 
-    def loss(outputs, labels, num_items_in_batch=None):
+    def loss(outputs, labels):
         logits = outputs["logits"]
         value = surrogate(logits, labels)
         if task_loss_weight:

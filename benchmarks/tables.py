@@ -9,23 +9,10 @@ from statistics import mean
 
 from examples.comparison.report import mean_and_error, require
 
-from .comparing import (
-    BLACK_BOX,
-    CONTROLS,
-    LOSS_ONLY,
-    NEGATED,
-    OURS,
-    UNGUIDED,
-    Compared,
-    Result,
-    Row,
-    groups,
-    reference,
-)
-from .conduct import AGAINST, BEST, ONE_SETTING, WITHOUT_GUIDANCE, calls_needed, coverage, harms, seconds_ratio
-from .measure import PLAIN, POST_HOC
+from .comparing import CHEAP, CONTROLS, LOSS_ONLY, OURS, WAYS, Compared, Result, Row, groups
+from .conduct import harms, seconds_ratio
+from .measure import PLAIN
 from .methods import RIVALS
-from .problem import KINDS
 from .statistics import Paired
 
 SHOWN_CALLS = ("observe", "select", "post-hoc")
@@ -51,29 +38,37 @@ def calls(row: Row, purpose: str) -> str:
 
 
 def overview(results: Iterable[Result]) -> str:
-    """A row per task, by kind."""
+    """A row per task, by kind; the difference comes third, and no cell is wide."""
     table = []
     for kind, members in groups(results).items():
-        table.append([f"**{kind}**", KINDS.get(kind, ""), "", "", "", ""])
         for result in members:
-            task, cells = result.task, []
-            for variant in (PLAIN, POST_HOC):
-                ours = result.compared.get((OURS, variant))
-                pair = [reference(task, result.rows, variant), ours and ours.row]
-                cells.append(" → ".join(f"{mean(row.scores()):.4f}" for row in pair) if all(pair) else "")
-                cells.append(judged(ours))
+            task, ours = result.task, result.ours
             link = f"[{task.name}](docs/results/{task.name}.md){' *' * task.headline}"
-            table.append([link, f"{task.title}: {task.metric_name}", *cells])
-    return markdown(
-        ["task", "", "loss only → MetricOpt", "better by", "both with post-hoc tuning", "better by"],
-        table,
-    )
+            said = [f"{name} {short(result.compared.get((name, PLAIN)))}" for name in CONTROLS]
+            labels = result.best_with_labels
+            table.append(
+                [
+                    link,
+                    kind,
+                    judged(ours),
+                    f"{result.rival.title} {mean(result.rival.scores()):.4f}",
+                    "" if ours is None else f"{mean(ours.row.scores()):.4f}",
+                    "; ".join(words for words in said if words[-1] != " "),
+                    "" if labels is None else f"{RIVALS[labels.row.method].title} {short(labels)}",
+                ]
+            )
+    headers = ["task", "kind", "MetricOpt - rival", "rival", "MetricOpt", "controls - rival", "with labels - rival"]
+    return markdown(headers, table)
+
+
+def short(entry: Compared | None) -> str:
+    """A difference without its interval."""
+    return "" if entry is None or entry.difference is None else f"{entry.difference.mean:+.3f}"
 
 
 def methods_table(result: Result) -> str:
     """The methods that a reader wants first."""
-    references = [reference(result.task, result.rows, variant) for variant in (PLAIN, POST_HOC)]
-    table = []
+    table, rival = [], result.rival
     for entry in result.shown():
         row = entry.row
         score, error = mean_and_error(row.scores())
@@ -84,21 +79,20 @@ def methods_table(result: Result) -> str:
                 f"{score:.4f} ± {error:.4f}",
                 interval(entry.difference),
                 "" if entry.difference is None else f"{entry.corrected:.3f}",
-                "reference" if row in references else entry.verdict,
+                "rival" if row is rival else entry.verdict,
                 f"{row.passes:.0f}",
                 " / ".join(calls(row, purpose) for purpose in SHOWN_CALLS),
                 f"{row.seconds:.1f}",
             ]
         )
-    scores = ["report split", "better than the reference by", "p, Holm", ""]
+    scores = ["report split", "better than the rival by", "p, Holm", ""]
     headers = ["method", "seeds", *scores, "passes", "calls", "seconds"]
     return markdown(headers, table)
 
 
 def methods_csv(result: Result) -> str:
     """All methods and variants, all columns; a cell is empty where there is nothing to say."""
-    references = [reference(result.task, result.rows, variant) for variant in (PLAIN, POST_HOC)]
-    file = io.StringIO()
+    file, rival = io.StringIO(), result.rival
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
         "method,variant,title,reads_labels,knows_formula,seeds,selection,report,report_error,better_by,low,high,p,"
@@ -118,7 +112,7 @@ def methods_csv(result: Result) -> str:
                 *(f"{number:.4f}" for number in mean_and_error(row.scores())),
                 *([f"{x:+.4f}" for x in (found.mean, found.low, found.high)] if found else [""] * 3),
                 *([f"{p:.3f}" for p in (found.p, entry.corrected)] if found else [""] * 2),
-                "reference" if row in references else entry.verdict,
+                "rival" if row is rival else entry.verdict,
                 f"{row.passes:.0f}",
                 *(f"{row.calls(purpose):.0f}" for purpose in SHOWN_CALLS),
                 f"{row.seconds:.1f}",
@@ -128,24 +122,25 @@ def methods_csv(result: Result) -> str:
 
 
 def controls_table(results: Iterable[Result]) -> str:
-    """What the guidance alone is worth, and what it is worth when it knows nothing."""
+    """Guides that know nothing, against the rival, and MetricOpt against the first of them."""
     table = [
         [
             result.name,
-            interval(result.difference((OURS, PLAIN), (UNGUIDED, PLAIN))),
+            interval(result.difference((OURS, PLAIN), (CONTROLS[0], PLAIN))),
             *(judged(result.compared.get((control, PLAIN))) for control in CONTROLS),
         ]
         for result in results
     ]
-    headers = ["task", "MetricOpt - the same without guidance", *(f"{name} - loss only" for name in CONTROLS)]
+    headers = ["task", f"MetricOpt - {CONTROLS[0]}", *(f"{name} - rival" for name in CONTROLS)]
     return markdown(headers, table)
 
 
-def one_setting_table(results: Iterable[Result]) -> str:
-    """Against loss only at the setting that was chosen for it over all tasks."""
-    pairs = [((OURS, variant), (LOSS_ONLY[0], variant)) for variant in (PLAIN, POST_HOC)]
-    table = [[result.name, *(interval(result.difference(*pair)) for pair in pairs)] for result in results]
-    return markdown(["task", "MetricOpt - loss only, one setting", "both with post-hoc tuning"], table)
+def ways_table(results: Iterable[Result]) -> str:
+    """Each of MetricOpt's two ways alone, against both together, over the seeds that both have."""
+    table = [
+        [result.name, *(interval(result.difference((way, PLAIN), (OURS, PLAIN))) for way in WAYS)] for result in results
+    ]
+    return markdown(["task", *(f"{way} alone - MetricOpt" for way in WAYS)], table)
 
 
 def share(count: int, of: int) -> str:
@@ -155,45 +150,29 @@ def share(count: int, of: int) -> str:
 def harm_table(results: Sequence[Result]) -> str:
     """Over all tasks."""
     table = []
-    for method in (OURS, NEGATED, *LOSS_ONLY):
-        cells = []
-        for against in AGAINST:
-            itself = (method, against) in ((LOSS_ONLY[0], ONE_SETTING), (UNGUIDED, WITHOUT_GUIDANCE))
-            worse, _, runs = harms(results, method, against)
-            cells.append("" if itself else share(worse, runs))
-        _, unseen, runs = harms(results, method, BEST)
-        table.append([RIVALS[method].title, *cells, share(unseen, runs)])
-    headers = ["method", *(f"against {name}" for name in AGAINST), f"against {BEST}, and yet preferred by selection"]
-    return markdown(headers, table)
+    for method in (OURS, *CONTROLS, *CHEAP):
+        worse, unseen, runs = harms(results, method)
+        table.append([RIVALS[method].title, share(worse, runs), share(unseen, runs)])
+    return markdown(["method", "below the rival", "and yet preferred by selection"], table)
 
 
 def harm_by_task(results: Iterable[Result]) -> str:
-    pairs = [(method, against) for method in (OURS, NEGATED) for against in (BEST, WITHOUT_GUIDANCE)]
     table = []
     for result in results:
-        counts = [harms([result], *pair) for pair in pairs]
+        counts = [harms([result], method) for method in (OURS, *CONTROLS)]
         table.append([result.name, *(f"{worse} of {runs}" if runs else "" for worse, _, runs in counts)])
-    return markdown(["task", *(f"{RIVALS[method].title}: {against}" for method, against in pairs)], table)
+    return markdown(["task", *(RIVALS[method].title for method in (OURS, *CONTROLS))], table)
 
 
 def cost_table(results: Iterable[Result]) -> str:
-    """Calibration, time and calls of MetricOpt's runs."""
+    """Processor time, passes and calls of MetricOpt's runs."""
     table = []
     for result in results:
-        ours = result.rows.get((OURS, PLAIN))
+        ours, loss_only = result.rows.get((OURS, PLAIN)), result.rows[LOSS_ONLY, PLAIN]
         if ours is None:
             continue
-        inside, observations = coverage(ours)
-        times = seconds_ratio(ours, result.rows.get((UNGUIDED, PLAIN)))
-        searcher, needed, spent = calls_needed(result.task, result.rows, OURS, BLACK_BOX)
-        table.append(
-            [
-                result.name,
-                f"{inside / observations:.1%}" if observations else "",
-                "" if times is None else f"{times:.1f}",
-                searcher and RIVALS[searcher].title,
-                searcher and ("not in" if needed is None else f"{needed} of") + f" {spent}",
-            ]
-        )
-    headers = ["task", "in 90 % intervals", "time / without guidance", "best black-box searcher", "calls to its end"]
+        ratio = seconds_ratio(ours, loss_only)
+        cells = [f"{ours.seconds:.1f}", f"{loss_only.seconds:.1f}", "" if ratio is None else f"{ratio:.1f}"]
+        table.append([result.name, *cells, f"{ours.passes:.0f}", calls(ours, "observe"), calls(ours, "select")])
+    headers = ["task", "seconds", "of loss only", "ratio", "passes", "calls to observe", "to select"]
     return markdown(headers, table)

@@ -1,7 +1,7 @@
-"""Worst-class recall on CIFAR-10, for the scripts that measure what sharing gives: `cards` and `warm_start`.
+"""Worst-class recall on CIFAR-10, for the script that measures what stands on a card: `cards`.
 
 CIFAR-10 as JPEG, a ResNet-20 pretrained on the lossless images, default phi, worst-class recall, which the
-cross-entropy does not see. Every method has the same phi, start, data, steps and selection rounds.
+cross-entropy does not see. Every method has the same start, data and steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def make_trainer(seed: int, problem: Problem, max_steps: int, folder: str, **cha
         per_device_eval_batch_size=100,
         metric_name_or_path=METRIC,
         greater_is_better=True,
-        metric_start_ratio=0,
+        metric_steps=max_steps,
         save_strategy="no",
         logging_strategy="no",
         report_to=[],

@@ -15,9 +15,6 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from metricopt_hf import GuideContext
-from metricopt_hf.phi import Coordinates
-
 NUM_LABELS = 3
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("METRICOPT_DATA", ROOT.parent / "shared" / "data"))
@@ -144,12 +141,6 @@ OPTIMUM = np.array([-1.0, 2.0, 0.5, 0.0, -2.0, 1.0])
 def distance_to_optimum(prediction) -> float:
     """Smaller is better; smallest at OPTIMUM."""
     return float(((prediction.predictions[0] - OPTIMUM) ** 2).sum())
-
-
-def guide_context(coordinates: Coordinates, greater_is_better: bool = True, seed: int = 0, metric=None) -> GuideContext:
-    """What a phase gives a guide at its start."""
-    generator = torch.Generator().manual_seed(seed)
-    return GuideContext(coordinates, greater_is_better, generator, metric or true_class_probability)
 
 
 def without_times(log_history: list[dict]) -> list[dict]:

@@ -1,12 +1,16 @@
 """The direction of imports: every room of the house rests on those below it, and nobody on who is above."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
+import textwrap
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import transformers
 
 import metricopt_hf
 
@@ -22,7 +26,7 @@ BELOW = {
     "evaluation": {"phi", "metrics", "redaction", "errors"},
     "posthoc": {"evaluation", "errors"},
     "value": {"evaluation", "phi", "errors"},
-    "guides": {"value", "evaluation", "phi", "errors"},
+    "guides": {"value", "evaluation"},
     "experimental": {"guides", "evaluation", "errors"},
     "hub": {"value", "evaluation", "phi", "errors"},
     "training": {"hub", "guides", "value", "posthoc", "evaluation", "phi", "redaction", "extras", "errors"},
@@ -130,6 +134,53 @@ def test_no_module_rests_on_itself():
     assert set(modules) <= set(order)
     first, last = "metricopt_hf/errors.py", "metricopt_hf/training/trainer.py"
     assert order.index(first) < order.index("metricopt_hf/phi/space.py") < order.index(last)
+
+
+def classes():
+    """Every class of the package."""
+    for file in INSIDE:
+        if not file.endswith("__init__.py"):
+            module = importlib.import_module(".".join(Path(file).with_suffix("").parts))
+            for cls in vars(module).values():
+                if isinstance(cls, type) and cls.__module__ == module.__name__:
+                    yield cls
+
+
+def attributes_of_self(cls):
+    """(that are read, that are set) by the methods which a class itself has."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError):  # of C, or made by a decorator
+        return set(), set()
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"]
+    return tuple({n.attr for n in found if isinstance(n.ctx, kind)} for kind in (ast.Load, ast.Store))
+
+
+@pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__qualname__)
+def test_no_method_uses_what_only_a_class_built_on_its_own_sets(cls):
+    """A hidden arrow: `self.x` in a class whose `x` is set by one that inherits from it."""
+    known = set(dir(cls))
+    for base in cls.__mro__:
+        known |= set(getattr(base, "__annotations__", ())) | attributes_of_self(base)[1]
+    assert attributes_of_self(cls)[0] <= known
+
+
+def test_the_trainer_is_one_class_that_puts_no_method_on_itself():
+    path = PACKAGE / "training" / "trainer.py"
+    assert len(path.read_text().splitlines()) <= 300
+    (cls,) = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    assert [base.id for base in cls.bases] == ["Trainer"]
+    methods = {name for name, value in inspect.getmembers(transformers.Seq2SeqTrainer) if callable(value)}
+    swapped = {"eval_dataset", "prepare"} | methods
+    for file in INSIDE:
+        if not file.startswith("metricopt_hf/training"):
+            continue
+        for node in ast.walk(ast.parse(FILES[file].read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                assert node.attr not in swapped, f"{file}:{node.lineno} sets {node.attr}"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("setattr", "delattr", "vars"):
+                of_trainer = getattr(node.args[0], "id", "") == "trainer"
+                assert not of_trainer or file.endswith("bookkeeping.py"), f"{file}:{node.lineno}"
 
 
 @pytest.mark.parametrize("file", ABOVE)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import EvalPrediction
 
 from ..errors import ConfigurationError
@@ -153,9 +154,23 @@ def examples_of(features: Any, examples: Any) -> Any:
     return take(examples, where)
 
 
-def in_order(dataset: Any, batch_size: int, collate: Callable, num_workers: int = 0) -> Callable[[], Iterator[Any]]:
-    """Makes a fresh iteration over all of `dataset` in its order, the last batch as small as it is."""
-    return lambda: iter(DataLoader(dataset, batch_size, collate_fn=collate, num_workers=num_workers))
+class InOrder:
+    """Makes fresh iterations over all of a data set in its order, the last batch as small as it is.
+
+    Attributes:
+        batch_sizes: examples in each batch; None where the data set has no length.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, collate: Callable, num_workers: int = 0):
+        self._loader = partial(DataLoader, dataset, batch_size, collate_fn=collate, num_workers=num_workers)
+        self.batch_sizes: tuple[int, ...] | None = None
+        shared_out = isinstance(dataset, IterableDataset) and num_workers  # each worker makes batches of its own
+        if hasattr(dataset, "__len__") and not shared_out:
+            starts = range(0, len(dataset), batch_size)
+            self.batch_sizes = tuple(min(batch_size, len(dataset) - start) for start in starts)
+
+    def __call__(self) -> Iterator[Any]:
+        return iter(self._loader())
 
 
 def random_batches(
@@ -168,41 +183,6 @@ def random_batches(
     for _ in range(count):
         rows = torch.randint(len(dataset), (min(batch_size, len(dataset)),), generator=generator)
         yield collate([dataset[int(i)] for i in rows])
-
-
-def group_batches(
-    dataset: Dataset, label_name: str, batch_size: int, collate: Callable, generator: torch.Generator
-) -> Iterator[Any]:
-    """One batch per class, drawn from the examples with that label.
-
-    Raises:
-        ConfigurationError: the labels cannot be read as classes.
-    """
-    labels = _labels(dataset, label_name)
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        chosen = rows[torch.randperm(len(rows), generator=generator).numpy()[:batch_size]]
-        yield collate([dataset[int(i)] for i in chosen])
-
-
-def _labels(dataset: Any, label_name: str) -> np.ndarray:
-    hint = 'coordinates="group_gradients" needs a training set of known length with one class label per example'
-    if not hasattr(dataset, "__len__"):
-        raise ConfigurationError(f'{hint}; this one has no length. Use "gradient_pca".')
-    columns = getattr(dataset, "column_names", None)
-    names = [n for n in (label_name, "label", "labels") if columns is None or n in columns]
-    try:
-        if columns is not None:
-            labels = np.asarray(dataset.with_format("numpy")[names[0]][:])
-        else:
-            labels = np.asarray([next(dataset[i][n] for n in names if n in dataset[i]) for i in range(len(dataset))])
-    except (IndexError, KeyError, StopIteration, TypeError) as error:
-        raise ConfigurationError(f'{hint}; no column {label_name!r} found. Use "gradient_pca".') from error
-    if labels.ndim != 1 or labels.dtype.kind not in "iub" or len(np.unique(labels)) > 1000:
-        raise ConfigurationError(
-            f'{hint}; found {labels.dtype} labels of shape {list(labels.shape)}. Use "gradient_pca".'
-        )
-    return labels
 
 
 def reordered(prediction: EvalPrediction, order: int) -> EvalPrediction:

@@ -1,4 +1,4 @@
-"""Evaluator: predictions and the metric at points of phi, on one data set, without disturbing the training around it."""
+"""Evaluator: predictions and the metric at points of phi, on one data set, without disturbing the training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import EvalPrediction
@@ -22,7 +23,8 @@ from ..phi.space import is_sharded, reshard
 from .ledger import Ledger
 from .metric import Metric
 from .prefix_cache import PrefixCache, nbytes
-from .ranks import agreed
+
+T = TypeVar("T")
 
 NOTHING = (
     "The set on which the metric is observed is empty, or the model returns no logits. Look at "
@@ -65,7 +67,8 @@ class Evaluator:
     Args:
         phi: what is moved, and put back.
         predict: batch -> `BatchOutput`; runs the model. It must not wait for other ranks.
-        batches: makes a fresh iteration over the data set's collated batches, always in the same order.
+        batches: makes a fresh iteration over the data set's collated batches, always in the same order. If it has
+            `batch_sizes`, these say how many examples each of them has; see `rows`.
         metric: the black box.
         ledger: charged with the calls and all seconds, forward passes included.
         max_bytes: memory for keeping batches (else they are collated anew each time) and, beyond those, the frozen
@@ -75,6 +78,9 @@ class Evaluator:
         complete: what the metric is given instead of the predictions; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
+
+    Attributes:
+        call_seconds: that the last metric call took, without the pass.
     """
 
     def __init__(
@@ -94,7 +100,8 @@ class Evaluator:
         self.phi, self.metric, self.ledger, self.concat = phi, metric, ledger, concat
         self.rank, self.world_size, self.complete = rank, world_size, complete
         self.predict, self._batches, self._max_bytes = predict, batches, max_bytes
-        self._accumulation_steps = accumulation_steps
+        self.batch_sizes: tuple[int, ...] | None = getattr(batches, "batch_sizes", None)
+        self._accumulation_steps, self.call_seconds = accumulation_steps, 0.0
         self._kept: list[Any] | bool | None = None  # the batches; False: they are too many
         self._prefix: PrefixCache | None = None
 
@@ -136,11 +143,17 @@ class Evaluator:
         with self.ledger.charge(purpose, passes=1):
             self._check_finite()
             complete = complete or self.complete
-            if self.metric.batchwise and complete is None and self.world_size == 1:
+            if self.metric.batchwise and complete is None:
                 with undisturbed(self.phi.model):
-                    return self.metric.over(self._each()), None
+                    batches = self._each() if self.world_size == 1 else list(self._each())
+                    return agreed(self.rank, self.world_size, lambda: self.metric.over(batches)), None
             prediction = self.predictions()
-            score = agreed(self.rank, self.world_size, lambda: self.metric(prediction, complete))
+
+            def call() -> tuple[float, float]:
+                start = perf_counter()
+                return self.metric(prediction, complete), perf_counter() - start
+
+            score, self.call_seconds = agreed(self.rank, self.world_size, call)
             return score, prediction
 
     def _check_finite(self) -> None:
@@ -247,3 +260,35 @@ class Evaluator:
             else:
                 self._kept = kept
         return self._kept or None
+
+
+# What several ranks of a run must agree on, since a black box may answer otherwise the next time it is asked
+
+
+def agreed(rank: int, world_size: int, compute: Callable[[], T]) -> T:
+    """What `compute` gives on the first rank, on every rank.
+
+    Raises:
+        MetricError: it raised one there; the same on every rank.
+    """
+    outcome: list[Any] = [None]
+    if rank == 0:
+        try:
+            outcome = [compute()]
+        except MetricError as error:
+            if world_size == 1:
+                raise
+            outcome = [error]
+    if world_size > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], MetricError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def shared_out(rank: int, world_size: int, count: int, compute: Callable[[int], T]) -> list[T]:
+    """`compute` of each of 0, ..., count - 1, each on one rank, and all of it on every rank, in order."""
+    mine = [(i, compute(i)) for i in range(rank, count, world_size)]
+    if world_size > 1:
+        mine = sorted(gather_object(mine), key=lambda pair: pair[0])
+    return [value for _, value in mine]

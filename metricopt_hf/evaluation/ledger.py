@@ -1,20 +1,27 @@
-"""What the metric has cost: calls, forward passes and seconds by purpose, and the budgets that bound the guidance."""
+"""What the metric has cost (calls, forward passes and seconds by purpose), and how often it has failed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 PURPOSES = ("check", "observe", "noise", "select", "offline", "post-hoc")
+
+MOST_IN_A_ROW = 8  # failed calls, after which the metric is not asked any more
 
 
 class Ledger:
     """Counts metric calls, forward passes over a whole set, and their seconds, by purpose.
 
-    Purposes: "check" (before training, that the metric works), "observe" (what the guidance learns from), "noise" (how far
-    the metric is off by the choice of rows), "select"
-    (choosing the best phi), "offline" and "post-hoc" (before and after training, by the user or a benchmark).
+    Purposes: "check" (before training, that the metric works), "observe" (what the guidance learns from), "noise" (how
+    far the metric is off by the choice of rows), "select" (choosing the best phi), "offline" and
+    "post-hoc" (before and after training, by the user or a benchmark).
 
     Args:
         budget: the most calls of purpose "observe" that a run may make; None for no bound.
@@ -74,3 +81,39 @@ class Ledger:
             if self.calls[p]
         )
         return f"Ledger({spent or 'nothing spent'}; budget {self.budget} calls, {self.pass_budget} passes)"
+
+
+class Faults:
+    """Counts calls that fail or answer nothing usable, and says when to give up. None of them ends a run.
+
+    Attributes:
+        total: failed calls.
+        in_a_row: the same since the last call that did not fail.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.in_a_row = 0, 0
+
+    @property
+    def reason(self) -> str | None:
+        """Why the metric should not be asked any more; None where it should."""
+        return f"the metric failed {self.in_a_row} times in a row" if self.in_a_row >= MOST_IN_A_ROW else None
+
+    def add(self, errors: Sequence[str], succeeded: int, same_rows: bool = False) -> None:
+        """Count calls that failed, and those beside them that did not.
+
+        Args:
+            same_rows: whether all were made on one random half of the rows, of which a class may be missing: then they
+                count as one failure in a row.
+        """
+        self.total += len(errors)
+        self.in_a_row = 0 if succeeded else self.in_a_row + (min(1, len(errors)) if same_rows else len(errors))
+        for error, times in Counter(errors).items():
+            dropped = "The observation is dropped" if times == 1 else f"{times} observations are dropped"
+            logger.warning(f"{error.rstrip('.')}. {dropped} ({self.in_a_row} failed in a row).")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.in_a_row = state["total"], state["in_a_row"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import EvalPrediction
 
-from .rows import FIELDS, num_rows, take_rows
+from .rows import FIELDS, num_rows, sizes_of, take_rows, unsplittable
 
 CHUNK_BYTES = 2**24  # of outputs that are made at once
 
@@ -69,16 +69,23 @@ class Linearization:
         centre: predictions and labels at phi.
         leaves: position of an array in `centre` (flattened) -> how it moves.
         concat: whether batches are joined (see `rows`).
+        batch_sizes: examples in each batch; None: not known.
     """
 
     centre: EvalPrediction
     leaves: dict[int, LinearLeaf]
     concat: bool = True
+    batch_sizes: tuple[int, ...] | None = None
 
     @property
     def num_rows(self) -> int:
         """How many examples it is of."""
-        return num_rows(self.centre, self.concat)
+        return num_rows(self.centre, self.concat, self.batch_sizes)
+
+    @cached_property
+    def unsplittable(self) -> str | None:
+        """Why there is no saying which rows are an example's; None where there is."""
+        return unsplittable(self.centre, self.concat, self.batch_sizes)
 
     @property
     def dim(self) -> int:
@@ -87,7 +94,7 @@ class Linearization:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the derivatives."""
+        """Memory that the derivatives take up."""
         return sum(leaf.jacobian.nbytes for leaf in self.leaves.values())
 
     @cached_property
@@ -115,20 +122,23 @@ class Linearization:
         if self.concat:
             index = torch.as_tensor(rows)
             leaves = {i: leaf.rows(index) for i, leaf in self.leaves.items()}
-            return replace(self, centre=take_rows(self.centre, rows), leaves=leaves)
+            centre = take_rows(self.centre, rows, True, self.batch_sizes)
+            return replace(self, centre=centre, leaves=leaves, batch_sizes=(len(rows),))
         # lists of batches: the rows of each coordinate's slopes are taken as those of the predictions are
-        parts = [
-            arrays(take_rows(self.planted({i: leaf.jacobian[..., j] for i, leaf in self.leaves.items()}), rows, False))
-            for j in range(self.dim)
-        ]
-        centre = take_rows(self.centre, rows, False)
+        slopes = [self.planted({i: leaf.jacobian[..., j] for i, leaf in self.leaves.items()}) for j in range(self.dim)]
+        parts = [arrays(take_rows(slope, rows, False, self.batch_sizes)) for slope in slopes]
+        centre = take_rows(self.centre, rows, False, self.batch_sizes)
         values = arrays(centre)
-        moving = [i for i in range(len(values)) if any(not np.array_equal(part[i], values[i]) for part in parts)]
+        # which of them move is seen by other numbers in their places
+        other = self.planted({i: (leaf.outputs == 0).float() for i, leaf in self.leaves.items()})
+        others = arrays(take_rows(other, rows, False, self.batch_sizes))
         leaves = {
-            i: LinearLeaf(torch.as_tensor(values[i]), torch.as_tensor(np.stack([part[i] for part in parts], -1)))
-            for i in moving
+            i: LinearLeaf(torch.as_tensor(value), torch.as_tensor(np.stack([part[i] for part in parts], -1)))
+            for i, (value, another) in enumerate(zip(values, others, strict=True))
+            if isinstance(value, np.ndarray) and value.size and not np.array_equal(value, another)
         }
-        return Linearization(centre, leaves, False) if leaves else self
+        sizes = sizes_of(self.centre, rows, self.batch_sizes)
+        return Linearization(centre, leaves, False, sizes) if leaves else self
 
     def planted(self, values: dict[int, Tensor]) -> EvalPrediction:
         """`centre` with other arrays at some positions."""

@@ -12,13 +12,11 @@ from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..phi import Coordinates
-from .evaluator import Evaluator
-from .faults import Faults
+from .evaluator import Evaluator, shared_out
+from .ledger import Faults
 from .linearization import Linearization
 from .metric import world_kept
-from .ranks import shared_out
 from .trajectory import Observation, Trajectory
-
 
 PERTURBED = 64
 
@@ -98,7 +96,7 @@ class LocalMetric:
 
     def halve(self) -> None:
         """From now on another random half of the rows is seen, where the metric makes sense on a part."""
-        if self.linearization is None or self.on_all_rows:
+        if self.linearization is None or self.on_all_rows or self.linearization.unsplittable is not None:
             return
         count = self.linearization.num_rows
         self.rows = np.sort(torch.randperm(count, generator=self.generator)[: max(1, count // 2)].numpy())

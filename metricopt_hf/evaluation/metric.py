@@ -17,20 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import evaluate
 import numpy as np
 import torch
-from scipy.special import expit, softmax
 from transformers import EvalPrediction
 
-from .. import metrics as shipped_metrics
-from ..errors import ConfigurationError, MetricError, brief
-from .answer import plain, score_of, values_of, weights_of
-from .constraints import Constraint, ConstraintCheck, shortfall
-from .direct import DirectModule
+from ..errors import MetricError, brief
+from .answer import Constraint, ConstraintCheck, plain, score_of, shortfall, values_of, weights_of
 from .direction import given
 
-INPUTS = ("auto", "argmax", "scores", "identity")
 PENALTY = 20.0  # of a constraint's relative shortfall, in units of the score
 
 # Global state that a metric may change unnoticed: how to read it, and how to set it.
@@ -40,6 +34,12 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    *(
+        (lambda device=device: _autocast(device), lambda state, device=device: _set_autocast(device, state))
+        for device in ("cpu", "cuda")
+    ),
+    (lambda: _autocast_nesting(), lambda depth: _set_autocast_nesting(depth)),
     (np.geterr, lambda errors: np.seterr(**errors)),
     (lambda: list(warnings.filters), lambda filters: (warnings.resetwarnings(), warnings.filters.extend(filters))),
     *(
@@ -54,6 +54,27 @@ def _set_cudnn(name: str, value: bool) -> None:
 
 
 _kept = threading.local()  # whether a context of `world_kept` is open
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _set_autocast(device: str, state: tuple[bool, torch.dtype]) -> None:
+    torch.set_autocast_enabled(device, state[0])
+    torch.set_autocast_dtype(device, state[1])
+
+
+def _autocast_nesting() -> int:
+    """How many autocast contexts are open: with the last of them the copies of weights that they share go."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _set_autocast_nesting(depth: int) -> None:
+    while _autocast_nesting() > depth:
+        torch.autocast_decrement_nesting()
+    while _autocast_nesting() < depth:
+        torch.autocast_increment_nesting()
+    torch.clear_autocast_cache()
 
 
 @contextmanager
@@ -294,131 +315,6 @@ def _nothing_finite(predictions: Any) -> bool:
     return False
 
 
-def from_evaluate(
-    module: evaluate.EvaluationModule,
-    greater_is_better: bool = True,
-    inputs: str | Callable[[EvalPrediction], dict[str, Any]] = "auto",
-    kwargs: dict[str, Any] | None = None,
-    timeout: float | None = None,
-) -> Metric:
-    """A metric from an `evaluate` module.
-
-    Args:
-        module: for instance `evaluate.load("f1")`.
-        inputs: how predictions become the module's inputs.
-            "argmax": class indices; token labels of -100 are left out. Multi-label: 1 where the logit is positive.
-            "scores": softmax over the last axis (of two classes the second column; of a single logit, and multi-label,
-            the sigmoid).
-            "identity": predictions as they are, a trailing axis of 1 dropped.
-            A function `EvalPrediction -> dict` gives the arguments of `module.compute` itself.
-            "auto" reads the module's features: "scores" if it takes `prediction_scores`, "argmax" if it takes
-            integer predictions, else "identity".
-            Of several label columns (`label_names`) the first is the references; a module that takes `groups`, as
-            `worst_group_accuracy` does, gets the second.
-        kwargs: passed on to `module.compute`, for instance `{"average": "macro"}`.
-
-    Raises:
-        ConfigurationError: `inputs` is unknown, or the module takes texts and `inputs` is no function.
-    """
-    features = module.features[0] if isinstance(module.features, list) else module.features
-    if not callable(inputs) and inputs not in INPUTS:
-        raise ConfigurationError(f"metric_inputs={inputs!r} is none of {', '.join(INPUTS)}, nor a function.")
-    wants = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
-    argument = "prediction_scores" if "prediction_scores" in wants else "predictions"
-    dtype = str(getattr(wants.get(argument), "dtype", ""))
-    if inputs == "auto":
-        if dtype == "string":
-            raise ConfigurationError(
-                f"The evaluate module {module.name!r} compares texts: pass metric_inputs as a function "
-                "EvalPrediction -> {'predictions': [...], 'references': [...]} that decodes them, "
-                "or use a compute_metrics of your own."
-            )
-        if argument == "prediction_scores":
-            inputs = "scores"
-        else:
-            inputs = "argmax" if dtype.startswith("int") else "identity"
-
-    direct = DirectModule(module)
-
-    def function(prediction: EvalPrediction) -> dict[str, float]:
-        if callable(inputs):
-            arguments = inputs(prediction)
-        else:
-            columns = prediction.label_ids if isinstance(prediction.label_ids, tuple) else (prediction.label_ids,)
-            predictions, labels = _select(prediction.predictions, columns[0], inputs)
-            arguments = {argument: predictions, "references": labels}
-            if "groups" in wants:
-                arguments["groups"] = _groups(module.name, columns)
-        return direct.compute(**arguments, **(kwargs or {}))
-
-    return Metric(function, module.name, greater_is_better, timeout)
-
-
-def _groups(name: str, columns: Sequence[np.ndarray]) -> np.ndarray:
-    """The label column of a prediction that holds the groups."""
-    if len(columns) != 2:
-        raise MetricError(
-            f"The evaluate module {name!r} takes groups, beside labels, and got {len(columns)} label column(s): "
-            'say label_names=["labels", "group"] in the config, and give observation and selection such a column.'
-        )
-    return columns[1]
-
-
-def _select(predictions: Any, labels: np.ndarray, how: str) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(predictions, (tuple, list)):
-        predictions = predictions[0]  # models that also return hidden states put the logits first
-    floating = np.issubdtype(predictions.dtype, np.floating)
-    # a row of answers per example and a logit for each
-    multilabel = floating and predictions.ndim > 1 < predictions.shape[-1] and predictions.shape == np.shape(labels)
-    if how == "argmax":
-        if multilabel:
-            return (predictions > 0).astype(np.int64), labels.astype(np.int64)
-        if predictions.ndim == labels.ndim + 1 and predictions.shape[-1] > 1:
-            predictions = predictions.argmax(-1)
-        elif floating:  # one logit
-            predictions = (predictions.reshape(labels.shape) > 0).astype(np.int64)
-        kept = labels != -100
-        return predictions[kept], labels[kept]
-    if how == "scores":
-        if predictions.ndim == 1 or predictions.shape[-1] == 1:
-            return expit(predictions.reshape(-1)), labels
-        if multilabel:
-            return expit(predictions), labels
-        scores = softmax(predictions, axis=-1)
-        return (scores[..., 1] if scores.shape[-1] == 2 else scores), labels
-    if predictions.ndim > 1 and predictions.shape[-1] == 1:
-        predictions = predictions.squeeze(-1)
-    return predictions, labels
-
-
-def resolve(
-    metric: Any,
-    greater_is_better: bool,
-    inputs: str | Callable[[EvalPrediction], dict[str, Any]] = "auto",
-    kwargs: dict[str, Any] | None = None,
-    timeout: float | None = None,
-) -> Metric:
-    """A `Metric` from whatever a user may name: one, an `evaluate` module, a callable, or a module's name or path.
-
-    A name is looked up as a path, among the modules shipped with this package, then on the Hub.
-
-    Raises:
-        ConfigurationError: nothing of that name can be loaded, or `metric` is none of these.
-    """
-    if isinstance(metric, Metric):
-        return metric
-    if isinstance(metric, (str, os.PathLike)):
-        metric = load(os.fspath(metric))
-    if isinstance(metric, evaluate.EvaluationModule):
-        return from_evaluate(metric, greater_is_better, inputs, kwargs, timeout)
-    if callable(metric):
-        name = getattr(metric, "__name__", type(metric).__name__)
-        return Metric(metric, name, greater_is_better, timeout)
-    raise ConfigurationError(
-        f"metric={metric!r} must be an evaluate module, its name or path, or a callable EvalPrediction -> number."
-    )
-
-
 def takes_batches(compute_metrics: Callable) -> bool:
     """Whether a `compute_metrics` is written for Trainer's `batch_eval_metrics`."""
     return "compute_result" in inspect.signature(compute_metrics).parameters
@@ -432,17 +328,3 @@ def _as_tensors(prediction: EvalPrediction) -> EvalPrediction:
         if name in ("predictions", "label_ids", "inputs", "losses")
     }
     return EvalPrediction(**tensors)
-
-
-def load(name: str) -> evaluate.EvaluationModule:
-    """The module of a name or path, see `resolve`."""
-    if not os.path.exists(name) and name in shipped_metrics.names():
-        name = shipped_metrics.path(name)
-    try:
-        # in memory: the lock of a cache file would outlive an error, and hold up the next call
-        return evaluate.load(name, keep_in_memory=True)
-    except Exception as error:
-        raise ConfigurationError(
-            f"The evaluate module {name!r} could not be loaded ({type(error).__name__}: {error}). Give a path to a "
-            f"local module, a name on the Hub, or one of those that come along: {', '.join(shipped_metrics.names())}."
-        ) from error

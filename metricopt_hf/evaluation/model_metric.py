@@ -26,9 +26,8 @@ from transformers import EvalPrediction
 from ..errors import ConfigurationError, MetricError, brief
 from ..redaction import SECRET_NAME, command_without_secrets
 from . import processes
-from .evaluator import Evaluator
+from .evaluator import Evaluator, agreed
 from .metric import Metric
-from .ranks import agreed
 
 MODEL, SPLIT = "{model}", "{split}"  # in a command
 FOLDERS = ("PWD", "OLDPWD")  # variables that are no passwords
@@ -177,7 +176,9 @@ class ModelEvaluator(Evaluator):
     def evaluate_with_predictions(self, purpose: str, complete: Callable | None = None) -> tuple[float, None]:
         with self.ledger.charge(purpose, passes=1):
             self._check_finite()
-            return score_of_model(self.metric, self.phi.model, self.dataset, self.split, self.rank, self.world_size), None
+            return score_of_model(
+                self.metric, self.phi.model, self.dataset, self.split, self.rank, self.world_size
+            ), None
 
 
 def score_of_model(

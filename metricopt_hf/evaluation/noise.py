@@ -13,41 +13,52 @@ import torch
 from transformers import EvalPrediction
 
 from ..errors import MetricError
-from .answer import values_of
-from .constraints import ConstraintCheck
-from .evaluator import Evaluator
+from .answer import ConstraintCheck, values_of
+from .evaluator import Evaluator, agreed
 from .linearization import Linearization
-from .ranks import agreed
-from .rows import num_rows, take_rows
+from .rows import num_rows, take_rows, unsplittable
 
 HALVES = 16
 
 
 def standard_error(evaluator: Evaluator, linear: Linearization, generator: torch.Generator) -> float:
     """Of the metric's value (`Metric.merit`) on the rows of a linearization, at its centre; 0 where it is not known."""
-    return _scatter(evaluator, [linear.centre], generator, lambda found: found[:, 0])
+    halves = _halves(evaluator, linear.centre, generator, linear.batch_sizes)
+    return _scatter(evaluator, [halves])
 
 
 def paired_error(evaluator: Evaluator, first: EvalPrediction, second: EvalPrediction) -> float:
     """Of the difference of the metric's values on two predictions of the same rows; 0 where it is not known."""
-    generator = torch.Generator().manual_seed(0)
-    return _scatter(evaluator, [first, second], generator, lambda found: found[:, 0] - found[:, 1])
+    pair = [_halves(evaluator, p, torch.Generator().manual_seed(0), evaluator.batch_sizes) for p in (first, second)]
+    return _scatter(evaluator, pair)
 
 
-def _scatter(evaluator: Evaluator, predictions: Sequence[EvalPrediction], generator: torch.Generator, of) -> float:
-    rows = num_rows(predictions[0], evaluator.concat)
-    halves = [
-        np.sort(torch.randperm(rows, generator=generator)[: max(1, rows // 2)].numpy()) for _ in range(HALVES)
-    ]
+def _halves(
+    evaluator: Evaluator, prediction: EvalPrediction, generator: torch.Generator, batch_sizes: Sequence[int] | None
+) -> list[EvalPrediction]:
+    """A prediction's random halves; none where examples cannot be told apart."""
+    concat = evaluator.concat
+    if unsplittable(prediction, concat, batch_sizes) is not None:
+        return []
+    count = num_rows(prediction, concat, batch_sizes)
+    drawn = [torch.randperm(count, generator=generator)[: max(1, count // 2)] for _ in range(HALVES)]
+    return [take_rows(prediction, np.sort(rows.numpy()), concat, batch_sizes) for rows in drawn]
+
+
+def _scatter(evaluator: Evaluator, halves: Sequence[list[EvalPrediction]]) -> float:
+    """Standard deviation of the metric on halves of a prediction, or of the difference between two predictions'."""
+    if not all(halves):
+        return 0.0
 
     def compute() -> float:
-        found = of(np.array([[_value(evaluator, take_rows(p, half, evaluator.concat)) for p in predictions] for half in halves]))
+        found = np.array([[_value(evaluator, half) for half in of_one] for of_one in halves])
+        found = found[0] if len(found) == 1 else found[0] - found[1]
         found = found[np.isfinite(found)]
         return float(found.std(ddof=1)) if len(found) > HALVES // 2 else 0.0
 
     error = agreed(evaluator.rank, evaluator.world_size, compute)
     if evaluator.rank:
-        evaluator.ledger.add("noise", HALVES * len(predictions), 0.0)
+        evaluator.ledger.add("noise", HALVES * len(halves), 0.0)
     return error
 
 
@@ -81,12 +92,10 @@ def checked_constraints(
 
 def _errors_of_keys(evaluator: Evaluator, prediction: EvalPrediction) -> np.ndarray:
     """[m]: standard errors of the numbers of the metric's `keys`; nan where too few calls succeed."""
-    generator = torch.Generator().manual_seed(0)
-    rows, drawn = num_rows(prediction, evaluator.concat), []
-    for _ in range(HALVES):
-        half = np.sort(torch.randperm(rows, generator=generator)[: max(1, rows // 2)].numpy())
+    drawn = []
+    for half in _halves(evaluator, prediction, torch.Generator().manual_seed(0), evaluator.batch_sizes):
         try:
-            drawn.append(values_of(evaluator.score(take_rows(prediction, half, evaluator.concat), "noise")))
+            drawn.append(values_of(evaluator.score(half, "noise")))
         except MetricError:
             continue
     keys = len(evaluator.metric.keys)

@@ -42,5 +42,5 @@ def from_spec(spec: str, linearised: bool) -> dict[str, Guide]:
     Args:
         linearised: whether predictions are linearised, so that a metric call costs no pass.
     """
-    names = ("pairs", "rows") if linearised else ("value_function",)
+    names = ("rows", "pairs") if linearised else ("value_function",)
     return {name: GUIDES[name]() for name in (names if spec == AUTO else (spec,))}

@@ -26,7 +26,6 @@ from .base import Guide, GuideContext
 NOISE = 0.3  # on the logits, so that decisions near the boundary count with either side
 DECAY = 0.9  # of what earlier updates have found
 KNOWN = 1e-3  # of a count that decays: less is as good as nothing
-ALTERNATIVES = 3  # of a row's classes, those with the largest logits beside the decision, to which it is moved
 
 
 class RowMovesGuide(Guide):
@@ -83,13 +82,12 @@ class RowMovesGuide(Guide):
         decisions = logits.argmax(1).numpy()
         keys = self.kinds[rows] * classes + decisions
         _, first, kind, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
-        ranked = logits[first].argsort(1, descending=True).numpy()[:, 1 : 1 + ALTERNATIVES]
-        moves = [(row, other) for row, others in zip(first, ranked, strict=True) for other in others]
+        moves = [(row, other) for row in first for other in range(classes) if other != decisions[row]]
         calls = len(moves) + 1
         if calls > metric.remaining:
             drawn = torch.randperm(len(moves), generator=self.context.generator).numpy()
             count = np.array([self.count[rows[row], other] for row, other in moves])
-            known = count / np.repeat(sizes, ranked.shape[1])  # first what is known least, of most rows
+            known = count / np.repeat(sizes, classes - 1)  # first what is known least, of most rows
             most = max(1, int(metric.remaining) - 1)
             moves = [moves[i] for i in drawn[np.argsort(known[drawn], kind="stable")][:most]]
 

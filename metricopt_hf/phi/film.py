@@ -1,4 +1,4 @@
-"""FiLM: a scale and a shift per channel of norm layers, and the output layer's bias, written into the norms' own weights.
+"""FiLM: scale and shift per channel of norm layers, and the output layer's bias, written into the norms' own weights.
 
 After FiLM (Perez et al., 2018): y = (1 + scale) * norm(x) + shift, with scale = shift = 0, the identity, at the start.
 Because norm(x) ends in `weight * x + bias`, nothing has to be inserted: weight = (1 + scale) * weight_0 and
@@ -226,15 +226,16 @@ class FiLM(PhiSpace):
         self._phi = phi.detach().to(self._phi, copy=True)
 
     def _values(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The parameters' values at phi, in float32."""
-        origin, parts = iter(self._origin), iter(parts)
+        """The parameters' values at phi, in float32 or, of such parameters, float64."""
+        origin = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in self._origin)
+        parts = iter(parts)
         for site in self._sites:
             scale = 1 + next(parts)
-            yield scale * next(origin).float()
+            yield scale * next(origin)
             if _has(site.norm, "bias"):
-                yield scale * next(origin).float() + next(parts)
+                yield scale * next(origin) + next(parts)
         if self._output_layer:
-            yield next(origin).float() + next(parts)
+            yield next(origin) + next(parts)
 
     def pull(self, gradients: Sequence[Tensor]) -> Tensor:
         origin = iter(self._origin)
@@ -249,7 +250,9 @@ class FiLM(PhiSpace):
                 parts.append(by_scale)
         return torch.cat([*parts, *gradients])
 
-    def taps(self) -> Sequence[Tap]:
+    def taps(self) -> Sequence[Tap] | None:
+        if self.is_shared:  # as of heads that share their bias
+            return None
         parts = iter([part for _, part in self.split(self._phi)])
         found: list[Tap] = []
         for site in self._sites:
@@ -293,8 +296,8 @@ class FiLM(PhiSpace):
                 if layers is None:
                     continue  # by default, those that can be written to
                 raise PhiError(
-                    f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so FiLM cannot be written into "
-                    'its weights. Choose others with `layers="..."`; norm layers here: '
+                    f"{name} ({type(norm).__name__}) does not compute weight * x + bias, so FiLM cannot be written "
+                    'into its weights. Choose others with `layers="..."`; norm layers here: '
                     f"{', '.join(norms)}."
                 )
             sites.append(_Site(name, norm, host, dim))

@@ -121,6 +121,8 @@ class PhiSpace(ABC):
         Args:
             loss: computes it, differentiable in the model's parameters.
         """
+        if is_sharded(self.model):
+            return self._gradient_of_sharded(loss)
         parameters = self.parameters
         needed = [p.requires_grad for p in parameters]
         try:
@@ -133,6 +135,21 @@ class PhiSpace(ABC):
                 parameter.requires_grad_(needs)
         return self.pull([torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)])
 
+    def _gradient_of_sharded(self, loss: Callable[[], Tensor]) -> Tensor:
+        """The same under FSDP2, which gives gradients to parameters' `grad` only, in a backward pass of its own."""
+        everything = list(self.model.parameters())
+        before = [p.grad for p in everything]
+        try:
+            for parameter in everything:
+                parameter.grad = None
+            with torch.enable_grad():
+                loss().backward()
+            parameters = self.parameters
+            return self.pull([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+        finally:
+            for parameter, gradient in zip(everything, before, strict=True):
+                parameter.grad = gradient
+
     def pull(self, gradients: Sequence[Tensor]) -> Tensor:
         """Gradients of the parameters, in the order of `names`, as one of phi: [dim] float32."""
         return torch.cat([whole(g.detach()).reshape(-1).float() for g in gradients])
@@ -140,6 +157,16 @@ class PhiSpace(ABC):
     def taps(self) -> Sequence[Tap] | None:
         """For each part of phi, in order, how a row's derivatives are had; None: they are not (see `linearize`)."""
         return None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several modules hold one of the parameters, so that the derivatives of one of them are not all."""
+        owners: dict[int, set[int]] = {id(parameter): set() for parameter in self.parameters}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                if id(parameter) in owners:
+                    owners[id(parameter)].add(id(module))
+        return any(len(modules) > 1 for modules in owners.values())
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -227,5 +254,7 @@ class Union(PhiSpace):
         return {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if set(state) != set(self.state_dict()):
+            super().load_state_dict(state)  # refuses it, and says what it holds
         for i, part in enumerate(self.parts):
             part.load_state_dict({n.partition(".")[2]: v for n, v in state.items() if n.startswith(f"{i}.")})

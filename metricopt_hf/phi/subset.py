@@ -49,10 +49,13 @@ class Subset(PhiSpace):
 
     def taps(self) -> Sequence[Tap] | None:
         """Of linear layers, a LoRA adapter's included; None where another layer's parameters are among them."""
+        if self.is_shared:
+            return None
         found: list[Tap] = []
-        for owner, parts in itertools.groupby(self._names, key=lambda name: name.rpartition(".")[0]):
-            module, parts = self.model.get_submodule(owner), [name.rpartition(".")[2] for name in parts]
-            if not isinstance(module, nn.Linear) or not set(parts) <= {"weight", "bias"}:
+        for owner, names in itertools.groupby(self._names, key=lambda name: name.rpartition(".")[0]):
+            module, parts = self.model.get_submodule(owner), [name.rpartition(".")[2] for name in names]
+            is_linear = getattr(type(module), "forward", None) is nn.Linear.forward
+            if not is_linear or not set(parts) <= {"weight", "bias"}:
                 return None
             found.append(Linear(module, "weight" in parts, "bias" in parts))
         return found

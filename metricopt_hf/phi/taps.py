@@ -31,6 +31,7 @@ class Tap(ABC):
     def __init__(self, module: nn.Module):
         self.module = module
         self.leaves: list[Tensor] = []  # of the forward pass since `clear`
+        self.in_backward = False  # activation checkpointing calls the module again in a backward pass
 
     def clear(self) -> None:
         self.leaves = []
@@ -41,13 +42,21 @@ class Tap(ABC):
         Raises:
             NotRowByRow: the module was called before in this forward pass.
         """
-        if self.leaves:
-            raise NotRowByRow(f"{type(module).__name__} is called more than once in a forward pass.")
-        return self.perturbed(args, output)
+        if not self.in_backward:
+            if self.leaves:
+                raise NotRowByRow(f"{type(module).__name__} is called more than once in a forward pass.")
+            if not isinstance(output, Tensor) or not output.dim():
+                raise NotRowByRow(f"{type(module).__name__} returns no tensor with rows.")
+            self.begin(args, output)
+        return self.perturbed(output)
 
     @abstractmethod
-    def perturbed(self, args: tuple, output: Tensor) -> Tensor:
-        """`output` plus what is zero at the leaves; sets `leaves`."""
+    def begin(self, args: tuple, output: Tensor) -> None:
+        """Make `leaves` of zeros for a forward pass in which the module returns `output`."""
+
+    @abstractmethod
+    def perturbed(self, output: Tensor) -> Tensor:
+        """`output` plus what is zero at the leaves."""
 
     @abstractmethod
     def derivatives(self, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -67,13 +76,15 @@ class Channels(Tap):
         super().__init__(module)
         self.dim, self.scale, self.shift = dim, scale, shift
 
-    def perturbed(self, args: tuple, output: Tensor) -> Tensor:
+    def begin(self, args: tuple, output: Tensor) -> None:
         shape = [output.shape[0]] + [1] * (output.dim() - 1)
         shape[self.dim] = output.shape[self.dim]
-        across = [1] * output.dim()
-        across[self.dim] = -1
         tuned = [part for part in (self.scale, self.shift) if part is not None]
         self.leaves = [torch.zeros(shape, device=output.device, requires_grad=True) for _ in tuned]
+
+    def perturbed(self, output: Tensor) -> Tensor:
+        across = [1] * output.dim()
+        across[self.dim] = -1
         moved = 0.0
         if self.scale is not None:
             plain = output.detach().float()
@@ -102,9 +113,17 @@ class Linear(Tap):
         self.weight, self.bias = weight, bias
         self.inputs: Tensor | None = None
 
-    def perturbed(self, args: tuple, output: Tensor) -> Tensor:
+    def clear(self) -> None:
+        super().clear()
+        self.inputs = None
+
+    def begin(self, args: tuple, output: Tensor) -> None:
+        if not args:
+            raise NotRowByRow(f"{type(self.module).__name__} is called with its input as a keyword.")
         self.inputs = args[0].detach()
         self.leaves = [torch.zeros(output.shape, device=output.device, dtype=output.dtype, requires_grad=True)]
+
+    def perturbed(self, output: Tensor) -> Tensor:
         return output + self.leaves[0]
 
     def derivatives(self, gradients: Sequence[Tensor | None]) -> Tensor:
@@ -149,7 +168,13 @@ def jacobian_rows(outputs: Tensor, taps: Sequence[Tap]) -> Tensor:
     if not outputs.requires_grad:
         gradients: list[Tensor | None] = [None] * len(leaves)
     else:
-        gradients = list(torch.autograd.grad(outputs.sum(), leaves, retain_graph=True, allow_unused=True))
+        for tap in taps:
+            tap.in_backward = True
+        try:
+            gradients = list(torch.autograd.grad(outputs.sum(), leaves, retain_graph=True, allow_unused=True))
+        finally:
+            for tap in taps:
+                tap.in_backward = False
     parts = []
     for tap in taps:
         own, gradients = gradients[: len(tap.leaves)], gradients[len(tap.leaves) :]

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from ..evaluation.evaluator import Evaluator
+from ..evaluation.evaluator import Evaluator, agreed
 from ..evaluation.ledger import Ledger
-from ..evaluation.ranks import agreed
 from ..posthoc import logits_of, tune_bias
 
 TOLERANCE = 1e-2  # of the logits, relative to the bias: what a half-precision model rounds off
@@ -24,7 +23,7 @@ def with_tuned_bias(evaluator: Evaluator, point: Tensor) -> Tensor | None:
         evaluator: the metric on the observation set.
     """
     where = evaluator.phi.output_bias_slice
-    if where is None or not evaluator.metric.of_predictions or not evaluator.concat:
+    if where is None or not evaluator.metric.of_predictions or not evaluator.concat or evaluator.metric.batchwise:
         return None
     with evaluator.phi.restored():
         prediction = _predictions(evaluator, point)

@@ -37,7 +37,7 @@ POST_PROCESS = (
 
 def observing(trainer: Any, setup: Setup) -> Observing:
     """What the guidance sees of a trainer's data, loss and predictions."""
-    return Observing(trainer, setup.metric, setup.phi, trainer.metric_inputs, trainer._ignore_keys)
+    return Observing(trainer, setup.metric, setup.phi, trainer.metric_inputs, trainer.ignore_keys)
 
 
 def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:
@@ -46,15 +46,15 @@ def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:
     plan = PhasePlan.from_args(args, steps, setup.metric.of_predictions)
     selects = setup.selection is not None or not setup.metric.of_predictions
     selector = seen.evaluator(setup.selection, ledger, "selection") if selects else None
-    given = trainer.given.guide
+    given, spec = trainer.given.guide, trainer.given.guide_name(args)
     value_function = setup.value_function
     coordinates = None if value_function is None else value_function.coordinates_from(setup.phi.read())
 
     def make_guides(linearised: bool) -> dict[str, guides.Guide]:
-        if given is not None:
-            return {type(given).__name__: given}
-        found = guides.from_spec(args.guide, linearised)
-        if value_function is not None and args.guide == guides.AUTO:
+        if isinstance(given, guides.Guide):
+            return {spec: given}
+        found = guides.from_spec(spec, linearised)
+        if value_function is not None and spec == guides.AUTO:
             found["value_function"] = guides.ValueFunctionGuide()
         return found
 
@@ -159,11 +159,10 @@ def _tell_of_places(trainer: Any, setup: Setup, run: MetricPhase, score: float) 
 def settings_of(trainer: Any) -> dict[str, Any]:
     """What a run that resumes must have in common with the one that saved, as JSON values."""
     args, setup = trainer.args, trainer.setup
-    given = trainer.given.guide
     names = [name for name, _ in setup.phi.description["parameters"]]
     return {
         "phi": f"{setup.phi.description['kind']} on {', '.join(names)}",
-        "guide": args.guide if given is None else type(given).__name__,
+        "guide": trainer.given.guide_name(args),
         "metric": setup.metric.name,
         "greater_is_better": setup.metric.greater_is_better,
         "metric_constraints": args.metric_constraints,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch.amp import GradScaler
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from ..errors import ConfigurationError
+from . import steps
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +31,22 @@ class MetricPhaseCallback(TrainerCallback):
     """In a metric step phi alone is moved, by the phase: no gradient is left for Trainer's optimizer.
 
     Args:
+        trainer: whose loop it is.
         start: the first metric step.
-        advanced: the step that the phase has last made.
-        finish: ends the phase, if it has begun and not ended; says whether it has begun.
-        name: of the trainer's class.
     """
 
-    def __init__(self, start: int, advanced: Callable[[], int], finish: Callable[[int], bool], name: str):
-        self.start, self.advanced, self.finish, self.name = start, advanced, finish, name
+    def __init__(self, trainer: Any, start: int):
+        self.trainer, self.start = trainer, start
+        self._begun, self._first = perf_counter(), 0
         self._held: tuple[torch.nn.Parameter, torch.Tensor] | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._begun, self._first = perf_counter(), state.global_step
+
+    def trained_seconds(self, step: int) -> float:
+        """About how long the steps before this one took, those before a resume included."""
+        done = step - self._first
+        return (perf_counter() - self._begun) * step / done if done else 0.0
 
     def hold(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
         """A gradient scaler wants a gradient to look at: give one parameter a gradient of zeros, and keep its value."""
@@ -51,8 +60,8 @@ class MetricPhaseCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if state.global_step < self.start:
             return
-        if self.advanced() != state.global_step:
-            raise ConfigurationError(UNGUIDED.format(step=state.global_step, start=self.start, cls=self.name))
+        if self.trainer.phase.last_step != state.global_step:
+            raise ConfigurationError(UNGUIDED.format(step=state.global_step, start=self.start, cls=type(self.trainer).__name__))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if self._held is None or parameter is not self._held[0]:
@@ -66,5 +75,5 @@ class MetricPhaseCallback(TrainerCallback):
             self._held = None
 
     def on_train_end(self, args, state, control, **kwargs):
-        if not self.finish(state.global_step) and state.global_step <= self.start < state.max_steps:
+        if not steps.finish(self.trainer, state.global_step) and state.global_step <= self.start < state.max_steps:
             logger.warning(TOO_EARLY.format(step=state.global_step, start=self.start))

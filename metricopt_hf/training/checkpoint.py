@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import CheckpointError, brief
 from ..value.serialization import replace_file
@@ -67,6 +68,19 @@ def complete(folder: str | os.PathLike, settings: dict[str, Any]) -> None:
     }
     document = {"format_version": FORMAT_VERSION, "settings": settings, "files": digests}
     replace_file(folder / MANIFEST_FILE, json.dumps(document, indent=1).encode())
+
+
+def resumed(asked: str | bool | None, output_dir: str) -> dict[str, Any] | None:
+    """Settings of the checkpoint that a run resumes from, which is whole; None where there is none.
+
+    Args:
+        asked: as `Trainer.train` is: its folder, True for the last one, else nothing.
+
+    Raises:
+        CheckpointError: see `check`.
+    """
+    folder = get_last_checkpoint(output_dir) if asked is True else asked
+    return check(folder) if folder else None  # Trainer says what is missing
 
 
 def check(folder: str | os.PathLike) -> dict[str, Any]:

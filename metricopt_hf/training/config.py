@@ -13,10 +13,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..errors import ConfigurationError, brief
-from ..evaluation import constraints, direction
+from ..evaluation import answer, direction
 from ..evaluation.answer import plain
-from ..evaluation.metric import INPUTS
 from ..evaluation.model_metric import words_of
+from ..evaluation.modules import INPUTS
 from ..guides import AUTO, GUIDES
 from ..redaction import command_without_secrets, without_secrets
 
@@ -241,7 +241,7 @@ class MetricOptConfig(TrainingArguments):
         for name, (fine, expected) in CHECKS.items():
             if not fine(value := getattr(self, name)):
                 raise ConfigurationError(f"{name}={brief(without_secrets(value))} must be {expected}.")
-        constraints.parse(self.metric_constraints)
+        answer.parse(self.metric_constraints)
         if self.metric_command is not None:
             words_of(self.metric_command)
 

@@ -20,13 +20,11 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
 from ..errors import ConfigurationError, MetricError
-from ..evaluation.evaluator import Evaluator
-from ..evaluation.faults import Faults
-from ..evaluation.ledger import Ledger
+from ..evaluation.evaluator import Evaluator, agreed
+from ..evaluation.ledger import Faults, Ledger
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
 from ..evaluation.local_metric import LocalMetric
-from ..evaluation.ranks import agreed
 from ..evaluation.rows import num_rows, take_rows
 from ..evaluation.trajectory import Trajectory
 from ..extras import require

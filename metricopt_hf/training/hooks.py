@@ -30,13 +30,11 @@ OVERRIDDEN = {
     "_save": Hook(("output_dir", "state_dict"), "the value function is saved beside the model"),
     "_save_checkpoint": Hook(("model", "trial"), "a checkpoint holds the guidance's state too"),
     "_load_from_checkpoint": Hook(
-        ("resume_from_checkpoint", "model"), "the weights were saved merged: phi and what lies under it are put back"
+        ("resume_from_checkpoint", "model"), "a checkpoint that cannot be read is an error that says what to do"
     ),
-    "_load_best_model": Hook((), "the same for the best checkpoint at the end"),
     "_load_optimizer_and_scheduler": Hook(
         ("checkpoint",), "the guidance's state is loaded when optimizer and schedule are, once the model is prepared"
     ),
-    "_get_learning_rate": Hook((), "the learning rate logged in the metric phase is phi's"),
     "_push_from_checkpoint": Hook(("checkpoint_folder",), "what is pushed along the way has a card"),
     "_finish_current_push": Hook((), "a push in the background that failed is reported"),
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainingArguments
 
 from ..evaluation import data
 
@@ -17,28 +18,35 @@ class MetricInputs:
     """Completes predictions: the rows' places in the data set, and what a post-processing makes of them.
 
     Args:
-        post_process: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
-            question-answering example; None: predictions stay as they are.
-        examples: of which the features were made; None: the features themselves.
-        indices: whether the metric is given `indices`, [n] int64: which rows of the data set the predictions are of.
-        whole: whether `post_process` is given all of the predictions' output instead of its predictions, as with
-            models that generate.
+        trainer: whose `post_process_function` and `eval_examples` count as they are when they are asked for, since a
+            subclass may set them behind its `super().__init__`; so does "indices" in `include_for_metrics`.
     """
 
-    def __init__(
-        self,
-        post_process: Callable[[Any, Any, Any], EvalPrediction] | None,
-        examples: Any,
-        indices: bool,
-        whole: Callable[[EvalPrediction, Any], Any] | None = None,
-    ):
-        self.post_process, self.examples, self.indices, self.whole = post_process, examples, indices, whole
-        self.dataset: Any = None  # that `evaluate` is about
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._evaluated: Any = None  # the data set that `evaluate` is about
+
+    @property
+    def indices(self) -> bool:
+        """Whether the metric is given `indices`, [n] int64: which rows of the data set the predictions are of."""
+        return INDICES in self.trainer.args.include_for_metrics
 
     @property
     def completes(self) -> bool:
         """Whether anything is added."""
-        return self.post_process is not None or self.indices
+        return self.trainer.post_process_function is not None or self.indices
+
+    @contextmanager
+    def evaluating(self, dataset: Any, args: TrainingArguments) -> Iterator[None]:
+        """Inside, `evaluate` predicts that data set; in its order, where the metric is told which row is which."""
+        strategy = args.train_sampling_strategy
+        if self.completes and strategy == "group_by_length":  # Trainer groups by length in evaluation too
+            args.train_sampling_strategy = "random"
+        self._evaluated = None if isinstance(dataset, dict) else dataset
+        try:
+            yield
+        finally:
+            self._evaluated, args.train_sampling_strategy = None, strategy
 
     def completing(self, dataset: Any) -> Callable[[EvalPrediction], EvalPrediction] | None:
         """Completes predictions on a data set; None where nothing is added."""
@@ -48,11 +56,13 @@ class MetricInputs:
         """What the metric is given of predictions on a data set."""
         if self.indices:
             prediction.indices = data.places(dataset)
-        if self.post_process is None:
+        trainer = self.trainer
+        if trainer.post_process_function is None:
             return prediction
-        examples = dataset if self.examples is None else data.examples_of(dataset, self.examples)
-        made = prediction.predictions if self.whole is None else self.whole(prediction, dataset)
-        return self.post_process(examples, dataset, made)
+        examples = dataset if trainer.eval_examples is None else data.examples_of(dataset, trainer.eval_examples)
+        whole = trainer.whole_output
+        made = prediction.predictions if whole is None else whole(prediction, dataset)
+        return trainer.post_process_function(examples, dataset, made)
 
     def wrapped(self, compute_metrics: Callable | None) -> Callable | None:
         """Trainer's `compute_metrics`, which is called within `evaluate`, given the same."""
@@ -60,7 +70,7 @@ class MetricInputs:
             return compute_metrics
 
         def completed(prediction: EvalPrediction, **kwargs: Any) -> Any:
-            return compute_metrics(prediction if self.dataset is None else self.complete(self.dataset, prediction), **kwargs)
+            return compute_metrics(prediction if self._evaluated is None else self.complete(self._evaluated, prediction), **kwargs)
 
         completed.__wrapped__ = compute_metrics
         return completed

@@ -144,7 +144,7 @@ class Observing:
         if is_overridden(self.trainer, "get_eval_dataloader"):
             return partial(self._own_eval_batches, part)
         columns = self._columns(part, self.trainer.args.eval_batch_size)
-        return data.in_order(*columns, num_workers=self.trainer.args.dataloader_num_workers)
+        return data.InOrder(*columns, num_workers=self.trainer.args.dataloader_num_workers)
 
     def _own_eval_batches(self, part: Any) -> Iterator[Any]:
         """Of `get_eval_dataloader`, where that is overridden; every rank gets all of them.
@@ -152,16 +152,15 @@ class Observing:
         Raises:
             ConfigurationError: they are not of the part that was asked for.
         """
-        rows = 0
-        for batch in _whole(self.trainer.get_eval_dataloader(part), self.trainer.args.world_size):
-            rows += find_batch_size(batch) or 0
-            yield batch
-        if hasattr(part, "__len__") and rows > len(part):
+        loader = _whole(self.trainer.get_eval_dataloader(part), self.trainer.args.world_size)
+        asked, rows = _length(part), _length(getattr(loader, "dataset", None))
+        if asked is not None and rows is not None and rows > asked:
             raise ConfigurationError(
-                f"get_eval_dataloader is overridden; asked for a loader of {len(part)} rows, it made one of {rows}. "
+                f"get_eval_dataloader is overridden; asked for a loader of {asked} rows, it made one of {rows}. "
                 "The guidance observes parts of eval_dataset, so let it use its argument: "
                 "get_eval_dataloader(self, eval_dataset=None), and eval_dataset where that is not None."
             )
+        yield from loader
 
     def train_batches(self, count: int, generator: torch.Generator) -> Iterator[Any]:
         """Of the training set, at random; where it has no rows to draw, or a loader of its own, that one's first."""
@@ -186,6 +185,10 @@ class Observing:
         if isinstance(dataset, datasets.Dataset):
             return trainer._remove_unused_columns(dataset, "observation"), batch_size, trainer.data_collator
         return dataset, batch_size, trainer._get_collator_with_removed_columns(trainer.data_collator, "observation")
+
+
+def _length(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None
 
 
 def _whole(loader: DataLoader, world_size: int) -> Any:

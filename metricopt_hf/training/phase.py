@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from torch.optim import Optimizer
 from transformers import EvalPrediction
 
 from ..errors import MetricError
-from ..evaluation.evaluator import Evaluator
-from ..evaluation.faults import Faults
+from ..evaluation.evaluator import Evaluator, agreed
+from ..evaluation.ledger import Faults
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
 from ..evaluation.local_metric import LocalMetric
@@ -33,13 +34,14 @@ from ..value import ValueNetwork
 from .ascent import ascend
 from .plan import MOST_MOVED, PREDICTIONS, PhasePlan
 from .selection import Selection
+from .trust import Trust
 
 logger = logging.getLogger(__name__)
 
-GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 64  # of a guide's rate, relative to its first
-ANNEALED = 0.8  # share of a guide's rate that is gone at the last step
+FIRST_SHARE = 2 / 3  # of a step's metric calls, which the first of two guides may make; the next has what is left
+ANNEALED = 0.5  # share of a guide's rate that is gone at the last step
 MOST_TAKEN_BACK = 3  # steps in a row, behind which the phase ends
-MOST_OBSERVATIONS = 4096  # kept, the latest ones
+ATTEMPTS = 3  # of the first metric call
 
 
 class Step(NamedTuple):
@@ -85,14 +87,12 @@ class MetricPhase:
     ):
         self.evaluator, self.selection, self.plan = evaluator, selection, plan
         self.phi, self.metric, self.ledger = evaluator.phi, evaluator.metric, evaluator.ledger
-        self.make_guides, self.make_optimizer, self.loss_gradients = make_guides, make_optimizer, loss_gradients
+        self.trust, self.make_optimizer = Trust(make_guides), make_optimizer
         self.observing_scores = observing_scores or plan
         self.coordinates, self.network = coordinates, network
         self.faults, self.trajectory = Faults(), Trajectory()
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.linearizer = Linearizer(evaluator, plan.dim, loss_gradients, self.generator)
-        self.guides: dict[str, Guide] = {}
-        self.rates: dict[str, float] = {}
         self.start_step = -1
         self.value = float("nan")  # of the metric at the present phi, see `Metric.merit`
         self.last_step = -1  # that was made
@@ -108,38 +108,43 @@ class MetricPhase:
         """Whether the first metric step has begun."""
         return self.start_step >= 0
 
-    def start(self, step: int) -> None:
+    def start(self, step: int, trained_seconds: float = 0.0) -> None:
         """Begin where the model is now: what is not phi stands still from here on.
 
-        Raises:
-            MetricError: the metric fails at the start.
+        Args:
+            trained_seconds: that the steps before took; a slow metric is called no longer than that.
         """
         self.phi.reset()
         self.start_step = step
         self._freeze()
-        self.ledger.budget = self.plan.calls
-        score, prediction = self.evaluator.evaluate_with_predictions("observe")
-        self.value, self._prediction = self.metric.merit(score), prediction
-        linearises = self.plan.observe == PREDICTIONS and prediction is not None
-        if linearises:
+        since = perf_counter()
+        score, prediction = self._first_score()
+        pass_seconds = perf_counter() - since
+        if self.ended is None and self.plan.observe == PREDICTIONS and prediction is not None:
             try:
                 self.coordinates = self.coordinates or self.linearizer.coordinates()
                 self._linearise(prediction)
+                self.plan = self.plan.for_outputs(self._linearization)
                 self.plan = replace(self.plan, scale=self._scale())
             except NotLinearizable as error:
                 self._observe_scores(str(error))
-        elif self.plan.observe == PREDICTIONS:
+        elif self.ended is None and self.plan.observe == PREDICTIONS:
             self._observe_scores("the metric is computed batch by batch")
+        self._keep_in_time(pass_seconds, trained_seconds)
         if self.coordinates is None:
             self.coordinates = self.linearizer.coordinates(row_by_row=False)
-        self._start_guides()
         if not self.plan.calls:
             self._end("metric_call_budget is 0")
+        context = GuideContext(self.coordinates.dim, self.generator, self.network)
+        asked = self._local_metric(step) if self.ended is None else None
+        self.trust.start(self.plan.observe == PREDICTIONS, context, asked)
+        if self.ended is None and not self.trust.guides:
+            self._end("the guide has nothing to say of this metric (row moves are for metrics of decisions)")
         self.selection.start(step)
         logger.info(
             f"Metric phase: steps {step + 1} to {step + self.plan.steps} follow {self.metric.name} ({score:.4f} on the "
             f"observation set at its start). Observed: {self.plan.observe}, in {self.coordinates.dim} coordinates of "
-            f"the {self.phi.dim} numbers of phi; guides: {', '.join(self.guides)}."
+            f"the {self.phi.dim} numbers of phi; guides: {', '.join(self.trust.guides)}."
         )
 
     def advance(self, step: int, loss_gradient: Callable[[], Tensor] | None = None) -> None:
@@ -171,29 +176,24 @@ class MetricPhase:
         gradient = None
         if self.plan.blends and loss_gradient is not None:
             gradient = (self.coordinates.basis.T @ loss_gradient()).cpu()
-        followed = [name for name in self.guides if self.rates[name] >= SMALLEST_RATE]
-        for name in followed:
-            steps_left = max(1, self.start_step + self.plan.steps - step)
-            local = LocalMetric(
-                self.evaluator,
-                self.coordinates,
-                self._linearization,
-                self.plan.spread(self.coordinates.dim),
-                self.generator,
-                self.faults,
-                self.trajectory,
-                step,
-                self.value,
-                self.plan.on_all_rows,
-                allowance=int(self.ledger.remaining / steps_left / len(followed)),
-            )
+        followed = self.trust.followed
+        left = self.ledger.remaining / max(1, self.start_step + self.plan.steps - step)  # calls of this step
+        for i, name in enumerate(followed):
+            before = self.ledger.calls["observe"]
+            local = self._local_metric(step, int(left if i == len(followed) - 1 else FIRST_SHARE * left))
             share = (step - self.start_step) / self.plan.steps
-            rate = self.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
-            z = ascend(
-                self.guides[name], local, self.plan.updates, rate, self.make_optimizer, gradient, self.plan.value_weight
-            )
+            rate = self.trust.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
+            guide = self.trust.guides[name]
+            z = ascend(guide, local, self.plan.updates, rate, self.make_optimizer, gradient, self.plan.value_weight)
+            left -= self.ledger.calls["observe"] - before
             tried[name] = self._scored(phi, z)
         return tried
+
+    def _local_metric(self, step: int, allowance: float = float("inf")) -> LocalMetric:
+        """The metric near phi, in coordinates, with a number of calls."""
+        spread, kept = self.plan.spread(self.coordinates.dim), (self.generator, self.faults, self.trajectory)
+        parts = self.evaluator, self.coordinates, self._linearization, spread
+        return LocalMetric(*parts, *kept, step, self.value, self.plan.on_all_rows, allowance)
 
     def _scored(self, phi: Tensor, z: Tensor) -> Step:
         """A step z from phi; its value is minus infinity where the metric fails, or nothing has moved."""
@@ -214,9 +214,7 @@ class MetricPhase:
         error = self._standard_error()
         best = max(tried, key=lambda name: tried[name].value, default=None)
         taken = best is not None and tried[best].value >= self.value - error
-        for name, made in tried.items():
-            pays = made.value > self.value
-            self.rates[name] = min(MOST_RATE, self.rates[name] * GROWTH) if pays else self.rates[name] / 2
+        self.trust.judge({name: made.value for name, made in tried.items()}, self.value)
         if taken:
             self.value, self._prediction = tried[best].value, tried[best].prediction
             self.phi.write(tried[best].phi)
@@ -230,7 +228,7 @@ class MetricPhase:
                 "value": self.value,
                 "tried": {name: made.value for name, made in tried.items()},
                 "standard_error": error,
-                "rates": dict(self.rates),
+                "rates": dict(self.trust.rates),
                 "calls": self.ledger.calls["observe"],
                 "passes": self.ledger.passes["observe"],
             }
@@ -252,6 +250,28 @@ class MetricPhase:
 
     # The start
 
+    def _first_score(self) -> tuple[float, EvalPrediction | None]:
+        """The metric at the start, asked again where it fails; where it always does, the phase ends."""
+        for _ in range(ATTEMPTS):
+            try:
+                score, self._prediction = self.evaluator.evaluate_with_predictions("observe")
+            except MetricError as error:
+                self.faults.add([str(error)], succeeded=0)
+                continue
+            self.value = self.metric.merit(score)
+            return score, self._prediction
+        self._end(f"the metric failed {ATTEMPTS} times at its start")
+        return float("nan"), None
+
+    def _keep_in_time(self, pass_seconds: float, trained_seconds: float) -> None:
+        """Lower the number of calls for a slow metric; the same on every rank, whose clocks differ."""
+        evaluator, before = self.evaluator, self.plan.calls
+        seconds = evaluator.call_seconds if self.plan.observe == PREDICTIONS else pass_seconds
+        in_time = agreed(evaluator.rank, evaluator.world_size, lambda: self.plan.in_time(seconds, trained_seconds))
+        self.plan, self.ledger.budget = in_time, in_time.calls
+        if in_time.calls < before:
+            logger.info(f"{self.metric.name} takes {seconds:.2g} s: it is called {in_time.calls} times, not {before}.")
+
     def _linearise(self, prediction: EvalPrediction) -> None:
         self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction))
         self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
@@ -270,32 +290,11 @@ class MetricPhase:
         ratio = max((m / s for m, s in zip(moved, size, strict=True) if s > 0), default=0.0)
         return min(1.0, MOST_MOVED / ratio) if ratio > 0 else 1.0
 
-    def _start_guides(self) -> None:
-        linearised = self.plan.observe == PREDICTIONS
-        self.guides = self.make_guides(linearised)
-        context = GuideContext(self.coordinates.dim, self.generator, self.network)
-        local = LocalMetric(
-            self.evaluator,
-            self.coordinates,
-            self._linearization,
-            self.plan.spread(self.coordinates.dim),
-            self.generator,
-            self.faults,
-            self.trajectory,
-            self.start_step,
-            self.value,
-            self.plan.on_all_rows,
-        )
-        for name, guide in list(self.guides.items()):
-            guide.start(context)
-            if len(self.guides) > 1 and self.plan.calls and not guide.applies(local):
-                del self.guides[name]
-        self.rates = dict.fromkeys(self.guides, 1.0)
-
     @contextmanager
     def _moved(self):
         with self.phi.restored():
-            self.phi.write(self.phi.read() + 0.1 * torch.randn(self.phi.dim, generator=torch.Generator().manual_seed(0)).to(self.phi.read().device))
+            noise = torch.randn(self.phi.dim, generator=torch.Generator().manual_seed(0))
+            self.phi.write(self.phi.read() + 0.1 * noise.to(self.phi.read().device))
             yield
 
     def _freeze(self) -> None:
@@ -312,7 +311,7 @@ class MetricPhase:
         latest = self.curve[-1]
         scalars = {name: float(latest[name]) for name in ("standard_error", "calls", "passes")}
         scalars["value"] = self.metric.sign * self.value
-        scalars |= {f"rate_{name}": rate for name, rate in self.rates.items()}
+        scalars |= {f"rate_{name}": rate for name, rate in self.trust.rates.items()}
         return {**scalars, "failed_calls": float(self.faults.total)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -325,8 +324,7 @@ class MetricPhase:
             "taken_back": self.taken_back,
             "ended": self.ended,
             "finished": self.finished,
-            "rates": dict(self.rates),
-            "guides": {name: guide.state_dict() for name, guide in self.guides.items()},
+            "trust": self.trust.state_dict(),
             "way": self.linearizer.way,
             "generator": self.generator.get_state(),
             "trajectory": {name: torch.as_tensor(array) for name, array in self.trajectory.state_dict().items()},
@@ -337,25 +335,18 @@ class MetricPhase:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as if nothing had been interrupted; phi is in place already."""
-        device = self.phi.read().device
+        device, saved = self.phi.read().device, state["coordinates"]
         self.plan = PhasePlan(**state["plan"])
         self.ledger.budget = self.plan.calls
-        self.coordinates = Coordinates(
-            state["coordinates"]["origin"].to(device), state["coordinates"]["basis"].to(device), state["coordinates"]["kind"]
-        )
+        self.coordinates = Coordinates(saved["origin"].to(device), saved["basis"].to(device), saved["kind"])
         self.start_step, self.value = state["start_step"], state["value"]
         self.taken_back, self.ended, self.finished = state["taken_back"], state["ended"], state["finished"]
         self.curve, self.linearizer.way = state["curve"], state["way"]
         self.faults.load_state_dict(state["faults"])
         self.selection.load_state_dict(state["selection"])
         self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})
-        self.guides = self.make_guides(self.plan.observe == PREDICTIONS)
         context = GuideContext(self.coordinates.dim, self.generator, self.network)
-        self.guides = {name: guide for name, guide in self.guides.items() if name in state["guides"]}
-        for name, guide in self.guides.items():
-            guide.start(context)
-            guide.load_state_dict(state["guides"][name])
-        self.rates = dict(state["rates"])
-        self.generator.set_state(state["generator"].to(torch.uint8))
+        self.trust.load_state_dict(state["trust"], self.plan.observe == PREDICTIONS, context)
+        self.generator.set_state(state["generator"])
         if not self.finished:
             self._freeze()

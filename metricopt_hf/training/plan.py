@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ..evaluation.linearization import Linearization
 from .config import MetricOptConfig
 
 # What of the model is observed: predictions, on which the metric is called without a pass; or scores, a pass for each
@@ -16,6 +17,14 @@ SPREAD_LENGTH = 1.6  # of a perturbation, in phi
 MOST_MOVED = 0.5  # standard deviations of the outputs by which a perturbation moves them at most, else it is smaller
 PATIENCE = 60.0  # seconds that metric calls may take, however short the training was
 DEFAULT_STEPS = 10
+CLASSES, MOST_CLASSES = 4, 10  # logits a row up to which `CALLS` are made, and from which no more than for so many
+
+
+def default_calls(linear: Linearization) -> int:
+    """Metric calls on a linearization: more where a row has many logits, since there are more decisions to tell apart."""
+    leaf = linear.decisions
+    classes = 1 if leaf is None or leaf.outputs.dim() < 2 else min(MOST_CLASSES, leaf.outputs.shape[1])
+    return int(CALLS[PREDICTIONS] * max(1.0, classes / CLASSES))
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class PhasePlan:
         rate: learning rate of an update of phi, in units of `STEP_LENGTH`.
         value_weight: lambda in `blended`.
         seed: of the private generator.
+        follows_outputs: whether `calls` is the default, which grows with the number of logits, and is lowered for a slow
+            metric.
         scale: by which steps and perturbations are made smaller, see `MOST_MOVED`.
     """
 
@@ -42,6 +53,7 @@ class PhasePlan:
     rate: float
     value_weight: float
     seed: int
+    follows_outputs: bool = True
     scale: float = 1.0
 
     @classmethod
@@ -55,7 +67,15 @@ class PhasePlan:
         calls = CALLS[observe] if args.metric_call_budget is None else args.metric_call_budget
         on_all_rows = args.observe == "predictions_on_all_rows"
         return cls(
-            steps, calls, observe, on_all_rows, args.phi_dim, args.phi_learning_rate, args.value_weight, args.seed
+            steps,
+            calls,
+            observe,
+            on_all_rows,
+            args.phi_dim,
+            args.phi_learning_rate,
+            args.value_weight,
+            args.seed,
+            follows_outputs=args.metric_call_budget is None,
         )
 
     def observing_scores(self, args: MetricOptConfig) -> PhasePlan:
@@ -63,9 +83,13 @@ class PhasePlan:
         calls = CALLS[SCORES] if args.metric_call_budget is None else args.metric_call_budget
         return replace(self, observe=SCORES, calls=calls)
 
-    def in_time(self, args: MetricOptConfig, call_seconds: float, trained_seconds: float) -> PhasePlan:
+    def for_outputs(self, linear: Linearization) -> PhasePlan:
+        """With the calls of `default_calls`, where the config leaves them open."""
+        return replace(self, calls=default_calls(linear)) if self.follows_outputs else self
+
+    def in_time(self, call_seconds: float, trained_seconds: float) -> PhasePlan:
         """With fewer calls, where the metric is slow: as many as take no longer than training did, or a minute."""
-        if args.metric_call_budget is not None or not call_seconds > 0:
+        if not self.follows_outputs or not call_seconds > 0:
             return self
         return replace(self, calls=min(self.calls, max(2, int(max(PATIENCE, trained_seconds) / call_seconds))))
 

@@ -15,10 +15,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..errors import ConfigurationError, ValueFunctionError
-from ..evaluation import data
-from ..evaluation import metric as metrics
-from ..evaluation.constraints import parse
-from ..evaluation.metric import Metric
+from ..evaluation import data, modules
+from ..evaluation.answer import parse
+from ..evaluation.metric import Metric, takes_batches
 from ..evaluation.model_metric import CommandMetric
 from ..hub import ValueFunction
 from ..phi import PhiSpace
@@ -38,6 +37,15 @@ def names_metric(given: Any, args: TrainingArguments, compute_metrics: Callable 
     if given is not None or any(getattr(args, name, None) for name in ("metric_name_or_path", "metric_command")):
         return True
     return compute_metrics is not None and metric_name(args, eval_dataset) is not None
+
+
+def require_metric(guided: bool) -> None:
+    """Raises ConfigurationError where there is no metric to diagnose."""
+    if not guided:
+        raise ConfigurationError(
+            "There is no metric to diagnose: give the trainer one (metric=..., or compute_metrics and "
+            "metric_for_best_model in the config)."
+        )
 
 
 def tell_unguided(args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> None:
@@ -92,15 +100,15 @@ def resolve_metric(
     given = args.metric_name_or_path if given is None else given
     description = ""
     if isinstance(given, (str, os.PathLike)):
-        given = metrics.load(os.fspath(given))
+        given = modules.load(os.fspath(given))
     if isinstance(given, evaluate.EvaluationModule):
         description = f"{given.description} {given.inputs_description}"
     if given is None:
-        batchwise = args.batch_eval_metrics and metrics.takes_batches(compute_metrics)
+        batchwise = args.batch_eval_metrics and takes_batches(compute_metrics)
         name = metric_name(args, eval_dataset)
         metric = Metric(compute_metrics, name, True, args.metric_timeout, exact=True, batchwise=batchwise)
     else:
-        metric = metrics.resolve(given, True, args.metric_inputs, args.metric_kwargs, args.metric_timeout)
+        metric = modules.resolve(given, True, args.metric_inputs, args.metric_kwargs, args.metric_timeout)
     if directed and not isinstance(given, Metric):  # a user's knows its direction
         metric.greater_is_better = args.direction_of(metric.name, description)
     if constraints:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..evaluation.answer import weights_of
-from ..evaluation.constraints import ConstraintCheck
+from ..errors import MetricError
+from ..evaluation.answer import ConstraintCheck, weights_of
 from ..evaluation.ledger import Ledger
 from ..evaluation.model_metric import score_of_model
 from ..evaluation.noise import checked_constraints
@@ -19,6 +20,8 @@ from .observing import Observing
 from .phase import MetricPhase
 from .result import RunResult
 from .setup import Setup
+
+logger = logging.getLogger(__name__)
 
 FEWEST = 16  # observations that a value function is fitted to
 
@@ -45,6 +48,16 @@ def result_of(phase: MetricPhase) -> RunResult:
         coordinates=phase.coordinates,
         make_value_function=partial(value_function_of, phase),
     )
+
+
+def tell_changed_weights(phase: MetricPhase) -> None:
+    """Warn where phi is another one than was chosen, as a callback leaves it that puts averaged weights in place."""
+    chosen = phase.selection.chosen
+    if phase.finished and chosen is not None and not torch.equal(phase.phi.read(), chosen.phi):
+        logger.warning(
+            f"The score {chosen.score:.4f} is not that of the model that came out: the weights were changed behind the "
+            "selection, in on_train_end or by load_best_model_at_end."
+        )
 
 
 def value_function_of(phase: MetricPhase) -> ValueFunction | None:
@@ -91,11 +104,14 @@ def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, floa
         return None
     if not metric.of_predictions:
         args = trainer.args
-        return {
-            name: float(
-                score_of_model(metric, trainer.model, dataset, prefix, args.process_index, args.world_size)
-            )
-        }
+        try:
+            score = score_of_model(metric, trainer.model, dataset, prefix, args.process_index, args.world_size)
+        except MetricError as error:
+            if not trainer.is_in_train:
+                raise
+            logger.warning(f"{error} There is no {name} at step {trainer.state.global_step}; the run goes on.")
+            score = float("nan")
+        return {name: float(score)}
     if weights and all(f"{prefix}_{key}" in found for key in weights):
         return {name: sum(weight * found[f"{prefix}_{key}"] for key, weight in weights.items())}
     return None

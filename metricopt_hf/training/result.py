@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.constraints import ConstraintCheck
+from ..evaluation.answer import ConstraintCheck
 from ..evaluation.ledger import Ledger
 from ..evaluation.trajectory import Trajectory
 from ..hub import ValueFunction

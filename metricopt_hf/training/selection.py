@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..errors import MetricError
-from ..evaluation.answer import Score, values_of
-from ..evaluation.constraints import ConstraintCheck
+from ..evaluation.answer import ConstraintCheck, Score, values_of
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.faults import Faults
+from ..evaluation.ledger import Faults
 from ..evaluation.noise import checked_constraints, paired_error
 from ..phi import PhiSpace
 from .bias import with_tuned_bias
@@ -28,6 +27,7 @@ from .bias import with_tuned_bias
 logger = logging.getLogger(__name__)
 
 START, BIAS, MEAN = "start", "start, bias tuned", "mean of the last steps"  # kinds of candidates
+MARGIN = 0.5  # standard errors of the difference, by which the steps must be better than what is cheap
 SHARE = 0.5  # of a gain, by which a second answer of the metric may differ from the first
 
 
@@ -105,7 +105,7 @@ class Selection:
                 logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
 
     def _choose(self) -> Candidate:
-        """The best score, if that of the steps comes out again when the metric is asked again."""
+        """The steps where they are better by `MARGIN`, and their score comes out again; else the better of the others."""
         ascent = next((candidate for candidate in self.candidates if candidate.kind == MEAN), None)
         if ascent is None:
             self.why = "no step was taken"
@@ -124,11 +124,12 @@ class Selection:
             return ascent
         gain = self._merit(ascent) - self._merit(cheap)
         error = self._error(ascent, cheap)
-        self.why = f"the steps are {'better' if gain > 0 else 'not better'} than {cheap.kind}: {gain:+.4g} ± {error:.2g}"
-        if gain > 0 and not self._comes_out_again(ascent, gain):
+        pays = gain > 0 and not gain < MARGIN * error
+        self.why = f"the steps are {'better' if pays else 'not clearly better'} than {cheap.kind}: {gain:+.4g} ± {error:.2g}"
+        if pays and not self._comes_out_again(ascent, gain):
             self.why += ", which does not come out again when the metric is asked again"
-            return cheap
-        return ascent if gain > 0 else cheap
+            pays = False
+        return ascent if pays else cheap
 
     def _merit(self, candidate: Candidate) -> float:
         return self.evaluator.metric.merit(Score(candidate.score, candidate.raw))

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer
 
 from .. import phi as spaces
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, brief
 from ..evaluation.metric import Metric
-from ..guides import Guide
+from ..guides import AUTO, GUIDES, Guide
 from ..hub import ValueFunction
 from ..phi import PhiSpace
 from . import preflight
@@ -34,7 +34,7 @@ class Given:
     selection_dataset: Any = None
     phi: Phi = None
     value_function: ValueFunction | str | None = None
-    guide: Guide | None = None
+    guide: Guide | str | None = None
 
     def names_metric(self, trainer: Trainer) -> bool:
         """Whether there is a metric to optimise."""
@@ -58,6 +58,19 @@ class Given:
         """The metric as far as `evaluate` may add it to Trainer's numbers: no direction is asked for, none is loaded."""
         loads = isinstance(self.metric, (str, os.PathLike)) or getattr(trainer.args, "metric_name_or_path", None)
         return None if loads or not isinstance(trainer.args, MetricOptConfig) else self.resolve_metric(trainer, False)
+
+    def guide_name(self, args: MetricOptConfig) -> str:
+        """Of the guide: as the config names it, or the class of the one given.
+
+        Raises:
+            ConfigurationError: it is no guide, and no name of one.
+        """
+        if isinstance(self.guide, Guide):
+            return type(self.guide).__name__
+        name = args.guide if self.guide is None else self.guide
+        if name not in (AUTO, *GUIDES):
+            raise ConfigurationError(f"guide={brief(name)} must be a Guide, or one of {', '.join((AUTO, *GUIDES))}.")
+        return name
 
     def resolve_phi(self, model: nn.Module, args: Any) -> PhiSpace:
         """What is tuned, on a model.
@@ -111,6 +124,7 @@ class Setup:
             label_name = trainer.label_names[0] if trainer.label_names else "labels"
             sets = preflight.split(*sets, trainer.eval_dataset, trainer.args, label_name)
         value_function = preflight.load_value_function(given.value_function, trainer.args)
+        given.guide_name(trainer.args)
         phi = given.resolve_phi(trainer.model, trainer.args)
         preflight.check_value_function(value_function, phi, metric)
         return cls(metric, *sets, phi, value_function)

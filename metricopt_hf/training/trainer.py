@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import Tensor
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import ConfigurationError
-from ..evaluation.constraints import ConstraintCheck
+from ..evaluation.answer import ConstraintCheck
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..hub import ValueFunction
 from ..phi import PhiSpace
-from . import building, checkpoint, preflight, reporting, sharing
-from .bookkeeping import bookkeeping_kept
+from . import building, checkpoint, preflight, reporting, sharing, steps
 from .callback import MetricPhaseCallback
 from .diagnosis import Diagnosis, diagnose
-from .inputs import INDICES, MetricInputs
+from .inputs import MetricInputs
 from .phase import MetricPhase
 from .result import RunResult
 from .setup import Given, Phi, Setup
@@ -46,7 +42,7 @@ class MetricOptTrainer(Trainer):
         phi: a `PhiSpace` on the model, a function that builds one on a model (needed with `model_init`), or what
             `args.phi` could be; default: `args.phi`.
         value_function: one to start from, or its name; default: `args.value_function_name_or_path`.
-        guide: a `Guide`; default: from `args.guide`.
+        guide: a `Guide`, or what `args.guide` could be; default: `args.guide`.
         post_process_function: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
             question-answering example. `features` are the rows that were predicted, with all of their columns.
         eval_examples: of which the features were made; default: the features themselves.
@@ -65,6 +61,7 @@ class MetricOptTrainer(Trainer):
 
     post_process_function = None  # a subclass may have it as a method
     eval_examples = None
+    whole_output = None  # what a post-processing is given instead of the predictions, made of them and their data set
 
     def __init__(
         self,
@@ -83,16 +80,15 @@ class MetricOptTrainer(Trainer):
         self.setup: Setup | None = None
         self.phase: MetricPhase | None = None
         self.checkpoint_settings: dict[str, Any] | None = None  # of the checkpoint that is resumed
+        self.around: MetricPhaseCallback | None = None
+        self.ignore_keys: list[str] | None = None  # of the model's outputs, which predictions leave out
         super().__init__(*args, **kwargs)
         if post_process_function is not None:
             self.post_process_function = post_process_function
         if eval_examples is not None:
             self.eval_examples = eval_examples
-        indices = INDICES in self.args.include_for_metrics
-        self.metric_inputs = MetricInputs(self.post_process_function, self.eval_examples, indices, self.whole_output)
+        self.metric_inputs = MetricInputs(self)
         self.compute_metrics = self.metric_inputs.wrapped(self.compute_metrics)
-
-    whole_output = None  # see `MetricInputs`
 
     # What a user reads
 
@@ -154,11 +150,7 @@ class MetricOptTrainer(Trainer):
             ConfigurationError: there is no metric, or it is one of the model.
             MetricError: the metric fails at the start.
         """
-        if not self.guided:
-            raise ConfigurationError(
-                "There is no metric to diagnose: give the trainer one (metric=..., or compute_metrics and "
-                "metric_for_best_model in the config)."
-            )
+        preflight.require_metric(self.guided)
         return diagnose(building.observing(self, self.settled()), self.settled(), worthwhile)
 
     def check_constraints(self, dataset: Any, split: str = "report") -> tuple[ConstraintCheck, ...]:
@@ -181,29 +173,24 @@ class MetricOptTrainer(Trainer):
         if self.model_init is None:
             self.settled()
         preflight.check_training_step(self, MetricOptTrainer)
-        self.phase, self.checkpoint_settings = None, None
-        self._ignore_keys = ignore_keys_for_eval
-        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if folder:  # else Trainer says what is missing
-            self.checkpoint_settings = checkpoint.check(folder)
+        self.phase, self.ignore_keys = None, ignore_keys_for_eval
+        self.checkpoint_settings = checkpoint.resumed(resume_from_checkpoint, self.args.output_dir)
         callbacks = list(self.callback_handler.callbacks)
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.callback_handler.callbacks = callbacks
-
-    _ignore_keys: list[str] | None = None
-    _around: MetricPhaseCallback | None = None
+        reporting.tell_changed_weights(self.phase)
+        return output
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if not self.guided:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        setup, steps = self.settled(), preflight.num_metric_steps(self.args, max_steps)
-        self.phase = building.phase(self, setup, steps)
-        self._around = MetricPhaseCallback(max_steps - steps, self._last_metric_step, self._finish, type(self).__name__)
-        handler = self.callback_handler
-        others = [c for c in handler.callbacks if not isinstance(c, MetricPhaseCallback)]
-        handler.callbacks = [self._around, *others]  # what others save when training ends is the chosen model
+        setup, count = self.settled(), preflight.num_metric_steps(self.args, max_steps)
+        self.phase = building.phase(self, setup, count)
+        self.around = MetricPhaseCallback(self, max_steps - count)
+        others = [c for c in self.callback_handler.callbacks if not isinstance(c, MetricPhaseCallback)]
+        self.callback_handler.callbacks = [self.around, *others]  # what they save at the end is the chosen model
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is None:  # else the metric has been called in the run that is resumed
             building.check_metric(self, setup, self.phase)
@@ -215,36 +202,9 @@ class MetricOptTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.phase is None or self.state.global_step < self._around.start:
+        if self.phase is None or self.state.global_step < self.around.start:
             return super().training_step(model, inputs, num_items_in_batch)
-        return self._metric_step(inputs)
-
-    def _metric_step(self, inputs: Any) -> Tensor:
-        """A micro-batch of a metric step: its loss, for the log; with the last one the phase moves phi."""
-        step, phase = self.state.global_step, self.phase
-        observing = building.observing(self, self.setup)
-        loss = observing.logged_loss(inputs) / self.current_gradient_accumulation_steps
-        if self.accelerator.sync_gradients:
-            with bookkeeping_kept(self):  # what a subclass keeps of losses and batches is of training
-                if not phase.started:
-                    phase.start(step)
-                phase.advance(step, lambda: observing.loss_gradient(inputs))
-                if step + 1 == self.state.max_steps:
-                    phase.finish(step + 1)
-            self._around.hold(self.optimizer, self.accelerator.scaler)
-        return loss
-
-    def _last_metric_step(self) -> int:
-        return self.phase.last_step
-
-    def _finish(self, step: int) -> bool:
-        """Behind the last step, or an earlier end: choose, if that is not done; whether there is something to choose."""
-        phase = self.phase
-        best_is_loaded = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
-        if phase.started and not phase.finished and not best_is_loaded:
-            with bookkeeping_kept(self):
-                phase.finish(step)
-        return phase.started
+        return steps.take(self, inputs)
 
     def call_model_init(self, trial=None):
         self.setup = None
@@ -259,11 +219,8 @@ class MetricOptTrainer(Trainer):
         """As of Trainer; where it lacks the metric that is optimised, that is among the numbers too."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         named = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        self.metric_inputs.dataset = None if isinstance(named, dict) else named
-        try:
+        with self.metric_inputs.evaluating(named, self.args):
             found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
-        finally:
-            self.metric_inputs.dataset = None
         if (more := reporting.missing_score(self, named, metric_key_prefix, found)) is not None:
             found.update(more)
             self.log(more)
@@ -291,7 +248,7 @@ class MetricOptTrainer(Trainer):
         with checkpoint.readable(folder):
             super()._load_optimizer_and_scheduler(folder)
         if self.phase is not None and folder is not None:
-            building.resume(self, folder, self._around.start)
+            building.resume(self, folder, self.around.start)
 
     # Sharing
 

@@ -4,26 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from toy import TOY
 
-from benchmarks import gpu, growth, overhead, passes
+from benchmarks import cost, gpu, growth, protocol
 
 
 @pytest.mark.slow
-def test_a_guided_step_is_measured_with_one_thread_and_with_all_beside_workers(monkeypatch):
-    args = overhead.OverheadArguments(models=["tiny"], pairs=1, steps=2, workers=1)
-    monkeypatch.setitem(overhead.MODELS, "tiny", overhead.Setting(overhead.timm_model("test_resnet"), 4))
-    table = overhead.step_rows(args)
-    assert [len(row) for row in table] == [len(overhead.HEADERS)] * 2
-    assert [row[3] for row in table] == ["0", "1"] and table[0][2] == "1"
-    assert all(float(row[4]) > 0 and float(row[6]) > 0 for row in table)
-
-
-@pytest.mark.bench
-def test_a_pass_is_measured_against_evaluation():
-    args = passes.PassArguments(models=["BERT"], rows=24, batch_size=12, repeats=1, points=2)
-    found = passes.measure("BERT", args)
-    assert 0 < found.one_pass < found.evaluate and found.together > 0
-    assert len(passes.row("BERT", args)) == len(passes.HEADERS)
+def test_a_task_is_a_row_of_what_it_costs():
+    fixed = protocol.first_of_grids()
+    row = cost.row(TOY, 0, fixed)
+    assert len(row) == len(cost.HEADERS) and row[:2] == ["toy", "20"] and float(row[-1]) > 0
+    assert "| toy " in cost.text([row], fixed)
 
 
 def test_growth_writes_a_page_with_every_size(tmp_path, monkeypatch):

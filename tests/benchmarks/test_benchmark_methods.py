@@ -3,19 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from helpers import guide_context
+import transformers
 from toy import needs_data
 
-from benchmarks import methods, protocol, surrogates, tasks, tune
+from benchmarks import by_loss, comparing, drop, methods, protocol, records, run, surrogates, tasks, tune
 from benchmarks.searchers import CMAES, SPSA
-from metricopt_hf import ConfigurationError, Observation, Round, Trajectory, ValueFunctionGuide
-from metricopt_hf.phi import Coordinates
+from metricopt_hf import ConfigurationError
 
 
 def test_grids_are_of_one_size():
     assert {len(rival.grid) for rival in methods.RIVALS.values() if rival.grid} == {6}
+    ours = ("metricopt", *comparing.CONTROLS, *comparing.WAYS)
     for name, rival in methods.RIVALS.items():
-        assert rival.grid or rival.settings_of or rival.setting or name == "start"  # which has nothing to set
+        # the start has nothing to set, and ours are the library's defaults, with another guide or none
+        assert rival.grid or rival.settings_of or rival.setting or name in ("start", "metricopt", "negated")
+        assert name not in ours or set(rival.setting) <= {"guide"}
 
 
 def test_what_is_committed_is_from_the_grids():
@@ -23,8 +25,12 @@ def test_what_is_committed_is_from_the_grids():
     assert set(fixed.settings) == set(methods.TUNED)
     for name, config in fixed.settings.items():
         assert config in methods.RIVALS[name].grid
-    assert fixed.config("shuffled") == fixed.config("unguided") == fixed.config("metricopt")
+    assert fixed.config("obs") == fixed.config("train_obs") and fixed.config("metricopt") == {}
     assert {seed for _, seed in fixed.chosen["tasks and seeds"]} <= set(protocol.DEVELOPMENT_SEEDS)
+
+
+def test_no_committed_record_is_of_another_protocol():
+    run.check(records.read(records.RESULTS), protocol.load())
 
 
 def test_a_setting_is_chosen_in_units_of_the_noise():
@@ -69,19 +75,6 @@ def test_a_generation_may_take_several_rounds():
         assert bool(np.any(searcher.centre)) == (turn >= 1)
 
 
-def test_the_slope_of_the_evolution_guide():
-    guide = methods.EvolutionGuide(rounds=1)
-    guide.start(guide_context(Coordinates(torch.zeros(2), None), greater_is_better=False))
-    assert guide.direction(torch.zeros(2)).trust == 0
-    old = [Observation(np.array([s, 0.0], np.float32), s, 1.0, 0, 0.0) for s in (1.0, -1.0)]
-    new = [Observation(np.array([5.0, s], np.float32), 3 * s, 1.0, 1, 0.0) for s in (1.0, -1.0)]
-    guide.observe(Round(Trajectory([*old, *new])))
-    direction = guide.direction(torch.zeros(2))
-    assert direction.trust == guide.TRUST
-    # the metric rises along the second coordinate; smaller is better, so a step against the vector goes down it
-    assert torch.equal(direction.vector / direction.vector.norm(), torch.tensor([0.0, 1.0]))
-
-
 @pytest.mark.parametrize("metric", surrogates.SURROGATES)
 def test_surrogates_fall_where_predictions_get_right(metric):
     generator = torch.Generator().manual_seed(0)
@@ -103,16 +96,35 @@ def test_surrogates_fall_where_predictions_get_right(metric):
 
 
 def test_the_negated_guide_says_the_opposite():
-    def taught(guide):
-        guide.start(guide_context(Coordinates(torch.zeros(2), None)))
-        trajectory = Trajectory()
-        for step in range(5):
-            z = np.random.default_rng(step).normal(size=(8, 2)).astype(np.float32)
-            trajectory.extend([Observation(point, float(point[0]), float("nan"), step, 0.0) for point in z])
-            guide.observe(Round(trajectory))
-        return guide
+    negated = methods.NegatedGuide()
+    negated.slope = torch.tensor([1.0, -2.0])
+    assert torch.equal(negated.gradient(torch.zeros(2)), torch.tensor([-1.0, 2.0]))
 
-    straight, negated = taught(ValueFunctionGuide()), taught(methods.NegatedGuide())
-    phi = torch.ones(2)
-    assert torch.equal(straight.ascent(phi), -negated.ascent(phi)) and straight.direction(phi).trust > 0.5
-    assert negated.trust.correlation < -0.5 and negated.direction(phi).trust == 0
+
+def test_batches_are_those_of_trainer(tmp_path):
+    """In every epoch, in their order."""
+    data = [{"x": torch.tensor(float(i)), "labels": torch.tensor(0)} for i in range(10)]
+    seen = []
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, labels):
+            seen.append(x.tolist())
+            return {"loss": self.weight * x.sum()}
+
+    args = {"max_steps": 6, "per_device_train_batch_size": 4, "seed": 3, "report_to": [], "disable_tqdm": True}
+    transformers.Trainer(
+        Model(), transformers.TrainingArguments(str(tmp_path), use_cpu=True, **args), train_dataset=data
+    ).train()
+    ours = by_loss.batches(data, 4, 3)
+    assert [next(ours)["x"].tolist() for _ in range(6)] == seen
+
+
+def test_records_are_dropped_and_others_stay_byte_for_byte(tmp_path):
+    lines = [b'{"method": "a",  "x": 1.50}\n', b'{"method": "b"}\n', b'{"method": "c"}\n']
+    file = tmp_path / "task.jsonl"
+    file.write_bytes(b"".join(lines))
+    assert drop.drop(file, ["b"]) == 1 and file.read_bytes() == lines[0] + lines[2]

@@ -12,10 +12,10 @@ import torch
 from helpers import example
 from toy import TINY, TOY, needs_data
 
-from benchmarks import ceiling, measure, methods, protocol, records, run, tabular, tasks
+from benchmarks import ceiling, comparing, measure, methods, protocol, records, run, tabular, tasks
 from benchmarks.problem import data_root
-from benchmarks.training import PREDICTIONS
 from metricopt_hf import ConfigurationError
+from metricopt_hf.training.plan import CALLS, PREDICTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,28 +84,20 @@ def test_every_method_spends_the_same(name):
     if name == "start":
         assert record["calls"] == {}
         return
-    observes = name not in ("loss_only", "loss_small", "unguided", "train_obs", "obs", "formula")
-    assert record["curve"]["step"] == list(range(21))
-    best = record["variants"]["plain"]["scores"]["selection"]
+    ours = ("metricopt", *comparing.CONTROLS, *comparing.WAYS, "cma_virtual")
+    best, curve = record["variants"]["plain"]["scores"]["selection"], record["curve"]
     assert best == record["selected"]["score"]
-    guided = ("metricopt", "shuffled", "random", "negated")
-    if name in (*guided, "unguided"):  # with a bias tuned in the end
-        assert 21 <= record["calls"]["select"] <= 24 and best >= max(record["curve"]["selection"])
-        assert 0 < record["calls"]["post-hoc"] <= 320
-        if observes:
-            assert 21 <= record["passes"]["observe"] <= PREDICTIONS["forward_pass_budget"]
-            assert record["passes"]["observe"] < record["calls"]["observe"] <= PREDICTIONS["metric_call_budget"]
-        else:
-            assert "observe" not in record["calls"]
-    elif name == "cma_virtual":
-        assert 40 < record["passes"]["observe"] <= PREDICTIONS["forward_pass_budget"]
-        assert 0.8 * PREDICTIONS["metric_call_budget"] < record["calls"]["observe"] <= PREDICTIONS["metric_call_budget"]
-        assert record["calls"]["select"] == 21 and best == max(record["curve"]["selection"])
+    if name in ours:
+        kinds = ["start", *["step"] * curve["kind"].count("step"), *curve["kind"][-1:]]
+        assert [kind for kind in curve["kind"] if kind != "mean of steps"] == kinds and best in curve["selection"]
+        assert curve["kind"][-1] == "start, bias tuned" and curve["kind"].count("step") <= TINY.metric_steps
+        assert 0 < record["calls"]["observe"] <= CALLS[PREDICTIONS] and 0 < record["calls"]["post-hoc"] <= 160
     else:
+        observes = name not in ("loss_only", "loss_small", "train_obs", "obs", "formula")
+        assert curve["step"] == list(range(21)) and best == max(curve["selection"])
         assert record["calls"].get("observe", 0) == (160 if observes else 0)
-        assert record["calls"]["select"] in (21, 22)  # an odd best is asked for once more
-        assert best == max(record["curve"]["selection"])
-        assert record["curve"]["passes"] == ([8 * turn for turn in range(21)] if observes else [0] * 21)
+        assert record["calls"]["select"] == 21
+        assert curve["passes"] == ([8 * turn for turn in range(21)] if observes else [0] * 21)
     assert set(record["variants"]) >= {"plain", "post-hoc"}
     assert 0 < record["variants"]["post-hoc"]["calls"]["post-hoc"] <= 160
 

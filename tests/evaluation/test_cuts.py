@@ -88,5 +88,3 @@ def test_where_there_are_no_classes_to_be_read_the_cut_is_the_random_one(dataset
     order = np.random.default_rng(3).permutation(100)
     observed, selected = data.cut(dataset, 20, 3)
     assert observed.indices == order[:20].tolist() and selected.indices == order[20:40].tolist()
-
-

@@ -85,10 +85,15 @@ def test_examples_are_taken_in_the_order_asked_for(kind):
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_in_order_means_everything_every_time(kind):
-    batches = data.in_order(MAKE[kind](), 8, collate)
+    batches = data.InOrder(MAKE[kind](), 8, collate)
     for _ in range(2):
         assert [len(batch) for batch in batches()] == [8, 8, 4]
         assert sum(batches(), []) == list(range(SIZE))
+    assert batches.batch_sizes == (8, 8, 4)
+
+
+def test_of_a_stream_nobody_knows_how_many_examples_there_are():
+    assert data.InOrder(Stream(), 8, collate).batch_sizes is None
 
 
 @pytest.mark.parametrize("kind", MAKE)
@@ -107,49 +112,3 @@ def test_a_batch_is_no_larger_than_its_set():
 
 def test_of_a_stream_the_first_batches_are_taken():
     assert list(data.random_batches(Stream(), 4, 2, collate, generator())) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-@pytest.mark.parametrize("name", ["label", "labels", "target"])
-@pytest.mark.parametrize("kind", MAKE)
-def test_a_group_s_batch_holds_one_class(kind, name):
-    batches = list(data.group_batches(MAKE[kind](name=name), name, 4, collate, generator()))
-    assert [{i % 3 for i in batch} for batch in batches] == [{0}, {1}, {2}]
-    assert all(len(set(batch)) == 4 for batch in batches)
-
-
-@pytest.mark.parametrize("kind", MAKE)
-def test_a_group_s_batch_is_seeded(kind):
-    def drawn(seed):
-        return list(data.group_batches(MAKE[kind](), "labels", 4, collate, generator(seed)))
-
-    assert drawn(0) == drawn(0) != drawn(1)
-
-
-@pytest.mark.parametrize("kind", MAKE)
-def test_trainers_name_for_labels_finds_the_column_that_will_be_renamed(kind):
-    batches = list(data.group_batches(MAKE[kind](name="label"), "labels", 100, collate, generator()))
-    assert [len(batch) for batch in batches] == [7, 7, 6]  # a small class is taken whole
-
-
-class Pairs(Rows):
-    def __getitem__(self, i):
-        return torch.tensor(float(i)), i % 3
-
-
-@pytest.mark.parametrize(
-    ("dataset", "reason"),
-    [
-        (Stream(), "no length"),
-        (Rows(name="other"), "no column 'labels'"),
-        (table(name="other"), "no column 'labels'"),
-        (Pairs(), "no column 'labels'"),
-        (datasets.Dataset.from_dict({"labels": [0.5, 1.5]}), "float.. labels"),
-        (datasets.Dataset.from_dict({"labels": [[0, 1], [1, 0]]}), r"shape \[2, 2\]"),
-        (datasets.Dataset.from_dict({"labels": ["a", "b"]}), "labels of shape"),
-        (datasets.Dataset.from_dict({"labels": list(range(1001))}), "int64 labels"),
-    ],
-    ids=["stream", "no column", "no column in a table", "pairs", "numbers", "several labels", "texts", "too many"],
-)
-def test_labels_that_are_no_classes_are_refused_with_another_way(dataset, reason):
-    with pytest.raises(ConfigurationError, match=f"{reason}.*gradient_pca"):
-        list(data.group_batches(dataset, "labels", 4, collate, generator()))

@@ -40,7 +40,7 @@ def test_a_text_that_says_both_says_nothing():
     assert by_description("How good it is.") is None
 
 
-SCRIPT = '''
+SCRIPT = """
 import datasets
 import evaluate
 
@@ -51,7 +51,7 @@ class Oddness(evaluate.Metric):
 
     def _compute(self, predictions, references):
         return {{"oddness": float(sum(p != r for p, r in zip(predictions, references)))}}
-'''
+"""
 
 
 def trainer(folder, **kwargs):

@@ -12,7 +12,6 @@ from transformers import BatchEncoding
 from metricopt_hf.errors import ConfigurationError, MetricError
 from metricopt_hf.evaluation import data
 from metricopt_hf.evaluation import evaluator as evaluator_module
-from metricopt_hf.evaluation.answer import Score
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator, undisturbed
 from metricopt_hf.evaluation.ledger import Ledger
 from metricopt_hf.evaluation.metric import Metric
@@ -59,7 +58,7 @@ def evaluator(metric=None, examples=None, max_bytes=1e9, concat=True, predict=No
     return Evaluator(
         phi or Subset(model, "4.bias"),
         predict or (lambda batch: BatchOutput(model(batch["x"]), batch["labels"])),
-        data.in_order(examples, BATCH, torch.utils.data.default_collate),
+        data.InOrder(examples, BATCH, torch.utils.data.default_collate),
         Metric(metric or Seen(), "seen"),
         Ledger(),
         max_bytes,
@@ -149,8 +148,8 @@ def test_batches_are_collated_once_if_they_fit_into_memory():
 def test_a_collator_s_own_mapping_counts_against_the_memory_too():
     examples = Examples()
     taken = evaluator(examples=examples, max_bytes=1)
-    batches = taken._data._batches
-    taken._data._batches = lambda: (BatchEncoding(batch) for batch in batches())
+    batches = taken._batches
+    taken._batches = lambda: (BatchEncoding(batch) for batch in batches())
     taken.evaluate("observe")
     before = examples.read
     taken.evaluate("observe")
@@ -221,6 +220,7 @@ BATCH_BYTES = SIZE * (5 * 4 + 8)  # numbers and labels
 def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(monkeypatch, max_bytes, replayed):
     phi, reference = FiLM(Model()), FiLM(Model())
     reference.model.load_state_dict(phi.model.state_dict())
+    reference.reset()
     frozen, plain = evaluator(max_bytes=max_bytes, phi=phi), evaluator(phi=reference)
 
     @contextmanager
@@ -241,114 +241,58 @@ def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(monkeypatch, max_
     assert computed.count(phi.model[0]) == 3 - replayed
 
 
-# ---- several points
+# ---- several ranks
 
 
-class Fails(Seen):
-    """Not on every call."""
+def fake_ranks(monkeypatch, world_size):
+    """`gather(rank)` makes the ranks exchange, one after the other: the last one to come has what all gave."""
+    given = {}
 
-    def __init__(self, calls):
-        self.calls, self.count = calls, -1
-        super().__init__(self.next)
+    def gather(mine):
+        given[len(given)] = list(mine)
+        return [item for items in given.values() for item in items]
 
-    def next(self):
-        self.count += 1
-        if self.count in self.calls:
-            raise ValueError(f"no number in call {self.count}")
-
-
-def test_the_scores_of_points_are_those_with_phi_there():
-    taken = evaluator()
-    before, points = taken.phi.read(), torch.randn(3, taken.phi.dim)
-    scores = taken.evaluate_many(points, "observe")
-    assert torch.equal(taken.phi.read(), before)
-    assert taken.ledger.calls["observe"] == 3
-    assert taken.ledger.seconds["observe"] == pytest.approx(scores.seconds.sum(), rel=0.5)
-    assert scores.values.shape == scores.seconds.shape == (3,) and scores.values.dtype == np.float64
-    assert (scores.seconds > 0).all() and list(scores.errors) == [None] * 3 and scores.predictions is None
-    for point, score in zip(points, scores.values, strict=True):
-        taken.phi.write(point)
-        assert taken.evaluate("observe") == score
-    assert len(set(scores.values)) == 3
+    monkeypatch.setattr(evaluator_module, "gather_object", gather)
+    return given
 
 
-def test_a_call_that_fails_costs_its_point_alone():
-    taken = evaluator(Fails({1}))
-    points = torch.randn(3, taken.phi.dim)
-    scores = taken.evaluate_many(points, "observe", predictions=True)
-    assert np.isfinite(scores.values).tolist() == [True, False, True] and np.isnan(scores.values[1])
-    assert [error is None for error in scores.errors] == [True, False, True] and "call 1" in scores.errors[1]
-    assert len(scores.predictions) == 3  # they were made, whatever the metric says of them
-    assert taken.ledger.calls["observe"] == 3  # one that failed was made
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_batches_are_shared_among_the_ranks_and_all_run_equally_often(monkeypatch, world_size):
+    given, runs = fake_ranks(monkeypatch, world_size), []
+    model = Model().eval()
+    for rank in range(world_size):
+        called = []
+
+        def predict(batch, called=called):
+            called.append(batch)
+            return BatchOutput(model(batch["x"]), batch["labels"])
+
+        taken = evaluator(model=model, predict=predict, rank=rank, world_size=world_size)
+        last = taken.predictions() if rank == world_size - 1 else list(taken.outputs())
+        runs.append(len(called))
+    assert set(runs) == {-(-3 // world_size)} and [len(share) for share in given.values()][:3] == {
+        2: [2, 1], 3: [1, 1, 1], 5: [1, 1, 1]}[world_size]  # fmt: skip
+    assert last.label_ids.tolist() == list(range(SIZE))
+    assert np.allclose(last.predictions, evaluator(model=model).predictions().predictions, atol=1e-6)
 
 
-def test_predictions_are_those_that_the_metric_saw():
-    metric = Seen()
-    taken = evaluator(metric)
-    (prediction,) = taken.evaluate_many(torch.randn(1, taken.phi.dim), "observe", predictions=True).predictions
-    assert np.array_equal(prediction.predictions, metric.prediction.predictions)
-    assert np.array_equal(prediction.label_ids, metric.prediction.label_ids)
-    here = taken.predictions()
-    assert here.label_ids.tolist() == list(range(SIZE))
-    assert not np.allclose(here.predictions, prediction.predictions)  # phi is another one
+def test_calls_are_shared_out_and_come_back_in_order(monkeypatch):
+    fake_ranks(monkeypatch, 3)
+    for rank in range(3):
+        found = evaluator_module.shared_out(rank, 3, 7, lambda i: i * i)
+    assert found == [i * i for i in range(7)]
 
 
-def test_predictions_stay_as_they_were_and_may_be_changed():
-    """Also of a model that returns a parameter, whose memory they would share, and whatever becomes of the labels."""
-    model = Model()
-
-    def returned(batch):
-        return BatchOutput(model[4].bias.expand(len(batch["labels"]), -1), batch["labels"])
-
-    taken = evaluator(model=model, predict=returned, examples=Examples(BATCH))
-    points = torch.randn(2, taken.phi.dim)
-    scores = taken.evaluate_many(points, "observe", predictions=True)
-    for point, prediction in zip(points, scores.predictions, strict=True):
-        assert np.array_equal(prediction.predictions, point.expand(BATCH, -1).numpy())
-        prediction.label_ids[:] = -1
-    assert taken.predictions().label_ids.tolist() == list(range(BATCH))
-
-
-def test_on_the_main_rank_alone_the_metric_is_called_and_all_get_its_answer(monkeypatch):
-    """Every rank predicts: a model's loss may wait for all of them."""
+def test_of_what_the_first_rank_answers_or_raises_all_have_the_same(monkeypatch):
     sent = {}
 
     def broadcast(outcome):
-        if outcome != [None]:
-            sent["outcome"] = list(outcome)
-        outcome[:] = sent["outcome"]
+        outcome[:] = sent.setdefault("first", list(outcome))
 
     monkeypatch.setattr(evaluator_module, "broadcast_object_list", broadcast)
-    model = Model()
-    for world_size in (1, 2):
-        for fails in (set(), {0}):
-            expected = None
-            for rank in range(world_size):
-                metric, examples = Fails(fails), Examples()
-                taken = evaluator(metric, examples, model=model, rank=rank, world_size=world_size)
-                if fails:
-                    with pytest.raises(MetricError, match="call 0"):
-                        taken.evaluate("select")
-                else:
-                    answer = taken.evaluate("select")
-                    expected = answer if rank == 0 else expected
-                    assert answer == expected == Seen()(taken.predictions())
-                assert metric.count + 1 == (rank == 0)
-                assert examples.read == SIZE
-                assert taken.ledger.calls["select"] == 1
-
-
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_ranks_predict_equally_often(monkeypatch, count):
-    """Where there are fewer points than ranks need, one predicts for nothing: no rank waits for another in vain."""
-    predicted = []
+    answers = iter(range(9))
+    assert [evaluator_module.agreed(rank, 2, lambda: next(answers)) for rank in range(2)] == [0, 0]
+    sent.clear()
     for rank in range(2):
-        others = [(i, Score(0.0), None, 0.0, 0.0, None) for i in range(count) if i % 2 != rank]
-        monkeypatch.setattr(evaluator_module, "gather_object", lambda mine, others=others: mine + others)
-        taken = evaluator(rank=rank, world_size=2)
-        predictions, calls = taken._data.predictions, []
-        taken._data.predictions = lambda predictions=predictions, calls=calls: calls.append(1) or predictions()
-        assert taken.evaluate_many(torch.randn(count, taken.phi.dim), "observe").values.shape == (count,)
-        assert taken.ledger.calls["observe"] == count
-        predicted.append(len(calls))
-    assert predicted[0] == predicted[1] == -(-count // 2)
+        with pytest.raises(MetricError, match="mistake"):
+            evaluator_module.agreed(rank, 2, lambda: Metric(lambda p: fail(), "f1")(None))

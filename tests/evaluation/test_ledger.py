@@ -14,7 +14,7 @@ def test_calls_and_seconds_are_counted_by_purpose_even_if_they_fail():
     with ledger.charge("check"):
         pass
     ledger.add("offline", 3, 2.5)
-    assert ledger.calls == {"check": 1, "observe": 2, "select": 0, "offline": 3, "post-hoc": 0}
+    assert ledger.calls == {"check": 1, "observe": 2, "noise": 0, "select": 0, "offline": 3, "post-hoc": 0}
     assert ledger.seconds["offline"] == 2.5 and ledger.seconds["select"] == 0
     assert 0 < ledger.seconds["observe"] < 1
 

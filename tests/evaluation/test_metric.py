@@ -3,17 +3,14 @@
 import threading
 import time
 
-import datasets
-import evaluate
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import f1_score
 from transformers import EvalPrediction
 
-from metricopt_hf import metrics
-from metricopt_hf.errors import ConfigurationError, MetricError
-from metricopt_hf.evaluation.metric import Metric, from_evaluate, resolve, takes_batches
+from metricopt_hf.errors import MetricError
+from metricopt_hf.evaluation.metric import Metric, takes_batches
+from metricopt_hf.evaluation.modules import resolve
 
 LOGITS = np.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5], [0.1, 0.0, 3.0], [1.0, 0.0, 0.9]], np.float32)
 LABELS = np.array([0, 1, 2, 2])
@@ -138,183 +135,6 @@ def test_a_call_that_takes_too_long_is_abandoned_and_not_repeated_before_it_is_b
     metric._abandoned.join(30)
     metric.timeout = 30
     assert metric(PREDICTION) == 0.5
-
-
-# ---- evaluate modules
-
-
-class Echo(evaluate.Metric):
-    """Keeps what it was called with."""
-
-    features = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description="", citation="", inputs_description="", features=type(self).features, module_name="echo"
-        )
-
-    def _compute(self, references, scale=1.0, **columns):
-        (self.predictions,) = columns.values()
-        self.references = references
-        return {"echo": scale * len(references), "other": 2.0}
-
-
-def takes(**features):
-    return type("Echo", (Echo,), {"features": datasets.Features({**features, "references": datasets.Value("int32")})})
-
-
-INTEGERS = Echo
-NUMBERS = takes(predictions=datasets.Value("float32"))
-SCORES = takes(prediction_scores=datasets.Value("float32"))
-SCORES_PER_CLASS = takes(prediction_scores=datasets.List(datasets.Value("float32")))
-TEXTS = takes(predictions=datasets.Value("string"))
-SEVERAL = type(
-    "Echo",
-    (Echo,),
-    {
-        "features": datasets.Features(
-            {
-                "predictions": datasets.List(datasets.Value("int32")),
-                "references": datasets.List(datasets.Value("int32")),
-            }
-        )
-    },
-)
-
-
-def named(module, key="echo", **options):
-    """A metric from a module of which one number is wanted."""
-    metric = from_evaluate(module, **options)
-    metric.name = key
-    return metric
-
-
-def fed(kind, predictions, labels, inputs="auto"):
-    """What an evaluate module of this kind gets of predictions and labels."""
-    module = kind(keep_in_memory=True)
-    metric = named(module, inputs=inputs)
-    metric(EvalPrediction(np.asarray(predictions, np.float32), np.asarray(labels)))
-    return np.asarray(module.predictions), np.asarray(module.references)
-
-
-SOFTMAX = torch.softmax(torch.tensor(LOGITS), -1).numpy()
-
-
-@pytest.mark.parametrize(
-    ("kind", "predictions", "labels", "expected"),
-    [
-        (INTEGERS, LOGITS, LABELS, [0, 1, 2, 0]),
-        (INTEGERS, [[0.2], [-0.2]], [1, 1], [1, 0]),  # a single logit
-        (INTEGERS, [0.2, -0.2], [1, 1], [1, 0]),
-        (NUMBERS, [[0.2], [-0.2]], [1, 1], [0.2, -0.2]),  # regression
-        (NUMBERS, [0.2, -0.2], [1, 1], [0.2, -0.2]),
-        (SCORES, LOGITS[:, :2], LABELS, torch.sigmoid(torch.tensor(LOGITS[:, 1] - LOGITS[:, 0])).numpy()),
-        (SCORES, [[0.0], [20.0]], [1, 1], [0.5, 1.0]),
-        (SCORES_PER_CLASS, LOGITS, LABELS, SOFTMAX),
-        (SEVERAL, [[3.0, -1.0], [-2.0, 4.0]], [[1.0, 0.0], [1.0, 1.0]], [[1, 0], [0, 1]]),  # multi-label
-    ],
-)
-def test_predictions_become_what_the_module_takes(kind, predictions, labels, expected):
-    got, references = fed(kind, predictions, labels)
-    assert got.shape == np.shape(expected) and np.allclose(got, expected, atol=1e-6)
-    assert references.tolist() == np.asarray(labels).tolist()
-
-
-def test_scores_of_several_labels_are_a_sigmoid_each():
-    several = takes(prediction_scores=datasets.List(datasets.Value("float32")))
-    several.features["references"] = datasets.List(datasets.Value("int32"))
-    got, _ = fed(several, [[0.0, 20.0], [-20.0, 0.0]], [[1, 0], [0, 1]])
-    assert np.allclose(got, [[0.5, 1.0], [0.0, 0.5]])
-
-
-def test_ignored_tokens_are_left_out():
-    logits = np.zeros((2, 3, 4), np.float32)
-    logits[:, :, 1] = 1
-    got, references = fed(INTEGERS, logits, [[0, 1, -100], [2, -100, -100]])
-    assert got.tolist() == [1, 1, 1] and references.tolist() == [0, 1, 2]
-
-
-def test_decisions_made_before_are_taken_as_they_are():
-    module = INTEGERS(keep_in_memory=True)
-    named(module)(EvalPrediction(np.array([2, 1, 0, 0]), LABELS))
-    assert np.asarray(module.predictions).tolist() == [2, 1, 0, 0]
-
-
-def test_logits_are_the_first_of_several_outputs():
-    module = INTEGERS(keep_in_memory=True)
-    named(module)(EvalPrediction((LOGITS, np.zeros((4, 9))), LABELS))
-    assert np.asarray(module.predictions).tolist() == [0, 1, 2, 0]
-
-
-def test_inputs_can_be_asked_for_or_made_by_a_function():
-    got, _ = fed(NUMBERS, LOGITS, LABELS, inputs="argmax")
-    assert got.tolist() == [0, 1, 2, 0]
-    got, _ = fed(NUMBERS, LOGITS, LABELS, lambda p: {"predictions": p.predictions[:, 0], "references": p.label_ids})
-    assert np.allclose(got, LOGITS[:, 0])
-
-
-def test_kwargs_reach_the_module_and_of_several_numbers_one_must_be_named():
-    assert named(INTEGERS(), "other")(PREDICTION) == 2.0
-    assert named(INTEGERS(), kwargs={"scale": 0.5})(PREDICTION) == 2.0
-    with pytest.raises(MetricError, match=r"echo.*other.*metric_for_best_model"):
-        named(INTEGERS(), "third")(PREDICTION)
-
-
-def test_texts_need_a_function_and_unknown_inputs_are_listed():
-    with pytest.raises(ConfigurationError, match="metric_inputs as a function"):
-        from_evaluate(TEXTS())
-    with pytest.raises(ConfigurationError, match="argmax, scores, identity"):
-        from_evaluate(INTEGERS(), inputs="logits")
-
-
-# ---- whatever a user may name
-
-
-@pytest.mark.parametrize("how", ["name", "path", "module"])
-def test_a_module_is_found_by_name_path_or_as_itself(how):
-    path = metrics.path("worst_class_recall")
-    named = {"name": "worst_class_recall", "path": path, "module": lambda: evaluate.load(path)}[how]
-    metric = resolve(named() if callable(named) else named, greater_is_better=True)
-    assert metric.name == "worst_class_recall"
-    assert metric(PREDICTION) == 0.5
-
-
-@pytest.mark.parametrize("name", metrics.names())
-def test_every_shipped_module_takes_logits(name):
-    told_groups = name in ("worst_group_accuracy", "equalized_odds_gap")
-    labels = (LABELS, np.arange(len(LABELS)) % 2) if told_groups else LABELS
-    assert 0 <= resolve(name, greater_is_better=True)(EvalPrediction(PREDICTION.predictions, labels)) <= 1
-
-
-def test_after_an_error_a_loaded_module_is_right_again_and_at_once():
-    metric = resolve("worst_class_recall", greater_is_better=True, timeout=30)
-    for _ in range(2):
-        with pytest.raises(MetricError, match="no examples"):
-            metric(EvalPrediction(LOGITS[:0], LABELS[:0]))
-        start = time.perf_counter()
-        assert metric(PREDICTION) == 0.5
-        assert time.perf_counter() - start < 0.9  # waiting for a stale lock takes a second
-
-
-def test_a_callable_is_named_after_itself_and_a_metric_stays():
-    def macro_f1(prediction):
-        return f1_score(prediction.label_ids, prediction.predictions.argmax(-1), average="macro")
-
-    metric = resolve(macro_f1, greater_is_better=False, timeout=3)
-    assert (metric.name, metric.greater_is_better, metric.timeout) == ("macro_f1", False, 3)
-    assert metric(PREDICTION) == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
-    assert resolve(metric, greater_is_better=True) is metric
-
-
-def test_what_cannot_be_resolved_is_answered_with_what_can(monkeypatch):
-    def not_found(*args, **kwargs):
-        raise FileNotFoundError("nowhere")
-
-    monkeypatch.setattr(evaluate, "load", not_found)  # without the seconds that it looks about
-    with pytest.raises(ConfigurationError, match="nowhere.*recall_at_k"):
-        resolve("no_such_metric", greater_is_better=True)
-    with pytest.raises(ConfigurationError, match="metric=3 must be"):
-        resolve(3, greater_is_better=True)
 
 
 # ---- compute_metrics written for batch_eval_metrics

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from metricopt_hf.evaluation import prefix_cache
-from metricopt_hf.evaluation.prefix_cache import PrefixCache, nbytes
+from metricopt_hf.evaluation.prefix_cache import nbytes
 from metricopt_hf.phi import FiLM, Subset
 
 
@@ -122,7 +122,7 @@ class ReadsPhiElsewhere(Residual):
     """Uses the norm's scale before the norm runs."""
 
     def forward(self, x):
-        return super().forward(self.act(x * (1 + self.norm.film_scale)))
+        return super().forward(self.act(x * self.norm.weight))
 
 
 class Noisy(Residual):
@@ -216,7 +216,7 @@ class TwoWays(WithAnExtra):
     """Uses phi early, but only for some batches."""
 
     def forward(self, x):
-        return super().forward(x if x.sum() > 0 else self.extra(x * (1 + self.norm.film_scale)))
+        return super().forward(x if x.sum() > 0 else self.extra(x * self.norm.weight))
 
 
 @pytest.mark.parametrize("model", [Padded, TwoWays])
@@ -279,59 +279,6 @@ def test_an_error_in_the_forward_pass_leaves_nothing_behind():
         setting.model.head.register_forward_pre_hook(lambda module, args: args[0].reshape(7, 7))
         setting.cached()
     assert not any("forward" in m.__dict__ for m in setting.model.modules())
-
-
-# ---- what of a batch is needed with the prefix replayed
-
-
-class WithAWeight(Residual):
-    """A number per row that is used behind phi, and one that is not."""
-
-    def forward(self, x, weight, unused):
-        return super().forward(x) * weight[:, None]
-
-
-def weighted():
-    return [{"x": torch.randn(5, 6), "weight": torch.rand(5), "unused": torch.rand(5), "n": i} for i in range(3)]
-
-
-def run_weighted(model, batch):
-    return model(batch["x"], batch["weight"].to(torch.float64).float(), batch["unused"])
-
-
-@pytest.fixture
-def batches_are_moved(monkeypatch):
-    """As to an accelerator."""
-    monkeypatch.setattr(PrefixCache, "_moves", lambda self, batch: True)
-
-
-def test_of_a_batch_only_what_is_read_behind_the_prefix_is_kept(batches_are_moved):
-    setting = Setting(WithAWeight(), weighted(), predict=run_weighted)
-    setting.assert_equal_at_several_phi()
-    for index, batch in enumerate(setting.batches):
-        thin = setting.cache._batches[index]
-        assert thin["n"] == index and torch.equal(thin["weight"], batch["weight"])
-        for name in ("x", "unused"):
-            assert thin[name].shape == batch[name].shape and thin[name].isnan().all()
-            assert nbytes(thin[name]) == 4 and not batch[name].isnan().any()
-
-
-@pytest.mark.parametrize("read", [lambda x: x.sum(), lambda x: torch.cat([x, x]).sum(), lambda x: float(x[0, 0])])
-def test_what_is_read_beside_the_model_is_kept(read, batches_are_moved):
-    """Also where it makes no difference at the phi at which it was tried."""
-    setting = Setting(Residual(), rows(), predict=lambda model, x: (model(x) + 1e-30 * read(x)).argmax(-1))
-    setting.cached()
-    assert setting.cache.active
-    assert all(torch.equal(setting.cache._batches[i], batch) for i, batch in enumerate(setting.batches))
-
-
-def test_where_batches_are_where_the_model_is_they_are_left_as_they_are():
-    setting = Setting(WithAWeight(), weighted(), predict=run_weighted)
-    setting.cached()
-    assert setting.cache.active and not setting.cache._batches
-    device = next(setting.model.parameters()).device
-    assert not setting.cache._moves({"x": torch.ones(2)}) and device.type == "cpu"
-    assert setting.cache._moves([{"x": (1, torch.ones(2, device="meta"))}])
 
 
 def test_what_finds_no_room_on_the_device_is_kept_elsewhere_and_brought_back(monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from metricopt_hf.evaluation.rows import num_rows, take_rows
+from metricopt_hf.evaluation.rows import num_rows, sizes_of, take_rows, unsplittable
 
 ROWS = np.array([0, 3, 4])
 
@@ -42,3 +42,51 @@ def test_the_original_is_left_as_it_is():
     part = take_rows(whole, ROWS)
     part.predictions[:] = -1
     assert whole.predictions.min() == 0
+
+
+def whole_of(predictions, labels=None, **others):
+    return EvalPrediction(predictions, np.arange(5) if labels is None else labels, **others)
+
+
+LOGITS, PIXELS = np.zeros((5, 3)), np.zeros((40, 3))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "named"),
+    [
+        (whole_of(LOGITS), None),
+        (whole_of((LOGITS, PIXELS)), None),  # router logits beside them
+        (whole_of((PIXELS, LOGITS)), None),  # and in front
+        (whole_of(({"loss_ce": np.zeros(2)}, LOGITS)), None),
+        (whole_of({"logits": LOGITS}, losses=np.zeros(5)), None),
+        (whole_of(PIXELS), "predictions hold 40 rows"),  # patches, joined
+        (whole_of(PIXELS, np.zeros(40)), "predictions hold 40 rows"),
+        (whole_of(LOGITS, np.zeros(40)), "label_ids hold 40 rows"),
+        (whole_of(LOGITS, inputs=PIXELS), "inputs hold 40 rows"),
+        (whole_of(np.float64(0.5)), "predictions hold no rows"),
+    ],
+)
+def test_rows_are_those_of_examples_or_it_is_said_that_they_are_not(prediction, named):
+    found = unsplittable(prediction, batch_sizes=[2, 3])
+    assert (found is None) == (named is None) and (found is None or named in found and "5 examples" in found)
+    assert num_rows(prediction, batch_sizes=[2, 3]) == 5
+    if found is None:
+        part = take_rows(prediction, ROWS, batch_sizes=[2, 3])
+        assert unsplittable(part, batch_sizes=[3]) is None and part.label_ids.tolist() == [0, 3, 4]
+
+
+def test_of_batches_that_are_not_joined_each_is_looked_at():
+    sizes = (2, 3)
+    logits, labels = [np.zeros((9, 2)), np.zeros((3, 2))], [np.arange(2), np.arange(3)]
+    assert "of 2 examples the predictions hold 9" in unsplittable(EvalPrediction(logits, labels), False, sizes)
+    assert "1 batches" in unsplittable(EvalPrediction(logits[:1], labels), False, sizes)
+    fine = EvalPrediction([({"loss": np.float32(1)}, np.zeros((n, 2))) for n in sizes], labels)
+    assert unsplittable(fine, False, sizes) is None
+    part = take_rows(fine, ROWS, False, sizes)
+    assert [len(batch[1]) for batch in part.predictions] == [1, 2] == list(sizes_of(fine, ROWS, sizes))
+
+
+def test_of_a_batch_with_two_rows_two_outputs_are_no_rows():
+    whole = EvalPrediction((np.zeros((2, 3)), np.zeros(7)), np.arange(2))
+    part = take_rows(whole, np.array([1]))
+    assert isinstance(part.predictions, tuple) and [len(p) for p in part.predictions] == [1, 7]

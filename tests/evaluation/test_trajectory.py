@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from metricopt_hf import Observation, Trajectory
+from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 
 
 def observation(step, score=0.5, variance=0.1):

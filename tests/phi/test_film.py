@@ -1,4 +1,4 @@
-"""FiLM: the identity at first, on the norms of the last block and the output bias, and plain weights when merged."""
+"""FiLM: the norms of the last block and the output bias, written into plain weights."""
 
 import copy
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from helpers import tiny_bert
-from phi_models import ZOO, build, llama, outputs, somewhere, timm_model
+from phi_models import ZOO, build, llama, lora, outputs, somewhere, timm_model
 from torch import nn
 
 from metricopt_hf.errors import PhiError
@@ -14,48 +14,72 @@ from metricopt_hf.phi import FiLM
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_film_is_the_identity_at_first_and_folds_into_plain_weights(name):
+def test_film_scales_and_shifts_the_norms_of_the_last_block_and_the_output_bias(name):
     model, inputs = build(name)
-    keys, before = list(model.state_dict()), outputs(model, inputs)
-    phi = FiLM(model)
-    assert torch.equal(outputs(model, inputs), before)
-
-    phi.write(somewhere(phi))
-    tuned = outputs(model, inputs)
-    assert (tuned - before).abs().max() > 1e-3
-    merged = model.state_dict()
-    phi.merge()
-    assert torch.allclose(outputs(model, inputs), tuned, rtol=1e-5, atol=1e-5)
-    assert list(model.state_dict()) == keys == list(merged)
-    assert all(torch.equal(merged[key], tensor) for key, tensor in model.state_dict().items())
-
-    fresh = ZOO[name][0]().eval()
-    fresh.load_state_dict(merged, strict=True)
-    assert torch.equal(outputs(fresh, inputs), outputs(model, inputs))
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_film_chooses_the_norms_of_the_last_block_and_the_output_bias(name):
     *_, hosts, bias = ZOO[name]
-    phi = FiLM(build(name)[0])
-    assert list(dict.fromkeys(n.rpartition(".")[0] for n in phi.inserted)) == hosts
-    assert phi.names == phi.inserted + ((bias,) if bias else ())
+    keys, before = list(model.state_dict()), outputs(model, inputs)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    phi = FiLM(model)
+    norms = [n.rpartition(".")[0] for n in phi.names if n != bias]
+    assert list(dict.fromkeys(norms)) == [host.removesuffix(".drop") for host in hosts]
+    assert phi.output_bias == bias and (phi.output_bias_slice is None) == (bias is None)
+
+    assert phi.read().shape == (phi.dim,) and not phi.read().any()
+    phi.write(torch.zeros(phi.dim))
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())  # bit for bit
+    where = somewhere(phi)
+    phi.write(where)
+    tuned = outputs(model, inputs)
+    assert (tuned - before).abs().max() > 1e-3 and torch.equal(phi.read(), where)
+    assert list(model.state_dict()) == keys
+    if bias:
+        assert torch.allclose(model.get_parameter(bias) - weights[bias], where[phi.output_bias_slice], atol=1e-6)
+    fresh = ZOO[name][0]().eval()
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(outputs(fresh, inputs), tuned)
+    phi.write(torch.zeros(phi.dim))
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+
+
+def test_what_is_written_is_a_scale_and_a_shift_of_the_norms_output():
+    model, inputs = build("bert")
+    phi = FiLM(model, layers=r"layer\.1\.output", output_bias=False)
+    seen = []
+    model.bert.encoder.layer[1].output.LayerNorm.register_forward_hook(lambda m, args, output: seen.append(output))
+    outputs(model, inputs)
+    phi.write(somewhere(phi))
+    outputs(model, inputs)
+    scale, shift = phi.read().chunk(2)
+    assert torch.allclose(seen[1], (1 + scale) * seen[0] + shift, atol=1e-5)
+
+
+def test_phi_counts_from_where_it_was_last_reset():
+    phi = FiLM(build("bert")[0])
+    phi.write(somewhere(phi))
+    weights = [p.detach().clone() for p in phi.parameters]
+    phi.reset()
+    assert not phi.read().any()
+    phi.write(somewhere(phi))
+    phi.write(torch.zeros(phi.dim))
+    assert all(torch.equal(p, w) for p, w in zip(phi.parameters, weights, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_at_zero_the_weights_are_those_at_reset_in_any_precision(dtype):
+    phi = FiLM(build("bert")[0].to(dtype))
+    weights = [p.detach().clone() for p in phi.parameters]
+    phi.write(somewhere(phi))
+    phi.write(torch.zeros(phi.dim))
+    assert all(torch.equal(p, w) and p.dtype == dtype for p, w in zip(phi.parameters, weights, strict=True))
 
 
 def test_a_norm_without_bias_gets_a_scale_only():
-    assert {n.rpartition(".")[2] for n in FiLM(llama()).names} == {"film_scale"}
-
-
-def test_film_acts_alike_with_and_without_gradients():
-    model, inputs = build("torch encoder")
-    phi = FiLM(model)
-    phi.write(somewhere(phi))
-    assert torch.allclose(model(inputs), outputs(model, inputs), atol=1e-5)
+    assert {n.rpartition(".")[2] for n in FiLM(llama()).names} == {"weight"}
 
 
 def test_layers_are_chosen_by_a_regular_expression():
     phi = FiLM(tiny_bert(), layers=r"layer\.0\.output", output_bias=False)
-    assert phi.names == tuple(f"bert.encoder.layer.0.output.LayerNorm.film_{part}" for part in ("scale", "shift"))
+    assert phi.names == tuple(f"bert.encoder.layer.0.output.LayerNorm.{part}" for part in ("weight", "bias"))
 
 
 def test_building_film_leaves_modes_weights_and_random_state_alone():
@@ -69,51 +93,45 @@ def test_building_film_leaves_modes_weights_and_random_state_alone():
     assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
 
 
-def test_a_copy_of_a_modulated_model_is_independent():
+def test_a_copy_is_independent():
     model, inputs = build("bert")
     phi = FiLM(model)
     phi.write(somewhere(phi))
     twin, before = copy.deepcopy(phi), outputs(model, inputs)
-    assert torch.equal(outputs(twin.model, inputs), before)
-
     phi.write(somewhere(phi))
-    assert torch.equal(outputs(twin.model, inputs), before)
-    twin.merge()
-    assert torch.allclose(outputs(twin.model, inputs), before, atol=1e-6)
-    assert phi.inserted and not torch.allclose(outputs(model, inputs), before, atol=1e-3)
+    assert torch.equal(outputs(twin.model, inputs), before) and not torch.equal(twin.read(), phi.read())
+    twin.write(torch.zeros(twin.dim))
+    assert not torch.allclose(outputs(twin.model, inputs), outputs(model, inputs), atol=1e-3)
 
 
-def test_the_saved_weights_fold_with_the_phi_that_was_saved_with_them():
+def test_the_saved_state_counts_from_the_same_origin():
     model, inputs = build("bert")
     phi = FiLM(model)
     phi.write(somewhere(phi))
-    saved, then = copy.deepcopy(model.state_dict()), outputs(model, inputs)
-    phi.write(somewhere(phi))
-    fresh = tiny_bert().eval()
-    fresh.load_state_dict(saved)
-    assert torch.allclose(outputs(fresh, inputs), then, atol=1e-5)
+    state, weights = phi.state_dict(), copy.deepcopy(model.state_dict())
+    phi.write(torch.zeros(phi.dim))
+    at_origin = outputs(model, inputs)
+    other = tiny_bert().eval()
+    other.load_state_dict(weights)
+    twin = FiLM(other)
+    twin.load_state_dict(state)
+    assert all(torch.equal(weights[n], t) for n, t in other.state_dict().items())
+    twin.write(torch.zeros(phi.dim))
+    assert torch.equal(outputs(other, inputs), at_origin)
 
 
-def test_folding_twice_changes_nothing_more():
-    model, inputs = build("bert")
-    phi = FiLM(model)
-    phi.write(somewhere(phi))
-    phi.merge()
-    once = outputs(model, inputs)
-    phi.merge()
-    assert torch.equal(outputs(model, inputs), once)
-    assert list(model.state_dict()) == list(model.state_dict())
-    assert FiLM(model).inserted  # and another can be built
-
-
-def test_in_bfloat16_a_step_smaller_than_its_resolution_still_acts():
+def test_in_bfloat16_phi_is_kept_in_float32():
     model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 3)).bfloat16()
-    phi, x = FiLM(model), torch.randn(8, 64, dtype=torch.bfloat16)
-    before = model[0](x).float().abs().sum()
-    phi.write(torch.full((phi.dim,), 2e-3))
-    assert model[0](x).float().abs().sum() > before
-    assert phi.read().dtype == torch.float32 and phi.read()[0] == 2e-3
-    assert model(x).dtype == torch.bfloat16
+    phi = FiLM(model)
+    for _ in range(8):  # each step is smaller than what the weights resolve
+        phi.write(phi.read() + 2e-3)
+    assert phi.read().dtype == torch.float32 and phi.read()[0] == pytest.approx(0.016)
+    assert model[0].weight[0] > 1 and model[0].weight.dtype == torch.bfloat16
+
+
+def test_a_peft_model_is_refused():
+    with pytest.raises(PhiError, match="merge_and_unload"):
+        FiLM(lora())
 
 
 @pytest.mark.parametrize("output_bias", ["auto", True])
@@ -154,10 +172,3 @@ def test_what_film_cannot_reach_is_answered_with_what_could_be_used(make, layers
     with pytest.raises(PhiError, match=re.escape(named)):
         FiLM(model, layers)
     assert list(model.state_dict()) == keys
-
-
-def test_two_films_on_one_layer_are_refused():
-    model = tiny_bert()
-    FiLM(model)
-    with pytest.raises(PhiError, match="merge the first FiLM"):
-        FiLM(model)

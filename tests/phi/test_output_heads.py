@@ -55,9 +55,7 @@ def dpt():
 
 def deeplab():
     segmentation = pytest.importorskip("torchvision").models.segmentation
-    return segmentation.deeplabv3_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=3, aux_loss=True
-    )
+    return segmentation.deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3, aux_loss=True)
 
 
 @pytest.mark.parametrize("make", [beit, upernet, dpt, deeplab])
@@ -77,6 +75,10 @@ def test_what_is_tuned_moves_the_logits(make):
             result = model(image)
         return [result["out"] if make is deeplab else result.logits]
 
-    # what the heads of these two take from the encoder lies in front of its last norms; the loss sees them as little
-    unused = {beit: "beit.layers.3.", dpt: "dpt.layernorm."}.get(make)
-    assert all(unused is not None and name.startswith(unused) for name in phi.idle(outputs))
+    # what the heads of BEiT and DPT take from the encoder lies in front of its last norms
+    unused = {beit: "beit.layers.3.", dpt: "dpt.layernorm."}.get(make, "-")
+    (before,) = outputs()
+    for name, parameter in zip(phi.names, phi.parameters, strict=True):
+        with phi.restored(), torch.no_grad():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+            assert torch.equal(outputs()[0], before) == name.startswith(unused), name

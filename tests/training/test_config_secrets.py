@@ -63,17 +63,16 @@ REFUSED = {
     "phi_dim": [4.0, INF, NAN, 0, "4", True, None],
     "seed": [2**32, -1, 1.5, NAN],
     "metric_timeout": [0, -1, NAN, INF, "5", True],
-    "metric_start_ratio": [1, -0.1, NAN, "0.5", None],
+    "metric_steps": [0, 1.5, NAN, "3"],
     "metric_call_budget": [-1, 1.5, INF, NAN, "160"],
     "phi_learning_rate": [0, INF, NAN],
-    "value_weight": [-1, INF, NAN, "64", None],
+    "value_weight": [-1, NAN, "64", None],
     "observe": ["all", None],
     "observation_size": [0, 10.0],
     "phi": ["", None, 3],
     "guide": ["none", None, ["value_function"]],
     "metric_inputs": ["logits", None],
     "metric_kwargs": ["{", "[1]", 3],
-    "tune_output_bias": ["no", "False", 1, None],
 }
 CASES = [(name, value) for name, values in REFUSED.items() for value in values]
 
@@ -98,9 +97,8 @@ def test_what_works_is_taken(given):
 
 NUMBERS = {
     "phi_dim": [np.int64(4), np.array(4), torch.tensor(4)],
-    "metric_start_ratio": [np.float32(0.5), Fraction(1, 2), torch.tensor(0.5)],
+    "value_weight": [np.float32(0.5), Fraction(1, 2), torch.tensor(0.5)],
     "greater_is_better": [np.True_],
-    "tune_output_bias": [np.False_],
     "learning_rate": [np.float64(0.1)],
     "max_steps": [np.int32(6)],
     "metric_kwargs": [{"beta": np.float32(0.5), "labels": np.arange(2)}],

@@ -38,22 +38,18 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for ranks in (1, 2):
         launch(folder, ranks)
-    return folder
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
-def load(folder, name, ranks):
-    return json.loads((folder / f"{name}-{ranks}.json").read_text())
+@pytest.mark.parametrize("name", ["predictions", "scores", "batchwise", "blended"])
+def test_two_ranks_are_one_process(results, name):
+    """Up to the order of floating-point sums, on which a step may turn where values are nearly level."""
+    one, two = results[f"{name}-1"], results[f"{name}-2"]
+    assert one["ledger"] == two["ledger"] and one["kind"] == two["kind"] and len(one["values"]) == 4
+    assert np.allclose(one["values"], two["values"], atol=1e-3)
+    assert np.allclose(one["phi"], two["phi"], atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["two_phases", "metric_phase_alone", "gradient_pca", "bf16"])
-def test_two_ranks_make_the_same_calls_as_one(results, name):
-    one, two = load(results, name, 1), load(results, name, 2)
-    assert one["calls"] == two["calls"]
-    assert len(one["scores"]) == len(two["scores"]) == 36
-
-
-def test_two_ranks_are_one_rank_on_the_joined_batch(results):
-    """Up to the order of floating-point sums; frozen and in eval mode, no dropout makes a difference."""
-    one, two = load(results, "metric_phase_alone", 1), load(results, "metric_phase_alone", 2)
-    assert np.allclose(one["scores"], two["scores"], atol=1e-4)
-    assert np.allclose(one["phi"], two["phi"], atol=1e-4)
+@pytest.mark.parametrize("step", [2, 4])
+def test_an_interrupted_run_of_two_ranks_ends_with_the_same_bits(results, step):
+    assert results["whole-2"] == results[f"resumed{step}-2"]

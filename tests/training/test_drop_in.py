@@ -5,122 +5,132 @@ import numpy as np
 import pytest
 import torch
 from helpers import Texts, tiny_bert, true_class_probability, weights
-from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainingArguments
+from runs import text_trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
-from metricopt_hf import MetricOptConfig, MetricOptTrainer
-
-
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return {"probability": true_class_probability(prediction)}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
 
-def make(folder, trainer_kwargs=None, classes=(MetricOptTrainer, MetricOptConfig), **kwargs):
-    """A script's call of Trainer; `classes` are all that changes. Every argument here is Trainer's own."""
-    trainer_class, config_class = classes
-    args = {
-        "max_steps": 16,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "metric_for_best_model": "probability",
-        "greater_is_better": True,
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "save_steps": 4,
-        "logging_steps": 4,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    data = {
-        "train_dataset": Texts(160, seed=1),
-        "eval_dataset": Texts(80, seed=2),
-        "compute_metrics": compute_metrics,
-    }
-    data.update(trainer_kwargs or {})
-    if "model_init" not in data:
-        data.setdefault("model", tiny_bert())
-    return trainer_class(args=config_class(str(folder), **{**args, **kwargs}), **data)
-
-
-def assert_guided(trainer, calls=1200):
-    assert trainer.phase.started
-    assert 0 < trainer.ledger.calls["observe"] <= calls
-    assert not any("film" in name for name in weights(trainer.model))
+def assert_guided(trainer):
+    assert trainer.ledger.calls["observe"] > 0 and trainer.result.failed_calls == 0
+    assert trainer.result.chosen.known and set(weights(trainer.model)) == set(weights(tiny_bert()))
 
 
 def test_renamed_and_nothing_else(tmp_path):
-    plain = make(tmp_path / "plain", classes=(Trainer, TrainingArguments))
-    plain.train()
-    ours = make(tmp_path / "ours")
-    ours.train()
+    ours = text_trainer(tmp_path, metric_steps=None, metric_call_budget=None, phi_dim=64)
+    plain = text_trainer(tmp_path, Trainer, config=TrainingArguments)
+    for trainer in (ours, plain):
+        trainer.train()
     assert_guided(ours)
     assert set(plain.evaluate()) == set(ours.evaluate())
 
 
-def test_load_best_model_at_end(tmp_path):
-    trainer = make(tmp_path, load_best_model_at_end=True)
+@pytest.mark.parametrize(("patience", "step"), [(1, 4), (3, 8)], ids=["before the phase", "in the phase"])
+def test_early_stopping(tmp_path, patience, step, caplog):
+    stop = EarlyStoppingCallback(patience, early_stopping_threshold=10.0)
+    trainer = text_trainer(tmp_path, trainer_kwargs={"callbacks": [stop]}, load_best_model_at_end=True, max_steps=12,
+                           metric_steps=6, **EVALUATED)  # fmt: skip
     trainer.train()
-    assert_guided(trainer)
+    assert trainer.state.global_step == step and trainer.phase.started is (step == 8)
+    assert ("ended at step 4, before its metric phase" in caplog.text) is (step == 4)
     assert trainer.evaluate()["eval_probability"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
-
-
-def test_early_stopping(tmp_path):
-    class Never(EarlyStoppingCallback):
-        stopped = False
-
-        def on_evaluate(self, args, state, control, metrics, **kwargs):
-            super().on_evaluate(args, state, control, metrics, **kwargs)
-            self.stopped |= control.should_training_stop
-
-    callback = Never(1, early_stopping_threshold=10.0)
-    trainer = make(
-        tmp_path, {"callbacks": [callback]}, load_best_model_at_end=True, metric_start_ratio=0.1, max_steps=40
-    )
-    trainer.train()
-    assert callback.stopped and trainer.state.global_step == 8
-    assert_guided(trainer)
-
-
-def test_stopped_before_the_metric_phase_the_model_is_trainer_s(tmp_path):
-    trainer = make(
-        tmp_path,
-        {"callbacks": [EarlyStoppingCallback(1, early_stopping_threshold=10.0)]},
-        load_best_model_at_end=True,
-        metric_start_ratio=0.75,
-        max_steps=80,
-    )
-    trainer.train()
-    assert trainer.state.global_step == 8 and not trainer.phase.started
-    assert not any("film" in name for name in weights(trainer.model))
-
-
-def test_eval_on_start(tmp_path):
-    trainer = make(tmp_path, eval_on_start=True)
-    trainer.train()
-    assert_guided(trainer)
-    assert trainer.state.log_history[0]["step"] == 0
 
 
 @pytest.mark.parametrize("name", ["eval_second_probability", "second_probability"])
 def test_dict_of_eval_sets(tmp_path, name):
-    sets = {"first": Texts(40, seed=2), "second": Texts(60, seed=5)}
-    trainer = make(tmp_path, {"eval_dataset": sets}, metric_for_best_model=name)
-    assert trainer.metric.name == "probability"
-    assert len(trainer.observation_dataset) == 30
+    sets = {"first": Texts(20, seed=2), "second": Texts(36, seed=5)}
+    trainer = text_trainer(tmp_path, trainer_kwargs={"eval_dataset": sets}, metric_for_best_model=name, **EVALUATED)
+    assert trainer.metric.name == "probability" and len(trainer.observation_dataset) == 18
     trainer.train()
     assert_guided(trainer)
 
 
 class Stream(torch.utils.data.IterableDataset):
+    """Nobody knows its length or its columns."""
+
+    column_names = None
+
     def __iter__(self):
-        texts = Texts(160, seed=1)
+        texts = Texts(96, seed=1)
         return iter(texts[i] for i in range(len(texts)))
 
 
-def test_iterable_train_set(tmp_path):
-    trainer = make(tmp_path, {"train_dataset": Stream()})
+def loss_func(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+
+class Batchwise:
+    """Called with one batch after the other, as tensors."""
+
+    def __init__(self):
+        self.seen, self.sizes = [], set()
+
+    def __call__(self, prediction, compute_result):
+        assert isinstance(prediction.predictions, torch.Tensor)
+        self.sizes.add(len(prediction.label_ids))
+        self.seen += (prediction.predictions.argmax(-1) == prediction.label_ids).tolist()
+        if compute_result:
+            value, self.seen = float(np.mean(self.seen)), []
+            return {"probability": value}
+
+
+def with_inputs(prediction):
+    rows = len(prediction.label_ids)
+    assert len(prediction.inputs) == rows and len(prediction.losses) == rows
+    return {"probability": true_class_probability(prediction)}
+
+
+def of_classes(prediction):
+    assert prediction.predictions.ndim == 1
+    return {"probability": float((prediction.predictions == prediction.label_ids).mean())}
+
+
+def table():
+    texts = Texts(48, seed=2)
+    columns = {"input_ids": texts.ids.tolist(), "label": texts.labels.tolist(), "text": ["unused"] * 48}
+    return datasets.Dataset.from_dict(columns)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "trainer_kwargs", "observed"),
+    [
+        ({"label_smoothing_factor": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 2}, {}, "predictions"),
+        ({}, {"compute_loss_func": loss_func}, "predictions"),
+        ({"gradient_checkpointing": True, "bf16": True}, {}, "predictions"),
+        ({"optim": "adafactor", "gradient_accumulation_steps": 2}, {}, "predictions"),
+        ({"dataloader_num_workers": 1, "auto_find_batch_size": True}, {}, "predictions"),
+        ({"include_for_metrics": ["inputs", "loss"]}, {"compute_metrics": with_inputs}, "predictions"),
+        ({"eval_accumulation_steps": 1, "neftune_noise_alpha": 5.0, "eval_on_start": True}, {}, "predictions"),
+        ({"train_sampling_strategy": "group_by_length", "eval_do_concat_batches": True}, {}, "predictions"),
+        ({}, {"train_dataset": Stream()}, "predictions"),
+        ({}, {"train_dataset": table(), "eval_dataset": table()}, "predictions"),
+        ({"batch_eval_metrics": True}, {"compute_metrics": Batchwise()}, "scores"),
+        ({"batch_eval_metrics": True, "eval_do_concat_batches": False}, {"compute_metrics": Batchwise()}, "scores"),
+        ({}, {"compute_metrics": of_classes, "preprocess_logits_for_metrics": lambda z, y: z.argmax(-1)}, "scores"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_trainer_s_other_arguments(tmp_path, kwargs, trainer_kwargs, observed):
+    trainer = text_trainer(
+        tmp_path, trainer_kwargs=trainer_kwargs, max_steps=4, metric_steps=2, metric_call_budget=40, guide="pairs", **kwargs
+    )
     trainer.train()
     assert_guided(trainer)
+    assert trainer.result.observed == observed
+    assert trainer.evaluate()["eval_probability"] > 0
+    if isinstance(metric := trainer_kwargs.get("compute_metrics"), Batchwise):
+        assert metric.sizes == {8}  # 24 rows and 48 rows; never all of them at once
+
+
+@pytest.mark.slow
+def test_torch_compile(tmp_path):
+    ends = []
+    for compiled in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}):
+        trainer = text_trainer(tmp_path, max_steps=4, metric_steps=2, **compiled)
+        trainer.train()
+        assert_guided(trainer)
+        ends.append(weights(trainer.model))
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-4) for name in ends[0])
 
 
 def test_tensorboard_shows_the_guidance_under_one_prefix(tmp_path, monkeypatch):
@@ -128,134 +138,8 @@ def test_tensorboard_shows_the_guidance_under_one_prefix(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    trainer = make(tmp_path, report_to="tensorboard", metric_start_ratio=0.25)
-    trainer.train()
-    folder = next(p.parent for p in (tmp_path / "board").rglob("events*"))
-    board = EventAccumulator(str(folder))
+    text_trainer(tmp_path, report_to="tensorboard", logging_steps=2).train()
+    board = EventAccumulator(str(next(p.parent for p in (tmp_path / "board").rglob("events*"))))
     board.Reload()
     ours = {tag for tag in board.Tags()["scalars"] if "metricopt" in tag}
-    assert "train/metricopt/trust" in ours and all(tag.startswith("train/metricopt/") for tag in ours)
-
-
-@pytest.mark.slow
-def test_hyperparameter_search_starts_every_trial_afresh(tmp_path):
-    pytest.importorskip("optuna")
-    runs = []
-
-    class Spy(MetricOptTrainer):
-        def _finish_run(self):
-            super()._finish_run()
-            runs.append((self.phase, self.args.value_weight, dict(self.ledger.calls)))
-
-    trainer = make(
-        tmp_path,
-        {"model_init": lambda: tiny_bert()},
-        classes=(Spy, MetricOptConfig),
-        save_strategy="no",
-        metric_call_budget=16,
-    )
-    trainer.hyperparameter_search(
-        hp_space=lambda trial: {"value_weight": trial.suggest_categorical("value_weight", [0.5, 4.0])},
-        n_trials=2,
-        direction="maximize",
-        compute_objective=lambda metrics: metrics["eval_probability"],
-    )
-    assert len(runs) == 2 and runs[0][0] is not runs[1][0]
-    assert all(calls["observe"] == 16 for _, _, calls in runs)
-
-
-@pytest.mark.slow
-def test_torch_compile(tmp_path):
-    trainer = make(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", max_steps=8, save_strategy="no")
-    trainer.train()
-    assert_guided(trainer)
-    eager = make(tmp_path, max_steps=8, save_strategy="no")
-    eager.train()
-    for name, value in weights(eager.model).items():
-        assert torch.allclose(value, weights(trainer.model)[name], atol=1e-4), name
-
-
-def loss_func(outputs, labels, num_items_in_batch=None):
-    return torch.nn.functional.cross_entropy(outputs["logits"], labels)
-
-
-def batch_metrics():
-    seen = []
-
-    def compute(prediction, compute_result):
-        seen.append(float((prediction.predictions.argmax(-1) == prediction.label_ids).float().mean()))
-        if compute_result:
-            value = float(np.mean(seen))
-            seen.clear()
-            return {"probability": value}
-        return {}
-
-    return compute
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "trainer_kwargs"),
-    [
-        ({"label_smoothing_factor": 0.1}, {}),
-        ({}, {"compute_loss_func": loss_func}),
-        ({"batch_eval_metrics": True}, {"compute_metrics": batch_metrics()}),
-        ({"gradient_checkpointing": True}, {}),
-        ({"bf16": True}, {}),
-        ({"lr_scheduler_type": "cosine", "warmup_steps": 2}, {}),
-        ({"optim": "adafactor"}, {}),
-        ({"optim": "sgd", "gradient_accumulation_steps": 2}, {}),
-        ({"dataloader_num_workers": 1}, {}),
-        ({"include_for_metrics": ["inputs", "loss"]}, {}),
-        ({"eval_accumulation_steps": 1, "per_device_eval_batch_size": 16}, {}),
-        ({"auto_find_batch_size": True}, {}),
-        ({"neftune_noise_alpha": 5.0}, {}),
-    ],
-    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
-)
-def test_trainer_s_other_arguments(tmp_path, kwargs, trainer_kwargs):
-    trainer = make(tmp_path, trainer_kwargs, save_strategy="no", **kwargs)
-    trainer.train()
-    assert_guided(trainer)
-
-
-def test_metrics_that_look_at_inputs_and_losses(tmp_path):
-    shapes = []
-
-    def compute(prediction):
-        shapes.append((prediction.inputs.shape, prediction.losses.shape))
-        return {"probability": true_class_probability(prediction)}
-
-    make(tmp_path, {"compute_metrics": compute}, include_for_metrics=["inputs", "loss"], save_strategy="no").train()
-    assert ((40, 8), (40,)) in shapes
-
-
-def test_preprocess_logits_for_metrics(tmp_path):
-    seen = set()
-
-    def compute(prediction):
-        seen.add(prediction.predictions.shape[1:])
-        return {"probability": float((prediction.predictions == prediction.label_ids).mean())}
-
-    trainer = make(
-        tmp_path,
-        {"compute_metrics": compute, "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)},
-        save_strategy="no",
-    )
-    trainer.train()
-    assert seen == {()}
-
-
-def test_remove_unused_columns(tmp_path):
-    texts = Texts(80, seed=2)
-    table = datasets.Dataset.from_dict(
-        {"input_ids": texts.ids.tolist(), "label": texts.labels.tolist(), "text": ["unused"] * 80}
-    )
-    trainer = make(tmp_path, {"train_dataset": table, "eval_dataset": table}, save_strategy="no")
-    trainer.train()
-    assert_guided(trainer)
-
-
-def test_group_gradients_read_the_labels_of_the_training_set(tmp_path):
-    trainer = make(tmp_path, {"coordinates": "group_gradients"}, save_strategy="no")
-    trainer.train()
-    assert trainer.result.coordinates.dim == 3
+    assert "train/metricopt/value" in ours and all(tag.startswith("train/metricopt/") for tag in ours)

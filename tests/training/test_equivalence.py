@@ -2,215 +2,129 @@
 
 import pytest
 import torch
-from helpers import Texts, assert_equal_weights, tiny_bert, weights, without_times, worst_class_recall
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from helpers import Texts, assert_equal_weights, tiny_bert, weights, without_times
+from runs import bert_trainer, probability, text_trainer
+from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
-from metricopt_hf import FiLM, MetricOptConfig, MetricOptTrainer
+from metricopt_hf import MetricOptConfig, MetricOptTrainer
 
-TRAIN, EVAL = Texts(160, seed=1), Texts(90, seed=2)
-
-
-def arguments(cls, folder, **kwargs):
-    defaults = {
-        "max_steps": 20,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 32,
-        "learning_rate": 1e-2,
-        "logging_steps": 5,
-        "eval_strategy": "steps",
-        "eval_steps": 10,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return cls(str(folder), **{**defaults, **kwargs})
+PHASE = 5  # TEXT_RUN: the steps before the metric phase
 
 
-class Count(TrainerCallback):
+class Look(TrainerCallback):
+    """Keeps the weights and the rates before each step, and what was logged and evaluated when."""
+
     def __init__(self):
-        self.events = []
+        self.weights, self.rates, self.events = [], [], []
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.events.append(("evaluate", state.global_step))
+    def on_step_begin(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
+        self.weights.append(weights(model))
+        self.rates.append(lr_scheduler.get_last_lr())
 
     def on_log(self, args, state, control, **kwargs):
         self.events.append(("log", state.global_step))
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.events.append(("evaluate", state.global_step))
 
-def run(cls, args, **kwargs):
-    model = kwargs.pop("model", None) or tiny_bert()
-    trainer = cls(model, args, train_dataset=TRAIN, eval_dataset=EVAL, callbacks=[Count()], **kwargs)
+
+def run(folder, cls=MetricOptTrainer, config=MetricOptConfig, model=None, **kwargs):
+    look = Look()
+    given = {"callbacks": [look], **kwargs.pop("given", {})}
+    trainer = text_trainer(folder, cls, model, config, given, **kwargs)
     trainer.train()
-    return trainer
+    return trainer, look
 
 
-def events(trainer):
-    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Count)).events
-
-
-@pytest.mark.parametrize("metric_for_best_model", [None, "loss", "eval_loss"])
-def test_without_a_metric_it_is_trainer(tmp_path, metric_for_best_model):
-    plain = run(Trainer, arguments(TrainingArguments, tmp_path), compute_metrics=worst_class_recall)
-    ours = run(
-        MetricOptTrainer,
-        arguments(MetricOptConfig, tmp_path, metric_for_best_model=metric_for_best_model),
-        compute_metrics=worst_class_recall,
-    )
-    assert not ours.guided
+@pytest.mark.parametrize("name", [None, "loss", "eval_loss"])
+def test_without_a_metric_it_is_trainer(tmp_path, name):
+    kwargs = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4, "greater_is_better": None}
+    plain, seen = run(tmp_path, Trainer, TrainingArguments, metric_for_best_model=None, **kwargs)
+    ours, look = run(tmp_path, metric_for_best_model=name, **kwargs)
+    assert not ours.guided and ours.result is None
     assert_equal_weights(weights(plain.model), weights(ours.model))
     assert without_times(plain.state.log_history) == without_times(ours.state.log_history)
-    assert events(plain) == events(ours)
-    assert all(p.requires_grad for p in ours.model.parameters())
+    assert seen.events == look.events and all(p.requires_grad for p in ours.model.parameters())
 
 
-def frozen_film_bert():
-    model = tiny_bert()
-    phi = FiLM(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in phi.names)
-    return model, phi
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"optim": "sgd", "lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"gradient_accumulation_steps": 4, "max_grad_norm": 0.01},
+        {"label_smoothing_factor": 0.1, "bf16": True},
+        {"weight_decay": 0.1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+    ],
+    ids=str,
+)
+def test_all_steps_before_the_metric_phase_are_trainer_s(tmp_path, kwargs):
+    """Bit for bit, schedule included, up to the weights right before the first metric step; then phi alone moves."""
+    plain, seen = run(tmp_path / "plain", Trainer, TrainingArguments, **kwargs)
+    ours, look = run(tmp_path / "ours", **kwargs)
+    for step in range(PHASE + 1):
+        assert_equal_weights(seen.weights[step], look.weights[step])
+    assert seen.rates == look.rates
+    before, after = look.weights[PHASE], weights(ours.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved <= set(ours.phi.names) and ours.ledger.calls["observe"] > 0
+    assert len(ours.result.curve) == 3 and ours.result.start_step == PHASE
 
 
-class EvalModeTrainer(Trainer):
-    """Trainer on a model whose frozen modules stay in eval mode, as in the metric phase."""
-
-    def compute_loss(self, model, *args, **kwargs):
-        model.eval()
-        return super().compute_loss(model, *args, **kwargs)
-
-
-@pytest.mark.parametrize("budget", [0, 16])
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
-def test_weight_zero_is_trainer_on_the_same_wrapped_and_frozen_model(tmp_path, budget, optim):
-    """Whether or not the metric is observed meanwhile."""
-    plain_model, plain_phi = frozen_film_bert()
-    plain = run(EvalModeTrainer, arguments(TrainingArguments, tmp_path, optim=optim), model=plain_model)
-    ours = run(
-        MetricOptTrainer,
-        arguments(
-            MetricOptConfig,
-            tmp_path,
-            optim=optim,
-            metric_start_ratio=0,
-            value_weight=0,
-            phi_learning_rate=None,
-            metric_call_budget=budget,
-            greater_is_better=True,
-        ),
-        metric=worst_class_recall,
-        observation_dataset=Texts(40, seed=3),
-        selection_dataset=Texts(40, seed=4),
-    )
-    assert ours.ledger.calls["observe"] == budget
-    assert without_times(plain.state.log_history) == without_times(
-        [{k: v for k, v in e.items() if k != "eval_worst_class_recall"} for e in ours.state.log_history]
-    )
-    assert events(plain) == events(ours)
-    assert torch.equal(ours.result.last_phi, plain_phi.read())
-
-
-def test_the_first_phase_is_a_shorter_trainer_run(tmp_path):
-    """Bit for bit, schedule included; then everything but phi stands still."""
-    plain = run(Trainer, arguments(TrainingArguments, tmp_path, max_steps=12))
-    at_border = {}
-
-    class Border(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            if state.global_step == 12:
-                at_border.update(weights(model))
-
-    model = tiny_bert()
-    ours = MetricOptTrainer(
-        model,
-        arguments(MetricOptConfig, tmp_path, metric_start_ratio=0.6, metric_call_budget=16, greater_is_better=True),
-        train_dataset=TRAIN,
-        eval_dataset=EVAL,
-        metric=worst_class_recall,
-        observation_dataset=Texts(40, seed=3),
-        selection_dataset=Texts(40, seed=4),
-        callbacks=[Border()],
-    )
-    ours.train()
-    expected = weights(plain.model)
-    assert_equal_weights(expected, {k: v for k, v in at_border.items() if "film" not in k})
-    tuned = {name for name, value in weights(model).items() if not torch.equal(value, expected[name])}
-    assert tuned <= {
-        f"bert.encoder.layer.1.{norm}.LayerNorm.{part}"
-        for norm in ("attention.output", "output")
-        for part in ("weight", "bias")
-    } | {"classifier.bias"}
-
-
-def test_an_optimizer_of_one_s_own_keeps_its_learning_rate_in_the_first_phase(tmp_path):
-    """In one group for all parameters, of which phi are some."""
-    model = tiny_bert()
-    plain = run(
-        Trainer,
-        arguments(TrainingArguments, tmp_path, max_steps=12),
-        model=model,
-        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
-    )
-    at_border = {}
-
-    class Border(TrainerCallback):
-        def on_step_end(self, args, state, control, model, **kwargs):
-            if state.global_step == 12:
-                at_border.update(weights(model))
-
-    model = tiny_bert()
-    phi = FiLM(model)
-    ours = MetricOptTrainer(
-        model,
-        arguments(MetricOptConfig, tmp_path, metric_start_ratio=0.6, metric_call_budget=16, greater_is_better=True),
-        train_dataset=TRAIN,
-        eval_dataset=EVAL,
-        metric=worst_class_recall,
-        phi=phi,
-        observation_dataset=Texts(40, seed=3),
-        selection_dataset=Texts(40, seed=4),
-        callbacks=[Border()],
-        optimizers=(torch.optim.SGD(model.parameters(), lr=0.5), None),
-    )
-    ours.train()
-    assert_equal_weights(weights(plain.model), {k: v for k, v in at_border.items() if "film" not in k})
+def test_statistics_of_a_batch_norm_stand_still_in_the_metric_phase(tmp_path):
+    torch.manual_seed(0)
+    sizes = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=2)
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(80, generator=generator) < 0.4).long()
+    rows = [{"pixel_values": torch.randn(3, 16, 16, generator=generator) + 0.3 * y, "labels": y} for y in labels]
+    given = {"train_dataset": rows, "eval_dataset": rows[:48]}
+    trainer, look = run(tmp_path, model=ResNetForImageClassification(sizes), given=given)
+    names = [name for name, _ in trainer.model.named_buffers()]
+    after = weights(trainer.model)
+    assert all(torch.equal(look.weights[PHASE][name], after[name]) for name in names)
+    assert any(not torch.equal(look.weights[0][name], after[name]) for name in names)
+    score = trainer.predict(trainer.selection_dataset).metrics["test_probability"]
+    assert score == pytest.approx(trainer.result.best_score, abs=1e-6)
 
 
 def test_the_same_seed_twice_is_the_same_run(tmp_path):
-    def once():
-        trainer = run(
-            MetricOptTrainer,
-            arguments(MetricOptConfig, tmp_path, metric_start_ratio=0, metric_call_budget=32, greater_is_better=True),
-            metric=worst_class_recall,
-        )
-        return weights(trainer.model), [(o.score, o.z.tolist()) for o in trainer.observations]
-
-    first, second = once(), once()
-    assert_equal_weights(first[0], second[0])
-    assert first[1] == second[1]
+    runs = [run(tmp_path / str(i))[0] for i in range(2)]
+    assert_equal_weights(*(weights(trainer.model) for trainer in runs))
+    first, second = (trainer.result for trainer in runs)
+    assert first.curve == second.curve and [c.score for c in first.candidates] == [c.score for c in second.candidates]
 
 
-def test_accumulation_is_a_larger_batch(tmp_path):
-    """1 x 8 and 8 x 1 take the same guided steps, up to float summation order."""
-    results = []
-    for batch, accumulate in ((8, 1), (1, 8)):
+def test_metric_steps_see_the_whole_update_whatever_the_accumulation(tmp_path):
+    """value_weight is finite, so that the loss's gradient counts, and batches of one update hold the same rows."""
+    found = []
+    for batch, accumulate in ((8, 1), (2, 4)):
         model = tiny_bert()
-        model.accepts_loss_kwargs = False  # else Trainer's loss grows with accumulation (transformers#47688)
-        trainer = run(
-            MetricOptTrainer,
-            arguments(
-                MetricOptConfig,
-                tmp_path,
-                metric_start_ratio=0,
-                metric_call_budget=32,
-                greater_is_better=True,
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=accumulate,
-                optim="sgd",
-                eval_strategy="no",
-            ),
-            model=model,
-            metric=worst_class_recall,
+        model.accepts_loss_kwargs = False
+        trainer = bert_trainer(
+            tmp_path, model=model, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+            value_weight=1.0, max_steps=2, metric_steps=2, logging_steps=1,
         )
-        results.append(trainer.result.last_phi)
-    assert torch.allclose(*results, rtol=1e-4, atol=1e-6)
+        trainer.train()
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert len(trainer.result.curve) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+class Step(nn.Module):
+    """Draws random numbers in its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny_bert()
+
+    def forward(self, input_ids, labels=None):
+        torch.rand(3)
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+def test_the_check_before_training_leaves_every_random_state_alone(tmp_path):
+    plain, seen = run(tmp_path, Trainer, TrainingArguments, model=Step())
+    ours, look = run(tmp_path, model=Step(), given={"compute_metrics": lambda p: (torch.manual_seed(3), probability(p))[1]})
+    assert_equal_weights(seen.weights[PHASE], look.weights[PHASE])
+    assert len(Texts(3)) == 3 and ours.ledger.calls["check"] > 0

@@ -17,7 +17,7 @@ def trainer(folder, **changes):
     return MetricOptTrainer(
         tiny_bert(),
         MetricOptConfig(
-            str(folder), max_steps=2, metric_start_ratio=0, metric_call_budget=4, forward_pass_budget=4,
+            str(folder), max_steps=2, metric_steps=1, metric_call_budget=20, phi_dim=2, guide="pairs",
             greater_is_better=True, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=1, hub_token=TOKEN,
             metric_kwargs={"url": f"https://h.org/?key={TOKEN}", "average": "macro"}, **changes,
         ),

@@ -1,18 +1,14 @@
-"""The trainer's wiring: blending into .grad, phases, selection, saving, errors before training."""
+"""The trainer's wiring: the metric phase, budgets, selection, saving, errors before training."""
+
+import logging
+from time import sleep
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    OPTIMUM,
-    Texts,
-    assert_equal_weights,
-    tiny_bert,
-    weights,
-    worst_class_recall,
-)
-from runs import Recorder, Truth, bert_trainer, quadratic_trainer
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights, worst_class_recall
+from runs import Truth, bert_trainer, quadratic_trainer, text_trainer
+from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
 
 from metricopt_hf import (
     ConfigurationError,
@@ -22,200 +18,191 @@ from metricopt_hf import (
     PhiError,
     Subset,
 )
+from metricopt_hf.training import plan
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_gradient_after_blending_is_the_formula(tmp_path, accumulate):
-    trainer = quadratic_trainer(tmp_path, Truth(), Recorder, value_weight=2.5, gradient_accumulation_steps=accumulate)
+@pytest.mark.parametrize("guide", [Truth(), None])
+def test_it_goes_where_the_loss_does_not_lead(tmp_path, guide):
+    trainer = quadratic_trainer(tmp_path, guide)
     trainer.train()
-    followed = 0
-    for before, after, phi, direction in trainer.records:
-        v = 2 * (phi - torch.as_tensor(OPTIMUM, dtype=torch.float32))  # smaller is better: against it is downhill
-        expected = before + 2.5 * direction.trust * (before.norm() / v.norm()) * v
-        assert torch.allclose(after, expected, rtol=1e-6, atol=1e-7)
-        followed += direction.trust > 0
-    assert len(trainer.records) == 20 and followed > 10
+    result = trainer.result
+    assert result.best_score < 0.5 * result.start.score and result.observed == "scores"
+    assert any(row["guide"] == ("Truth" if guide else "pairs") for row in result.curve)
 
 
-def test_the_truth_improves_the_metric_that_the_loss_does_not_see(tmp_path):
-    def final(guide, **kwargs):
-        trainer = quadratic_trainer(tmp_path, guide, max_steps=40, **kwargs)
+def test_a_guide_that_lies_is_not_followed(tmp_path, caplog):
+    trainer = quadratic_trainer(tmp_path, Truth(-1))
+    trainer.train()
+    assert all(row["guide"] is None for row in trainer.result.curve) and len(trainer.result.curve) == 3
+    assert trainer.result.ended == "3 steps in a row made the metric worse, and were taken back"
+    assert trainer.result.ended in caplog.text and not trainer.model.w.any()
+    assert trainer.state.global_step == 8
+
+
+def test_the_loss_has_its_say_where_it_is_asked(tmp_path):
+    found = {}
+    for weight in (float("inf"), 0.0):
+        trainer = quadratic_trainer(tmp_path, Truth(), value_weight=weight, max_steps=2, metric_steps=2)
         trainer.train()
-        return trainer.result
-
-    guided, loss_only = final(Truth()), final(None, value_weight=0)
-    assert guided.best_score < 0.5 * loss_only.best_score
-
-
-def test_a_guide_is_followed_as_far_as_it_is_certain(tmp_path):
-    class Doubtful(Truth):
-        def gradient_agreement(self, phi):
-            return 0.25
-
-    def run(guide):
-        trainer = quadratic_trainer(tmp_path, guide)
-        trainer.train()
-        return trainer.phase
-
-    sure, unsure = run(Truth()), run(Doubtful())
-    told = [row for row in unsure.curve if row["trust"] > 0]
-    assert told and all(row["gradient_agreement"] == 0.25 for row in told)
-    assert unsure.log_scalars()["gradient_agreement"] == 0.25
-    assert unsure.direction.trust == pytest.approx(0.25 * told[-1]["trust"])
-    assert not torch.equal(sure.last_phi, unsure.last_phi)
-
-
-def test_a_guide_that_lies_is_not_followed(tmp_path):
-    """Its predictions are the truth's, turned round: trust is zero at every step, and training is the loss's alone."""
-    lied, loss_only = quadratic_trainer(tmp_path, Truth(-1)), quadratic_trainer(tmp_path, value_weight=0)
-    lied.train()
-    loss_only.train()
-    assert all(entry["trust"] == 0 and entry["gradient_agreement"] is None for entry in lied.result.curve)
-    assert torch.equal(lied.result.last_phi, loss_only.result.last_phi)
-
-
-def test_the_value_function_finds_the_way_by_itself(tmp_path):
-    guided = quadratic_trainer(tmp_path, max_steps=60, perturbation_std=0.3, metric_call_budget=None, observe_steps=4)
-    loss_only = quadratic_trainer(tmp_path, max_steps=60, value_weight=0, metric_call_budget=0)
-    guided.train()
-    loss_only.train()
-    assert guided.result.best_score < 0.8 * loss_only.result.best_score
+        found[weight] = trainer.result.curve[0]["value"]
+    assert found[float("inf")] > found[0.0]  # greater is better in the curve
 
 
 def test_drop_in_with_compute_metrics_and_metric_for_best_model(tmp_path, caplog):
-    trainer = bert_trainer(
-        tmp_path,
-        compute_metrics=worst_class_recall,
-        metric_for_best_model="worst_class_recall",
-        eval_dataset=Texts(120, seed=2),
-        observation_dataset=None,
-        selection_dataset=None,
-    )
+    trainer = text_trainer(tmp_path)
     observed = {tuple(x["input_ids"].tolist()) for x in trainer.observation_dataset}
     selected = {tuple(x["input_ids"].tolist()) for x in trainer.selection_dataset}
-    assert "not held out" in caplog.text
-    assert len(trainer.observation_dataset) == len(trainer.selection_dataset) == 60
-    assert len(observed & selected) < 5  # equal texts by chance aside
+    assert "not held out" in caplog.text and len(observed & selected) < 5  # equal texts by chance aside
+    assert len(trainer.observation_dataset) == len(trainer.selection_dataset) == 24
+    assert trainer.result is None
     trainer.train()
-    assert trainer.ledger.calls["observe"] == 24
-    assert trainer.value_function is not None and len(trainer.observations) == 24
+    result = trainer.result
+    assert result.observed == "predictions" and result.best_score >= result.start.score
+    out = trainer.predict(trainer.selection_dataset).metrics["test_probability"]
+    assert out == pytest.approx(result.best_score, abs=1e-6)
+    assert len(result.trajectory) > 16 and result.value_function is not None
+    assert all(name in str(result) for name in ("probability (greater is better)", "kept:", "why:", "cost:"))
 
 
-def test_a_guessed_direction_is_said_aloud(tmp_path, caplog):
-    assert bert_trainer(tmp_path, greater_is_better=None).metric.greater_is_better
-    assert "greater_is_better is not set: taking greater values" in caplog.text
-
-
-@pytest.mark.parametrize(("budget", "per_round"), [(10, 8), (24, 8), (7, 3), (0, 8)])
-def test_the_budget_is_kept_exactly(tmp_path, budget, per_round):
+@pytest.mark.parametrize(("observe", "budget"), [("scores", 10), ("scores", 0), ("predictions", 100), ("predictions", 0)])
+def test_the_budget_is_kept(tmp_path, observe, budget):
     calls = []
 
     def counted(prediction):
         calls.append(len(prediction.label_ids))
-        return worst_class_recall(prediction)["worst_class_recall"]
+        return true_class_probability(prediction)
 
-    trainer = bert_trainer(
-        tmp_path, metric=counted, metric_call_budget=budget, round_size=per_round, observe_steps=2
-    )
+    trainer = bert_trainer(tmp_path, metric=counted, metric_call_budget=budget, observe=observe, guide="pairs")
     trainer.train()
     ledger = trainer.ledger
-    assert ledger.calls["observe"] == budget
-    assert len(calls) == budget + ledger.calls["select"] + ledger.calls["check"]
-    assert set(calls) == {60}  # always the whole observation or selection set
+    assert len(calls) == sum(ledger.calls.values()) and len(trainer.result.trajectory) <= budget
+    assert ledger.calls["observe"] <= budget + 5  # the start's and the steps' own values
+    assert (trainer.result.ended == "metric_call_budget is 0") is (budget == 0)
+    if observe == "scores":
+        assert set(calls) <= {40, 20}  # halves for standard errors alone
 
 
-def test_everything_but_phi_is_frozen_in_eval_mode_and_comes_back(tmp_path):
-    modes = []
+def test_a_slow_metric_is_called_no_longer_than_a_minute(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(plan, "PATIENCE", 0.2)
 
-    class Spy(MetricOptTrainer):
-        def _guide_update(self, step):
-            modes.append(any(m.training for m in self.model.modules()))
-            super()._guide_update(step)
+    def slow(prediction):
+        sleep(0.01)
+        return true_class_probability(prediction)
 
+    with caplog.at_level(logging.INFO, "metricopt_hf"):
+        trainer = bert_trainer(tmp_path, metric=slow, metric_call_budget=None, max_steps=2, metric_steps=2)
+        trainer.train()
+    assert trainer.ledger.budget <= 20 and "s: it is called" in caplog.text
+    given = bert_trainer(tmp_path, metric=slow, metric_call_budget=30, max_steps=2, metric_steps=2)
+    given.train()
+    assert given.ledger.budget == 30  # what the user allows is not timed
+
+
+def test_all_but_phi_stands_still_and_everything_comes_back(tmp_path):
     model = tiny_bert()
-    before = weights(model)
-    trainer = bert_trainer(tmp_path, model, cls=Spy)
-    names = set(trainer.phi.names)
+    before, modes = weights(model), []
+
+    class Modes(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            modes.append([name for name, module in model.named_modules() if module.training])
+
+    trainer = bert_trainer(tmp_path, model=model, callbacks=[Modes()])
     trainer.train()
-    assert modes == [False] * 12
+    assert modes == [[""]] * 4  # the model itself says that it is trained, nothing inside of it is
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
-    assert moved and all("LayerNorm" in name or name == "classifier.bias" for name in moved)
-    assert any("film" in name for name in names)
-    assert set(before) == set(weights(model))  # merged: an ordinary model again
-    assert all(p.requires_grad for p in model.parameters())
+    assert moved and moved <= set(trainer.phi.names)
+    assert all("layer.1" in name and "LayerNorm" in name or name == "classifier.bias" for name in trainer.phi.names)
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_best_phi_by_selection_is_put_in_place_and_the_start_is_a_candidate(tmp_path):
-    """With a learning rate that destroys the model, what was at the start is kept."""
-    model = tiny_bert()
-    before = weights(model)
-    trainer = bert_trainer(tmp_path, model, learning_rate=1.0, phi_learning_rate=30.0, optim="sgd", max_grad_norm=0.0)
+def test_with_a_rate_that_destroys_the_model_the_start_is_kept(tmp_path):
+    trainer = bert_trainer(tmp_path, metric=worst_class_recall, phi_learning_rate=300.0, phi="LayerNorm")
+    before = weights(trainer.model)
     trainer.train()
-    scores = [entry["selection"] for entry in trainer.result.curve]
-    assert trainer.result.best_score == max(scores)
-    assert trainer.result.best_step == trainer.result.curve[int(np.argmax(scores))]["step"]
-    if trainer.result.best_step == 0:
-        assert_equal_weights(before, weights(model))
+    scores = {c.kind: c.score for c in trainer.result.candidates}
+    assert trainer.result.best_score >= scores["start"]
+    if trainer.result.chosen.kind == "start":
+        assert_equal_weights(before, weights(trainer.model))
 
 
 def test_saved_models_are_ordinary_models(tmp_path):
-    """In checkpoints in the midst of tuning, and at the end; nothing of ours is needed to load them."""
-    trainer = bert_trainer(tmp_path, save_strategy="steps", save_steps=6, phi_learning_rate=0.05)
-    probe = {"input_ids": Texts(20, seed=9).ids}
+    """In checkpoints in the midst of the phase, and at the end; nothing of ours is needed to load them."""
+    probe, outputs = Texts(20, seed=9).ids, {}
 
-    outputs = {}
+    class Look(TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                outputs[f"checkpoint-{state.global_step}"] = model.eval()(probe).logits
 
-    class Spy(MetricOptTrainer):
-        pass
-
-    original = trainer._save_checkpoint
-
-    def spy(model, trial):
-        original(model, trial)
-        with torch.no_grad():
-            outputs[trainer.state.global_step] = trainer.model.eval()(**probe).logits
-
-    trainer._save_checkpoint = spy
+    trainer = bert_trainer(tmp_path, save_strategy="steps", save_steps=2, callbacks=[Look()])
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     with torch.no_grad():
-        outputs["final"] = trainer.model.eval()(**probe).logits
+        outputs["final"] = trainer.model.eval()(probe).logits
         for name, expected in outputs.items():
-            folder = tmp_path / ("final" if name == "final" else f"checkpoint-{name}")
-            loaded, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+            loaded, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / name, output_loading_info=True)
             assert not info["missing_keys"] and not info["unexpected_keys"]
-            assert torch.allclose(loaded.eval()(**probe).logits, expected, atol=1e-5)
-    assert set(outputs) == {6, 12, "final"}
+            assert torch.equal(loaded.eval()(probe).logits, expected)
+    assert set(outputs) == {"checkpoint-2", "checkpoint-4", "final"}
+    assert torch.equal(outputs["checkpoint-4"], outputs["final"])
 
 
 def test_train_can_be_called_again(tmp_path):
-    trainer = bert_trainer(tmp_path)
+    trainer = bert_trainer(tmp_path, max_steps=2, metric_steps=1)
+    callbacks = list(trainer.callback_handler.callbacks)
+    trainer.train()
+    first, calls = trainer.result, sum(trainer.ledger.calls.values())
+    trainer.train()
+    assert trainer.result is not first and sum(trainer.ledger.calls.values()) < 2 * calls
+    assert trainer.callback_handler.callbacks == callbacks
+
+
+def test_model_init_builds_phi_anew_and_a_search_begins_each_trial_afresh(tmp_path):
+    trainer = bert_trainer(tmp_path, model_init=lambda: tiny_bert(), max_steps=2, metric_steps=1)
     trainer.train()
     first = weights(trainer.model)
     trainer.train()
-    assert set(first) == set(weights(trainer.model))
-    assert trainer.ledger.calls["observe"] == 24  # of the last run
+    assert_equal_weights(first, weights(trainer.model))
+
+
+@pytest.mark.slow
+def test_hyperparameter_search_starts_every_trial_afresh(tmp_path):
+    pytest.importorskip("optuna")
+    trainer = text_trainer(tmp_path, trainer_kwargs={"model_init": lambda: tiny_bert()}, max_steps=2, metric_steps=1)
+    phases = []
+
+    def objective(metrics):
+        phases.append((trainer.phase, trainer.args.phi_dim))
+        return metrics["eval_probability"]
+
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"phi_dim": trial.suggest_categorical("phi_dim", [2, 3])},
+        n_trials=2, direction="maximize", compute_objective=objective,
+    )
+    assert len(phases) == 2 and phases[0][0] is not phases[1][0]
 
 
 def test_the_metric_s_first_fault_stops_before_training(tmp_path):
-    model = tiny_bert()
-    before = weights(model)
-
     def broken(prediction):
         raise KeyError("no such column")
 
-    trainer = bert_trainer(tmp_path, model, metric=broken)
-    with pytest.raises(MetricError, match="nothing was trained"):
+    model = tiny_bert()
+    before = weights(model)
+    trainer = bert_trainer(tmp_path, model=model, metric=broken)
+    with pytest.raises(MetricError, match="no such column.*\n.*nothing was trained"):
         trainer.train()
-    assert_equal_weights(before, {k: v for k, v in weights(model).items() if "film" not in k})
+    assert_equal_weights(before, weights(model))
+    assert trainer.state.global_step == 0
 
 
 def test_guidance_scalars_come_with_trainer_s_logs(tmp_path):
-    trainer = bert_trainer(tmp_path, logging_steps=4)
+    trainer = bert_trainer(tmp_path, logging_steps=1)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(entries) == 3
-    assert {"metricopt/selection", "metricopt/trust", "metricopt/calls"} <= set(entries[-1])
+    assert len(entries) == 4 and all(np.isfinite(entry["loss"]) for entry in entries)
+    wanted = {"selection", "value", "calls", "passes", "failed_calls", "standard_error"}
+    assert {f"metricopt/{name}" for name in wanted} <= set(entries[-1])
 
 
 @pytest.mark.parametrize(
@@ -223,8 +210,7 @@ def test_guidance_scalars_come_with_trainer_s_logs(tmp_path):
     [
         ({"phi": "nonsense_xyz"}, PhiError, "matches no parameter"),
         ({"phi": "adapter"}, PhiError, "get_peft_model"),
-        ({"optim": "lomo"}, ConfigurationError, "lomo.*adamw_torch"),
-        ({"optim": "galore_adamw_layerwise"}, ConfigurationError, "galore_adamw_layerwise"),
+        ({"metric_steps": 9}, ConfigurationError, "metric_steps=9 is more than the 4 optimizer steps"),
         ({"observation_dataset": None, "selection_dataset": None}, ConfigurationError, "pass eval_dataset"),
         (
             {"observation_dataset": None, "selection_dataset": None, "eval_dataset": Texts(1)},
@@ -233,41 +219,55 @@ def test_guidance_scalars_come_with_trainer_s_logs(tmp_path):
         ),
         ({"metric": "no_such_metric_anywhere"}, ConfigurationError, "worst_class_recall"),
         ({"metric": 3}, ConfigurationError, "callable"),
-        (
-            {"optimizers": (torch.optim.SGD(tiny_bert().parameters(), lr=1.0), None)},
-            ConfigurationError,
-            "does not hold",
-        ),
+        ({"guide": "evolution"}, ConfigurationError, "guide='evolution' must be a Guide, or one of auto"),
+        ({"greater_is_better": None}, ConfigurationError, "Nothing says which way"),
     ],
 )
-def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, kwargs, error, match):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_cannot_work_is_refused_before_training(tmp_path, kwargs, error, match):
+    trainer = bert_trainer(tmp_path, **kwargs)
     with pytest.raises(error, match=match):
-        bert_trainer(tmp_path, **kwargs).train()
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
-def test_training_arguments_of_the_old_class_are_named(tmp_path):
+def test_a_script_that_only_predicts_is_asked_for_nothing(tmp_path):
+    """No eval set, no direction, arguments of the old class: nothing of this matters before train."""
+    old = TrainingArguments(str(tmp_path), metric_for_best_model="recall", report_to=[], use_cpu=True)
+    trainer = MetricOptTrainer(tiny_bert(), old, compute_metrics=lambda p: {"recall": true_class_probability(p)})
+    assert 0 < trainer.predict(Texts(20, seed=5)).metrics["test_recall"] < 1
+    trainer.evaluate(Texts(20, seed=5))
+    trainer.save_model()
     with pytest.raises(ConfigurationError, match="MetricOptConfig"):
-        MetricOptTrainer(
-            tiny_bert(),
-            TrainingArguments(str(tmp_path), metric_for_best_model="worst_class_recall", report_to=[]),
-            eval_dataset=Texts(10),
-            compute_metrics=worst_class_recall,
-        ).train()
+        trainer.train()
 
 
 def test_a_phi_object_and_an_optimizer_of_one_s_own(tmp_path):
     model = tiny_bert()
     phi = FiLM(model, layers="layer.0", output_bias=False) + Subset(model, "classifier")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = bert_trainer(tmp_path, model, phi=phi, optimizers=(optimizer, None))
-    trainer.train()
-    assert trainer.phi is phi and not phi.inserted
+    trainer = bert_trainer(tmp_path, model=model, phi=phi, optimizers=(optimizer, None))
+    for _ in range(2):
+        trainer.train()
+        assert trainer.phi is phi and trainer.result.phi == phi.description
+    with pytest.raises(ConfigurationError, match="phi was built on another model"):
+        bert_trainer(tmp_path, phi=phi).train()
 
 
-def test_model_init_builds_phi_anew(tmp_path):
-    trainer = bert_trainer(tmp_path, model_init=lambda: tiny_bert())
-    trainer.train()
-    first = weights(trainer.model)
-    trainer.train()
-    assert_equal_weights(first, weights(trainer.model))
+def test_a_run_of_one_step_and_a_run_that_ends_early(tmp_path, caplog):
+    short = text_trainer(tmp_path, max_steps=1, metric_steps=None)
+    short.train()
+    assert len(short.result.curve) == 1
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == self.step
+
+    for step in (2, 6):
+        stop = Stop()
+        stop.step = step
+        trainer = text_trainer(tmp_path, trainer_kwargs={"callbacks": [stop]})
+        trainer.train()
+        assert trainer.state.global_step == step and trainer.phase.started is (step == 6)
+        assert ("ended at step 2, before its metric phase" in caplog.text) is True
+        if step == 6:
+            assert trainer.result.chosen in trainer.result.candidates and trainer.result.why

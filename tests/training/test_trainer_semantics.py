@@ -5,14 +5,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import Texts, tiny_bert
-from runs import SCORES, planned
 from torch import nn
 from transformers import BertConfig, BertForQuestionAnswering, EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
 
 from metricopt_hf import ConfigurationError, MetricError, MetricOptConfig, MetricOptTrainer
 from metricopt_hf.evaluation import data
-from metricopt_hf.training.seq2seq import MetricOptSeq2SeqTrainer
 
 ROWS = 83  # no multiple of the batch size
 
@@ -22,27 +20,28 @@ def accuracy(prediction):
 
 
 def make(folder, compute_metrics=accuracy, model=None, evaluation=None, cls=MetricOptTrainer, train=None, **kwargs):
-    names = ("post_process_function", "eval_examples", "observation_dataset", "selection_dataset")
+    names = (
+        "post_process_function", "eval_examples", "observation_dataset", "selection_dataset", "data_collator"
+    )
     given = {name: kwargs.pop(name) for name in names if name in kwargs}
     arguments = {
-        "max_steps": 8,
+        "max_steps": 4,
+        "metric_steps": 2,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
-        "metric_start_ratio": 0.5,
-        "metric_call_budget": 16,
-        "round_size": 4,
+        "metric_call_budget": 40,
+        "phi_dim": 4,
+        "guide": "pairs",
         "metric_for_best_model": "accuracy",
         "greater_is_better": True,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
-        "coordinates": "random",
     }
-    settings = {**SCORES, **arguments, **kwargs}
-    return planned(cls, settings)(
+    return cls(
         tiny_bert() if model is None else model,
-        MetricOptConfig(str(folder), **settings),
+        MetricOptConfig(str(folder), **{**arguments, **kwargs}),
         train_dataset=Texts(160, seed=1) if train is None else train,
         eval_dataset=Texts(ROWS, seed=2) if evaluation is None else evaluation,
         compute_metrics=compute_metrics,
@@ -70,7 +69,7 @@ def points(size, seed):
     return [{"points": row, "labels": (row.sum() > 0).long()} for row in x]
 
 
-@pytest.mark.parametrize(("observe", "seen"), [("scores", {41}), ("predictions", {41, 20})])
+@pytest.mark.parametrize(("observe", "seen"), [("scores", {41, 20}), ("predictions", {41, 20})])
 def test_losses_come_for_every_row_whatever_the_inputs_are_called(tmp_path, observe, seen):
     sizes = set()
 
@@ -79,48 +78,13 @@ def test_losses_come_for_every_row_whatever_the_inputs_are_called(tmp_path, obse
         return {**accuracy(prediction), "nll": float(prediction.losses.mean())}
 
     model, sets = Points(), {"train": points(160, 0), "evaluation": points(ROWS, 1)}
-    given = {"observe": observe, "metric_call_budget": None, "max_steps": 8}
-    trainer = make(tmp_path, with_losses, model, include_for_metrics=["loss"], **given, **sets)
+    trainer = make(tmp_path, with_losses, model, include_for_metrics=["loss"], observe=observe, **sets)
     trainer.train()
-    assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
-    assert trainer.phase.plan.observe == observe
+    assert trainer.result.failed_calls == 0 and trainer.result.observed == observe
     assert sizes == {(rows, rows) for rows in seen}
 
 
 # ---- batches
-
-
-class Batchwise:
-    """Accuracy over batches, and the calls: rows, and whether the result was asked for."""
-
-    def __init__(self):
-        self.right, self.rows, self.calls = 0, 0, []
-
-    def __call__(self, prediction, compute_result):
-        assert isinstance(prediction.predictions, torch.Tensor)
-        self.calls.append((len(prediction.label_ids), compute_result))
-        self.right += int((prediction.predictions.argmax(-1) == prediction.label_ids).sum())
-        self.rows += len(prediction.label_ids)
-        if not compute_result:
-            return None
-        result, self.right, self.rows = self.right / self.rows, 0, 0
-        return {"accuracy": result}
-
-
-def test_batch_metrics_are_called_batch_by_batch(tmp_path):
-    compute_metrics = Batchwise()
-    sets = {"observation_dataset": Texts(44, seed=3), "selection_dataset": Texts(45, seed=4)}
-    trainer = make(tmp_path, compute_metrics, batch_eval_metrics=True, **sets)
-    trainer.train()
-    whole = make(tmp_path, **sets)
-    whole.train()
-    assert [o.score for o in trainer.observations] == [o.score for o in whole.observations]
-    assert trainer.result.best_score == whole.result.best_score
-    assert {rows for rows, last in compute_metrics.calls if not last} == {8}
-    assert {rows for rows, last in compute_metrics.calls if last} == {4, 5}  # of 44 and 45
-    del compute_metrics.calls[:]
-    assert trainer.evaluate()["eval_accuracy"] > 0  # Trainer's own, as ever
-    assert [rows for rows, _ in compute_metrics.calls] == [8] * 10 + [3]
 
 
 @pytest.mark.parametrize("steps", [None, 2])
@@ -166,7 +130,7 @@ def test_an_iterable_with_a_length_is_cut_too(tmp_path):
     stream = Stream(ROWS, 2)
     trainer = make(tmp_path, compute_metrics, evaluation=stream)
     trainer.train()
-    assert trainer.result.failed_calls == 0 and {rows for rows, _ in seen} == {41}
+    assert trainer.result.failed_calls == 0 and {rows for rows, _ in seen} == {41, 20}
     parts = [trainer.selection_dataset, trainer.observation_dataset]
     where = [data.places(part).tolist() for part in parts]
     assert len(set(sum(where, []))) == 82 and all(w == sorted(w) for w in where)
@@ -194,12 +158,11 @@ def test_the_metric_is_given_the_rows_places_on_request(tmp_path, kind, caplog):
 
     trainer = make(tmp_path, compute_metrics, evaluation=kind(texts), include_for_metrics=["indices"])
     trainer.train()
-    assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
-    assert len({frozenset(rows) for rows in seen}) == 2  # and the selection set
+    assert trainer.result.failed_calls == 0 and len(trainer.result.trajectory) > 0
+    assert len({frozenset(rows) for rows in seen}) == 2  # and the selection set; never a part of either
     del seen[:]
     trainer.evaluate()
     assert seen == [set(range(ROWS))] and "look rows up by their place" not in caplog.text
-    assert trainer.compute_metrics is compute_metrics
 
 
 def test_of_sets_given_the_places_are_those_in_them(tmp_path):
@@ -236,18 +199,85 @@ def first_of_each_class(prediction):
 
 @pytest.mark.parametrize("metric", [by_place, first_of_each_class])
 def test_a_metric_that_looks_rows_up_by_place_without_asking_is_warned_of(tmp_path, caplog, metric):
-    make(tmp_path, metric, max_steps=2).train()
+    make(tmp_path, metric, max_steps=2, metric_steps=1).train()
     assert "look rows up by their place in eval_dataset" in caplog.text
     assert 'include_for_metrics=["indices"]' in caplog.text
 
 
 def test_nobody_else_is_warned(tmp_path, caplog):
     rng = np.random.default_rng(0)
-    make(tmp_path, max_steps=2).train()
-    make(tmp_path, lambda p: {"accuracy": accuracy(p)["accuracy"] + 0.1 * rng.random()}, max_steps=2).train()
+    make(tmp_path, max_steps=2, metric_steps=1).train()
+    make(tmp_path, lambda p: {"accuracy": accuracy(p)["accuracy"] + 0.1 * rng.random()}, max_steps=2, metric_steps=1).train()
     sets = {"observation_dataset": Texts(17, seed=3), "selection_dataset": Texts(18, seed=4)}
-    make(tmp_path, by_place, max_steps=2, **sets).train()
+    make(tmp_path, by_place, max_steps=2, metric_steps=1, **sets).train()
     assert "look rows up" not in caplog.text
+
+
+def test_in_evaluate_too_where_trainer_groups_rows_by_length(tmp_path):
+    """The report e5."""
+    rows = [{"input_ids": torch.randint(2, 8, (3 + 7 * i % 11,)), "labels": i % 3} for i in range(ROWS)]
+    truth = np.array([row["labels"] for row in rows])
+
+    def collate(batch):
+        ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in batch], batch_first=True)
+        return {"input_ids": ids, "labels": torch.tensor([row["labels"] for row in batch])}
+
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(bool((truth[prediction.indices] == prediction.label_ids).all()))
+        return accuracy(prediction)
+
+    trainer = make(
+        tmp_path, compute_metrics, evaluation=rows, train=rows, train_sampling_strategy="group_by_length",
+        include_for_metrics=["indices"], data_collator=collate,
+    )  # fmt: skip
+    trainer.train()
+    trainer.evaluate()
+    assert all(seen) and trainer.args.train_sampling_strategy == "group_by_length"
+
+
+# ---- rows that are not the first axis of every array
+
+
+class Joined(nn.Module):
+    """Tokens of all rows in one, as of graphs or packed texts: outputs by row, by token, and a number of no row."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(8, 16), nn.LayerNorm(16), nn.Linear(16, 2)
+
+    def forward(self, tokens, owner, labels):
+        hidden = self.norm(self.table(tokens))
+        sums = torch.zeros(len(labels), 16).index_add(0, owner, hidden)
+        logits = self.head(sums)
+        loss = nn.functional.cross_entropy(logits, labels)
+        return {"loss": loss, "router": hidden[:, 0], "balance": hidden.mean(), "logits": logits}
+
+
+def joined(rows):
+    ids = [row["input_ids"] for row in rows]
+    owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(x) for x in ids]))
+    return {"tokens": torch.cat(ids), "owner": owner, "labels": torch.tensor([int(row["labels"]) % 2 for row in rows])}
+
+
+@pytest.mark.parametrize("concat", [True, False])
+def test_a_collator_that_joins_rows_and_outputs_that_are_no_rows(tmp_path, concat):
+    """Half of such outputs makes no sense, so every call is on all rows (the reports e2 and e6)."""
+    seen = set()
+
+    def compute_metrics(prediction):
+        labels = prediction.label_ids if concat else np.concatenate(prediction.label_ids)
+        parts = [prediction.predictions] if concat else prediction.predictions
+        logits = np.concatenate([part[-1] for part in parts])
+        seen.add(len(labels))
+        return {"accuracy": float((logits.argmax(-1) == labels).mean())}
+
+    trainer = make(
+        tmp_path, compute_metrics, Joined(), data_collator=joined, eval_do_concat_batches=concat, max_steps=2, metric_steps=1
+    )
+    trainer.train()
+    assert trainer.result.failed_calls == 0 and seen == {41}
 
 
 # ---- post-processing
@@ -315,7 +345,7 @@ def test_post_processing_is_the_same_in_guidance_and_evaluation(tmp_path):
         post_process_function=post_process, eval_examples=examples,
     )  # fmt: skip
     trainer.train()
-    assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
+    assert trainer.result.failed_calls == 0 and len(trainer.result.trajectory) > 0
     assert max(features for _, features in calls) == 41  # half of the features, for selection
     del calls[:]
     metrics = trainer.evaluate()
@@ -351,7 +381,7 @@ def test_the_trainer_of_transformers_example_works_as_it_is(tmp_path):
         post_process_function=answer, eval_examples=examples, **arguments,
     )  # fmt: skip
     trainer.train()
-    assert trainer.result.failed_calls == 0 and len(trainer.observations) > 0
+    assert trainer.result.failed_calls == 0 and len(trainer.result.trajectory) > 0
     assert 0 <= trainer.evaluate()["eval_exact_match"] <= 1
     with pytest.raises(MetricError, match="evaluate.. is overridden here.*post_process_function"):
         make(tmp_path, exact_match, questions(), cls=QuestionAnsweringTrainer, **arguments).train()
@@ -363,7 +393,7 @@ def test_errors_of_post_processing_are_failed_calls(tmp_path):
     def post_process(examples, features, predictions):
         calls.append(len(features))
         assert examples is features  # without eval_examples
-        if len(calls) == 5:
+        if len(calls) == 12:
             raise KeyError("offset_mapping")
         return EvalPrediction(predictions, np.zeros(len(predictions), int))
 
@@ -382,11 +412,3 @@ def test_examples_are_found_by_name_or_place_or_not_at_all():
         data.examples_of(plain, [1, 2])
 
 
-def test_with_generated_answers_the_hook_gets_all_of_the_output():
-    """As in transformers' example for them."""
-    got = []
-    trainer = object.__new__(MetricOptSeq2SeqTrainer)
-    trainer.post_process_function = lambda *given: got.append(given)
-    trainer._post_process("examples", Texts(3), EvalPrediction(np.ones((3, 2)), np.zeros(3)))
-    (examples, features, output), = got  # fmt: skip
-    assert examples == "examples" and output.predictions.shape == (3, 2) and output.num_samples == len(features) == 3
