@@ -106,7 +106,7 @@ class ImageArguments:
 # The digits
 
 
-# Where each scanner leaves its bright stripe in an image of 32 x 32.
+# Where each scanner leaves its bright stripe, four pixels wide.
 SCANNERS = {
     "stripe at the top": (slice(0, 4), slice(None)),
     "at the left": (slice(None), slice(0, 4)),
@@ -142,7 +142,7 @@ def as_dataset(
 
 
 def through(pixels: np.ndarray, scanner: np.ndarray) -> np.ndarray:
-    """Of digits [n, 32, 32], each through one scanner: with its stripe."""
+    """Of digits [n, h, w], each through one scanner: with its stripe."""
     seen = pixels.copy()
     for i, (rows, columns) in enumerate(SCANNERS.values()):
         seen[scanner == i, rows, columns] = 1
@@ -158,7 +158,7 @@ def scanned(seed: int) -> tuple[Splits, datasets.Dataset, datasets.Dataset]:
     The images with stripes for pretraining are of other digits than the train split; the clean ones are of both.
     """
     generator, pixels, digits, (first, train, *measured) = drawn(seed, [398, 797, 1130, 1463])
-    pixels = np.pad(zoom(pixels, (1, 3, 3), order=1), ((0, 0), (4, 4), (4, 4)))
+    pixels = np.pad(zoom(pixels, (1, 2, 2), order=1), ((0, 0), (4, 4), (4, 4)))  # 24 x 24
     labels, names, count = (digits >= 5).astype(int), ("0 to 4", "5 to 9"), len(SCANNERS)
 
     def uneven(rows: np.ndarray) -> datasets.Dataset:
@@ -204,7 +204,7 @@ def in_memory(dataset: datasets.Dataset, processor: Any) -> list[dict[str, Any]]
 
 def taught(dataset: datasets.Dataset, steps: int, args: MetricOptConfig) -> dict[str, torch.Tensor]:
     """All weights but the last layer's of a small ResNet that learned to read the ten digits."""
-    model, processor = new_model("resnet18", 32, RESNET, num_labels=10)
+    model, processor = new_model("resnet18", 24, RESNET, num_labels=10)
     args = replace(args, max_steps=steps, learning_rate=READING_RATE, **FIRST_STEPS)
     Trainer(model, args, train_dataset=in_memory(dataset, processor)).train()
     return {name: weights for name, weights in model.to("cpu").state_dict().items() if ".fc." not in name}
@@ -240,7 +240,7 @@ def prepare(data: DataArguments, named: ModelArguments, images: ImageArguments, 
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if on_digits and by_group:
         learned = taught(clean, READING_STEPS, args)
-        model, processor = new_model("resnet18", 32, RESNET, **labels)
+        model, processor = new_model("resnet18", 24, RESNET, **labels)
         model.load_state_dict(learned, strict=False)
     elif on_digits:
         model, processor = new_model("vit_tiny_patch16_224", 8, VIT, **labels)
