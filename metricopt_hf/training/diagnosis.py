@@ -144,8 +144,8 @@ class Diagnosis:
         calls, passes = (sum(spent.values()) for spent in (self.ledger.calls, self.ledger.passes))
         direction = "greater" if self.greater_is_better else "smaller"
         return (
-            f"Diagnosis before training: {self.metric} ({direction} is better), {self.examples} examples, each judged by "
-            "what was fitted to others\n\n" + "\n".join(lines) + f"\n\n{self.advice}\n± is one standard error; "
+            f"Diagnosis before training: {self.metric} ({direction} is better), {self.examples} examples, each judged "
+            "by what was fitted to others\n\n" + "\n".join(lines) + f"\n\n{self.advice}\n± is one standard error; "
             f"{passes} passes and {calls} metric calls in {self.seconds:.1f} s. Nothing was trained."
         )
 

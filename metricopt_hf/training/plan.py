@@ -21,7 +21,7 @@ CLASSES, MOST_CLASSES = 4, 10  # logits a row up to which `CALLS` are made, and 
 
 
 def default_calls(linear: Linearization) -> int:
-    """Metric calls on a linearization: more where a row has many logits, since there are more decisions to tell apart."""
+    """Metric calls on a linearization: more where a row has many logits, as there are more decisions to tell apart."""
     leaf = linear.decisions
     classes = 1 if leaf is None or leaf.outputs.dim() < 2 else min(MOST_CLASSES, leaf.outputs.shape[1])
     return int(CALLS[PREDICTIONS] * max(1.0, classes / CLASSES))

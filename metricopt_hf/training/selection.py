@@ -106,7 +106,7 @@ class Selection:
                 logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
 
     def _choose(self, observation: Evaluator) -> Candidate:
-        """The steps where they are better by `MARGIN`, and their score comes out again; else the better of the others."""
+        """The steps, if they are better by `MARGIN` and their score comes out again; else the better of the others."""
         ascent = next((candidate for candidate in self.candidates if candidate.kind == MEAN), None)
         if ascent is None:
             self.why = "no step was taken"
@@ -127,7 +127,8 @@ class Selection:
         error = self._error(ascent, cheap)
         evidence = gain + SEEN * self._gain_on(observation, ascent, cheap)
         pays = evidence > 0 and not evidence < MARGIN * error
-        self.why = f"the steps are {'better' if pays else 'not clearly better'} than {cheap.kind}: {gain:+.4g} ± {error:.2g}"
+        verdict = "better" if pays else "not clearly better"
+        self.why = f"the steps are {verdict} than {cheap.kind}: {gain:+.4g} ± {error:.2g}"
         if pays and not self._comes_out_again(ascent, abs(gain)):
             self.why += ", which does not come out again when the metric is asked again"
             pays = False

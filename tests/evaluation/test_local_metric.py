@@ -102,7 +102,8 @@ def test_on_several_ranks_each_makes_a_share_of_the_calls(monkeypatch):
         made.taken.rank, made.taken.world_size = rank, 2
         z = made.local.draw(5)
         if rank == 0:
-            evaluators.shared_out(0, 2, 5, lambda i: (first_logit(made.linear.at(z[i])), None))
+            calls = [(first_logit(made.linear.at(point)), None) for point in z]
+            evaluators.shared_out(0, 2, 5, calls.__getitem__)
             continue
         found = made.local.values(z)
     assert np.allclose(found, expected) and made.taken.ledger.calls["observe"] == 5
