@@ -162,7 +162,7 @@ class MetricOptConfig(TrainingArguments):
         metadata={
             "help": "What is observed of the model: predictions, linearised round phi, so that a metric call costs no "
             "forward pass, and most see a random half of the rows; predictions_on_all_rows, for a metric that makes no "
-            "sense on a part (a complete gallery, rows by position); or scores, a pass for each call, as happens anyway "
+            "sense on a part (a complete gallery, rows by position); or scores, a pass for each call, as is done "
             "where predictions cannot be linearised (generated text).",
             "choices": OBSERVE,
         },
