@@ -25,7 +25,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser
 
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.evaluation.data import in_order
+from metricopt_hf.evaluation.data import InOrder
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
 
 from . import overhead
@@ -116,7 +116,7 @@ def evaluator_of(trainer: MetricOptTrainer) -> Evaluator:
         _, logits, labels = trainer.prediction_step(trainer.model, batch, False)
         return BatchOutput(logits, labels)
 
-    batches = in_order(trainer.observation_dataset, trainer.args.eval_batch_size, trainer.data_collator)
+    batches = InOrder(trainer.observation_dataset, trainer.args.eval_batch_size, trainer.data_collator)
     metric = Metric(lambda prediction: 0.5, "none", True)
     return Evaluator(trainer.phi, predict, batches, metric, Ledger(), CACHE_BYTES)
 
