@@ -25,7 +25,7 @@ from ..evaluation.ledger import Faults, Ledger
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
 from ..evaluation.local_metric import LocalMetric
-from ..evaluation.rows import num_rows, take_rows
+from ..evaluation.rows import take_rows, unsplittable
 from ..evaluation.trajectory import Trajectory
 from ..extras import require
 from ..guides import AUTO, GuideContext, from_spec
@@ -305,11 +305,12 @@ def _measured(fitted: _Fold, held_out: _Fold, z: Tensor, seed: int) -> tuple[dic
 
     def compute() -> tuple[dict[str, float], dict[str, np.ndarray]]:
         generator = np.random.default_rng(seed)
-        rows = num_rows(held_out.linear.centre, evaluator.concat)
-        enough = rows >= FEWEST_ROWS and evaluator.complete is None
+        rows, sizes = held_out.linear.num_rows, held_out.linear.batch_sizes
+        divisible = unsplittable(held_out.linear.centre, evaluator.concat, sizes) is None
+        enough = rows >= FEWEST_ROWS and evaluator.complete is None and divisible
         halves = [np.sort(generator.permutation(rows)[: rows // 2]) for _ in range(HALVES * enough)]
         on_halves = {
-            name: np.array([_merit(evaluator, take_rows(p, half, evaluator.concat)) for half in halves])
+            name: np.array([_merit(evaluator, take_rows(p, half, evaluator.concat, sizes)) for half in halves])
             for name, p in predictions.items()
         }
         return {name: _merit(evaluator, p) for name, p in predictions.items()}, on_halves

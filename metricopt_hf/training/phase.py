@@ -273,8 +273,8 @@ class MetricPhase:
             logger.info(f"{self.metric.name} takes {seconds:.2g} s: it is called {in_time.calls} times, not {before}.")
 
     def _linearise(self, prediction: EvalPrediction) -> None:
-        self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction))
         self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
+        self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction, self.coordinates.dim))
 
     def _observe_scores(self, why: str) -> None:
         """From now on every observation is a forward pass."""
