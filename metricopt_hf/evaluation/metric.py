@@ -53,7 +53,6 @@ def _set_cudnn(name: str, value: bool) -> None:
     setattr(torch.backends.cudnn, name, value)
 
 
-_kept = threading.local()  # whether a context of `world_kept` is open
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -77,30 +76,39 @@ def _set_autocast_nesting(depth: int) -> None:
     torch.clear_autocast_cache()
 
 
+_kept = threading.local()  # whether a context of `world_kept` is open
+
+
 @contextmanager
 def world_kept() -> Iterator[None]:
     """On leaving, random states, torch's and numpy's settings, warning filters and working directory are as before.
 
-    Inside of another one nothing is done: many calls in a row are put back once.
+    Inside of another one random states are left alone: behind many calls in a row they are put back once.
     """
     if getattr(_kept, "open", False):
-        yield
+        with _settings_kept():
+            yield
         return
     _kept.open = True
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        with _world_kept():
+        with _settings_kept():
             yield
     finally:
         _kept.open = False
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        for device, state in enumerate(cuda_states):
+            torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager
-def _world_kept() -> Iterator[None]:
+def _settings_kept() -> Iterator[None]:
     folder = None
     with suppress(OSError):  # it may have been removed
         folder = os.getcwd()
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     before = [read() for read, _ in _SETTINGS]
     try:
         yield
@@ -108,11 +116,6 @@ def _world_kept() -> Iterator[None]:
         for (read, write), value in zip(_SETTINGS, before, strict=True):
             if read() != value:
                 write(value)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        for device, state in enumerate(cuda_states):
-            torch.cuda.set_rng_state(state, device)
         with suppress(OSError):
             if folder is not None and os.getcwd() != folder:
                 os.chdir(folder)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from ..errors import ConfigurationError
-from . import steps
+from . import building, steps
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +33,22 @@ class MetricPhaseCallback(TrainerCallback):
     Args:
         trainer: whose loop it is.
         start: the first metric step.
+        checked: whether the metric has been called, as in the run that is resumed; else it is before the first step,
+            when callbacks have set up what losses and predictions need.
     """
 
-    def __init__(self, trainer: Any, start: int):
-        self.trainer, self.start = trainer, start
+    def __init__(self, trainer: Any, start: int, checked: bool):
+        self.trainer, self.start, self.checked = trainer, start, checked
         self._begun, self._first = perf_counter(), 0
         self._held: tuple[torch.nn.Parameter, torch.Tensor] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begun, self._first = perf_counter(), state.global_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.checked:
+            building.check_metric(self.trainer, self.trainer.setup, self.trainer.phase)
+            self.checked = True
 
     def trained_seconds(self, step: int) -> float:
         """About how long the steps before this one took, those before a resume included."""

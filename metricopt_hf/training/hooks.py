@@ -25,7 +25,7 @@ class Hook(NamedTuple):
 OVERRIDDEN = {
     "_prepare_for_training": Hook(
         ("max_steps", "train_dataloader", "resume_from_checkpoint"),
-        "a run's parts are made before the optimizer and the wrappers are, and the metric is tried before training",
+        "a run's parts are made before the optimizer and the wrappers are",
     ),
     "_save": Hook(("output_dir", "state_dict"), "the value function is saved beside the model"),
     "_save_checkpoint": Hook(("model", "trial"), "a checkpoint holds the guidance's state too"),

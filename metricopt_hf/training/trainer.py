@@ -186,15 +186,12 @@ class MetricOptTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if not self.guided:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        setup, count = self.settled(), preflight.num_metric_steps(self.args, max_steps)
-        self.phase = building.phase(self, setup, count)
-        self.around = MetricPhaseCallback(self, max_steps - count)
+        count = preflight.num_metric_steps(self.args, max_steps)
+        self.phase = building.phase(self, self.settled(), count)
+        self.around = MetricPhaseCallback(self, max_steps - count, checked=resume_from_checkpoint is not None)
         others = [c for c in self.callback_handler.callbacks if not isinstance(c, MetricPhaseCallback)]
         self.callback_handler.callbacks = [self.around, *others]  # what they save at the end is the chosen model
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is None:  # else the metric has been called in the run that is resumed
-            building.check_metric(self, setup, self.phase)
-        return prepared
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.guided and (own := preflight.metric_columns(self.label_names, self.model) & inputs.keys()):

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import Texts, assert_equal_weights, true_class_probability, weights
+from helpers import Texts, assert_equal_weights, tiny_bert, true_class_probability, weights
 from runs import bert_trainer, faulty_trainer, text_trainer
 
 from metricopt_hf import Metric, MetricError
@@ -152,14 +152,15 @@ def test_one_odd_selection_is_not_what_is_kept_unless_it_comes_out_again(tmp_pat
 
 
 def test_a_gain_of_a_metric_that_stood_still_is_kept(tmp_path):
-    """The report e1: a rare class; the model says the other class to every row, until a bias is tuned."""
+    """The report e1: the model says other classes to every row, until a bias is tuned."""
+    model = tiny_bert()
+    with torch.no_grad():
+        model.classifier.bias[1] -= 1.0
 
-    def hits(prediction):
-        predicted = prediction.predictions.argmax(-1)
-        return {"score": min(float((predicted[prediction.label_ids == c] == c).mean()) for c in range(3))}
+    def said(prediction):
+        return {"score": float((prediction.predictions.argmax(-1) == 1).mean())}
 
-    trainer = text_trainer(
-        tmp_path, metric_for_best_model="score", trainer_kwargs={"compute_metrics": hits}, learning_rate=1e-5
-    )
+    given = {"compute_metrics": said}
+    trainer = text_trainer(tmp_path, model=model, metric_for_best_model="score", trainer_kwargs=given, learning_rate=0.0)
     trainer.train()
-    assert trainer.result.start.score == 0.0 and trainer.result.best_score > 0.0
+    assert trainer.result.start.score == 0.0 and trainer.result.best_score == 1.0

@@ -222,4 +222,4 @@ def test_a_direction_that_is_known_by_its_name(tmp_path, caplog):
         )
         assert trainer.metric.greater_is_better is False
     assert "smaller values of mse" in caplog.text
-    assert trainer.args.greater_is_better is False  # Trainer's own choice of the best checkpoint, too
+    assert not trainer.args.greater_is_better  # Trainer's own choice of the best checkpoint, too
