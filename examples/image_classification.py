@@ -24,10 +24,10 @@ module, by name or path; misclassification, worst_class_recall, macro_auprc and 
 that holds the groups, which the metric alone is told (`--group_column_name camera`), worst_group_accuracy.
 
 From the same start and with the same seed, data and steps, a model is tuned by its loss alone, by a control (a guide
-that learns from shuffled scores; of the digits if it is named, as above), and by MetricOpt, whose last `--metric_steps` follow the metric; the cheap rival, a
-bias per class searched on the observation split, is measured too. Four disjoint splits: the loss sees train, the metric
-is observed on `observation`, what a metric phase ends with is chosen on `selection`, and methods are compared on
-`report`, which nothing else touches.
+that learns from shuffled scores; of the digits where it is named, as above), and by MetricOpt, whose last
+`--metric_steps` follow the metric; the cheap rival, a bias per class searched on the observation split, is measured too.
+Four disjoint splits: the loss sees train, the metric is observed on `observation`, what a metric phase ends with is
+chosen on `selection`, and methods are compared on `report`, which nothing else touches.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (an ordinary one, to be loaded without
 metricopt_hf), its value function in `value_function/`, `results.json`, `metric.png`, `diagnosis.png` (what can be told
