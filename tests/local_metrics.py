@@ -8,7 +8,7 @@ from torch import nn
 
 from metricopt_hf import FiLM, GuideContext, Ledger, Metric
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
-from metricopt_hf.evaluation.faults import Faults
+from metricopt_hf.evaluation.ledger import Faults
 from metricopt_hf.evaluation.linearizer import Linearizer
 from metricopt_hf.evaluation.local_metric import LocalMetric
 from metricopt_hf.evaluation.trajectory import Trajectory

@@ -71,7 +71,8 @@ def bert_trainer(folder, cls=MetricOptTrainer, model=None, **kwargs):
 
 def faulty_trainer(folder, metric, cls=MetricOptTrainer, **kwargs):
     """A run that observes scores, so that a metric that fails does so once per pass."""
-    return bert_trainer(folder, cls, metric=metric, **{"observe": "scores", "guide": "pairs", "metric_call_budget": 24, **kwargs})
+    settings = {"observe": "scores", "guide": "pairs", "metric_call_budget": 24, **kwargs}
+    return bert_trainer(folder, cls, metric=metric, **settings)
 
 
 class Truth(Guide):

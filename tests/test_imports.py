@@ -37,10 +37,10 @@ PUBLIC = {"experimental", "posthoc", "metrics", "extras"}
 PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
 INSPECTED = {
-    "benchmarks/overhead.py": {"guides", "phi"},
-    "benchmarks/passes.py": {"evaluation"},
-    "benchmarks/training.py": {"phi", "training"},  # the coordinates that a run would take, and how often it evaluates
-    # searchers have the trainer's evaluation, its cache and its rounds
+    "benchmarks/looks.py": {"evaluation"},  # methods without a trainer are looked at as its candidates are
+    "benchmarks/methods.py": {"guides"},  # a control that says the opposite of pairs
+    "benchmarks/provenance.py": {"training"},  # how many calls a run makes
+    # searchers have the trainer's evaluation, its cache, its linearisation and its selection
     "benchmarks/searchers.py": {"evaluation", "phi", "training"},
 }
 # What those below `training` may know of transformers, and who knows the Hub.
@@ -152,8 +152,11 @@ def attributes_of_self(cls):
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError):  # of C, or made by a decorator
         return set(), set()
-    found = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"]
-    return tuple({n.attr for n in found if isinstance(n.ctx, kind)} for kind in (ast.Load, ast.Store))
+    nodes = list(ast.walk(tree))
+    found = [n for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "self"]
+    read, put = ({n.attr for n in found if isinstance(n.ctx, kind)} for kind in (ast.Load, ast.Store))
+    calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "register_buffer"]
+    return read, put | {call.args[0].value for call in calls if isinstance(call.args[0], ast.Constant)}
 
 
 @pytest.mark.parametrize("cls", classes(), ids=lambda cls: cls.__qualname__)

@@ -97,6 +97,16 @@ class Linearization:
         """Memory that the derivatives take up."""
         return sum(leaf.jacobian.nbytes for leaf in self.leaves.values())
 
+    def movement(self, spread: float) -> float:
+        """Standard deviations of the outputs by which a perturbation moves them; of several arrays the most.
+
+        Args:
+            spread: standard deviation of the perturbation on each coordinate.
+        """
+        moved = [spread * float(leaf.jacobian.square().sum(-1).mean().sqrt()) for leaf in self.leaves.values()]
+        sizes = [float(leaf.outputs.std(correction=0)) for leaf in self.leaves.values()]
+        return max((m / size for m, size in zip(moved, sizes, strict=True) if size > 0), default=0.0)
+
     @cached_property
     def decisions(self) -> LinearLeaf | None:
         """The outputs as logits: [rows] or [rows, classes]; None where they are something else."""

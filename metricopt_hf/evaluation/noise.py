@@ -84,7 +84,7 @@ def checked_constraints(
     metric, errors = evaluator.metric, np.full(len(evaluator.metric.keys), np.nan)
     if values is None:
         values = values_of(evaluator.evaluate("offline"))
-    if metric.of_predictions and not on_all_rows and evaluator.complete is None:
+    if metric.of_predictions and not metric.batchwise and not on_all_rows and evaluator.complete is None:
         prediction = evaluator.predictions()
         errors = agreed(evaluator.rank, evaluator.world_size, lambda: _errors_of_keys(evaluator, prediction))
     return metric.checks(values, errors)
@@ -92,7 +92,7 @@ def checked_constraints(
 
 def _errors_of_keys(evaluator: Evaluator, prediction: EvalPrediction) -> np.ndarray:
     """[m]: standard errors of the numbers of the metric's `keys`; nan where too few calls succeed."""
-    drawn = []
+    drawn: list[tuple[float, ...]] = []
     for half in _halves(evaluator, prediction, torch.Generator().manual_seed(0), evaluator.batch_sizes):
         try:
             drawn.append(values_of(evaluator.score(half, "noise")))

@@ -6,7 +6,7 @@ the class that raises the metric is the label. So this guide uses the metric as 
 of each row what the metric tells of it, and reads no label itself.
 
 Nearest to it are metric-optimised example weights (Zhao et al., 2018) and FWEG (Jiang et al., ICML 2021), which elicit
-weights of training examples, or of groups of them, from a black-box metric; here every row that is observed has its own.
+weights of training examples, or of groups of them, from a black-box metric; here every observed row has its own.
 """
 
 from __future__ import annotations

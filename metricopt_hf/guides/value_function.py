@@ -1,4 +1,4 @@
-"""ValueFunctionGuide: an ensemble of networks from compact coordinates to the metric, and its gradient (the paper's way).
+"""ValueFunctionGuide: an ensemble of networks from compact coordinates to the metric, and its gradient.
 
 It is fitted anew to all that was observed at each update, which pays where a metric call costs a forward pass.
 """

@@ -75,7 +75,7 @@ def optimizer_over(trainer: Trainer, parameter: Tensor, rate: float) -> Optimize
     """One of the class that the user chose, over the coordinates of phi; Adam where that class wants a model."""
     try:
         cls, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
-        options = {name: value for name, value in options.items() if name not in ("lr", "params", "model", "optimizer_dict")}
+        options = {k: value for k, value in options.items() if k not in ("lr", "params", "model", "optimizer_dict")}
         return cls([parameter], **{**options, "lr": rate, "weight_decay": 0.0})
     except Exception:  # such as one of blocks of weights, or of layers by name
         return torch.optim.Adam([parameter], rate)
@@ -118,7 +118,7 @@ def _label_hint(trainer: Any, setup: Setup, predict: Any) -> str | None:
     if batch is None:
         return None
     forward = getattr(trainer.model, "forward", None)
-    whole = [name for name in trainer.label_names if name in preflight.metric_columns(trainer.label_names, trainer.model)]
+    whole = preflight.metric_columns(trainer.label_names, trainer.model)
     return explain_labels(trainer.label_names, batch, setup.observation, forward, whole)
 
 
@@ -142,8 +142,8 @@ def _tell_of_places(trainer: Any, setup: Setup, run: MetricPhase, score: float) 
                 continue
             if np.isclose(evaluator.evaluate("check"), score):  # else it is never twice the same
                 logger.warning(
-                    f"In another order of the same rows {evaluator.metric.name} is {other:g} instead of {score:g}: does "
-                    "it look rows up by their place in eval_dataset? It is given random parts of that. Set "
+                    f"In another order of the same rows {evaluator.metric.name} is {other:g} instead of {score:g}: "
+                    "does it look rows up by their place in eval_dataset? It is given random parts of that. Set "
                     'include_for_metrics=["indices"] and look up prediction.indices, or pass an '
                     "observation_dataset and a selection_dataset that it knows, with "
                     'observe="predictions_on_all_rows".'

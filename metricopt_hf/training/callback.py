@@ -17,8 +17,8 @@ from . import steps
 logger = logging.getLogger(__name__)
 
 UNGUIDED = (
-    "Step {step} belongs to the metric phase, which begins at {start}, and was not guided: {cls} takes its steps without "
-    "calling MetricOptTrainer.training_step. Let its training_step call super().training_step(model, inputs, "
+    "Step {step} belongs to the metric phase, which begins at {start}, and was not guided: {cls} takes its steps "
+    "without calling MetricOptTrainer.training_step. Let its training_step call super().training_step(model, inputs, "
     "num_items_in_batch)."
 )
 TOO_EARLY = (
@@ -61,7 +61,8 @@ class MetricPhaseCallback(TrainerCallback):
         if state.global_step < self.start:
             return
         if self.trainer.phase.last_step != state.global_step:
-            raise ConfigurationError(UNGUIDED.format(step=state.global_step, start=self.start, cls=type(self.trainer).__name__))
+            cls = type(self.trainer).__name__
+            raise ConfigurationError(UNGUIDED.format(step=state.global_step, start=self.start, cls=cls))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if self._held is None or parameter is not self._held[0]:

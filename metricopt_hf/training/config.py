@@ -31,7 +31,7 @@ GONE = {
     "metric_on_all_rows": 'say observe="predictions_on_all_rows"',
     "phi_coordinates": "it is an argument of the trainer now: MetricOptTrainer(..., coordinates=...)",
     "metric_start_ratio": "metric_steps says how many of the last optimizer steps follow the metric (10 by default)",
-    "forward_pass_budget": "a metric step makes a few passes, whatever the number of calls: metric_steps says how many steps",
+    "forward_pass_budget": "a metric step makes a few passes, however many calls: metric_steps says how many steps",
     "tune_output_bias": "a tuned bias is always among the candidates, and the selection split says whether it is kept",
     "loss_alone_ratio": "every step of the metric phase is guided",
     "unguided_ratio": "every step of the metric phase is guided",
@@ -162,7 +162,7 @@ class MetricOptConfig(TrainingArguments):
         metadata={
             "help": "What is observed of the model: predictions, linearised round phi, so that a metric call costs no "
             "forward pass, and most see a random half of the rows; predictions_on_all_rows, for a metric that makes no "
-            "sense on a part (a complete gallery, rows by position); or scores, a pass for each call, as is done anyway "
+            "sense on a part (a complete gallery, rows by position); or scores, a pass for each call, as is done "
             "where predictions cannot be linearised (generated text).",
             "choices": OBSERVE,
         },

@@ -25,7 +25,7 @@ from ..evaluation.ledger import Faults, Ledger
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
 from ..evaluation.local_metric import LocalMetric
-from ..evaluation.rows import num_rows, take_rows
+from ..evaluation.rows import take_rows, unsplittable
 from ..evaluation.trajectory import Trajectory
 from ..extras import require
 from ..guides import AUTO, GuideContext, from_spec
@@ -71,7 +71,8 @@ class Gain:
         return NO if self.mean + ERRORS * self.error < 2 * worthwhile or self.mean <= -self.error else OPEN
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4g} ± {self.error:.2g}" if math.isfinite(self.error) else f"{self.mean:+.4g}, error unknown"
+        error = f" ± {self.error:.2g}" if math.isfinite(self.error) else ", error unknown"
+        return f"{self.mean:+.4g}{error}"
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ class Diagnosis:
         calls, passes = (sum(spent.values()) for spent in (self.ledger.calls, self.ledger.passes))
         direction = "greater" if self.greater_is_better else "smaller"
         return (
-            f"Diagnosis before training: {self.metric} ({direction} is better), {self.examples} examples, each judged by "
-            "what was fitted to others\n\n" + "\n".join(lines) + f"\n\n{self.advice}\n± is one standard error; "
+            f"Diagnosis before training: {self.metric} ({direction} is better), {self.examples} examples, each judged "
+            "by what was fitted to others\n\n" + "\n".join(lines) + f"\n\n{self.advice}\n± is one standard error; "
             f"{passes} passes and {calls} metric calls in {self.seconds:.1f} s. Nothing was trained."
         )
 
@@ -152,7 +153,8 @@ class Diagnosis:
     def advice(self) -> str:
         """The recommendation with its reasons, as sentences."""
         words = {YES: "pays", NO: "does not pay", OPEN: "cannot be told"}
-        reasons = [f"phi beyond {'a bias' if BIAS in self.scores else 'the start'} {words[self.verdict(PHI)]} ({self.beyond})"]
+        other = "a bias" if BIAS in self.scores else "the start"
+        reasons = [f"phi beyond {other} {words[self.verdict(PHI)]} ({self.beyond})"]
         if BIAS in self.scores:
             reasons.insert(0, f"a bias {words[self.verdict(BIAS)]} ({self.gains[BIAS, START]})")
         needed = self.examples_needed
@@ -219,14 +221,15 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None) -> Diagnos
     ledger, args = Ledger(), trainer.args
     generator = torch.Generator().manual_seed(args.seed)
     plan = PhasePlan.from_args(args, 1, True)
-    with tqdm(total=6, desc="diagnosing", leave=False, disable=args.disable_tqdm or not trainer.is_local_process_zero()) as bar:
+    silent = args.disable_tqdm or not trainer.is_local_process_zero()
+    with tqdm(total=6, desc="diagnosing", leave=False, disable=silent) as bar:
         folds: list[_Fold] = []
         coordinates, way = None, None
         for part in (setup.observation, setup.selection):
             evaluator = seen.evaluator(part, ledger)
             score, prediction = evaluator.evaluate_with_predictions("observe")
             if prediction is None:
-                raise ConfigurationError("The metric is computed batch by batch, so that nothing can be told from all predictions.")
+                raise ConfigurationError("The metric is computed batch by batch: there are no predictions to diagnose.")
             linearizer = Linearizer(evaluator, plan.dim, seen.loss_gradients, generator)
             linearizer.way = way or linearizer.way
             try:
@@ -288,7 +291,7 @@ def _adam(parameter: Tensor, rate: float) -> torch.optim.Optimizer:
 
 
 def _measured(fitted: _Fold, held_out: _Fold, z: Tensor, seed: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """(values on all rows, values on the same random halves) of each candidate, on the fold that it was not fitted to."""
+    """(values on all rows, on the same random halves) of each candidate, on the fold that it was not fitted to."""
     evaluator = held_out.evaluator
     predictions = {START: held_out.linear.centre, PHI: held_out.linear.at(z)}
     if _has_place_for_bias(fitted.linear.centre, evaluator.concat) and evaluator.complete is None:
@@ -302,11 +305,12 @@ def _measured(fitted: _Fold, held_out: _Fold, z: Tensor, seed: int) -> tuple[dic
 
     def compute() -> tuple[dict[str, float], dict[str, np.ndarray]]:
         generator = np.random.default_rng(seed)
-        rows = num_rows(held_out.linear.centre, evaluator.concat)
-        enough = rows >= FEWEST_ROWS and evaluator.complete is None
+        rows, sizes = held_out.linear.num_rows, held_out.linear.batch_sizes
+        divisible = unsplittable(held_out.linear.centre, evaluator.concat, sizes) is None
+        enough = rows >= FEWEST_ROWS and evaluator.complete is None and divisible
         halves = [np.sort(generator.permutation(rows)[: rows // 2]) for _ in range(HALVES * enough)]
         on_halves = {
-            name: np.array([_merit(evaluator, take_rows(p, half, evaluator.concat)) for half in halves])
+            name: np.array([_merit(evaluator, take_rows(p, half, evaluator.concat, sizes)) for half in halves])
             for name, p in predictions.items()
         }
         return {name: _merit(evaluator, p) for name, p in predictions.items()}, on_halves

@@ -70,7 +70,9 @@ class MetricInputs:
             return compute_metrics
 
         def completed(prediction: EvalPrediction, **kwargs: Any) -> Any:
-            return compute_metrics(prediction if self._evaluated is None else self.complete(self._evaluated, prediction), **kwargs)
+            if self._evaluated is not None:
+                prediction = self.complete(self._evaluated, prediction)
+            return compute_metrics(prediction, **kwargs)
 
         completed.__wrapped__ = compute_metrics
         return completed

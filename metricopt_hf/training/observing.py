@@ -48,7 +48,12 @@ class Observing:
     """
 
     def __init__(
-        self, trainer: Trainer, metric: Metric, phi: PhiSpace, inputs: MetricInputs, ignore_keys: list[str] | None = None
+        self,
+        trainer: Trainer,
+        metric: Metric,
+        phi: PhiSpace,
+        inputs: MetricInputs,
+        ignore_keys: list[str] | None = None,
     ):
         self.trainer, self.metric, self.phi, self.inputs, self.ignore_keys = trainer, metric, phi, inputs, ignore_keys
         self.unlabelled: Any = None  # the last batch that was predicted, if it had no labels

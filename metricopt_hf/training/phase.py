@@ -273,8 +273,8 @@ class MetricPhase:
             logger.info(f"{self.metric.name} takes {seconds:.2g} s: it is called {in_time.calls} times, not {before}.")
 
     def _linearise(self, prediction: EvalPrediction) -> None:
-        self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction))
         self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
+        self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction, self.coordinates.dim))
 
     def _observe_scores(self, why: str) -> None:
         """From now on every observation is a forward pass."""
@@ -284,10 +284,7 @@ class MetricPhase:
 
     def _scale(self) -> float:
         """By which perturbations must be smaller so as not to move the outputs by more than `MOST_MOVED`."""
-        spread = self.plan.spread(self.coordinates.dim)
-        moved = [float(leaf.jacobian.square().sum(-1).mean().sqrt()) * spread for leaf in self._linearization.leaves.values()]
-        size = [float(leaf.outputs.std(correction=0)) for leaf in self._linearization.leaves.values()]
-        ratio = max((m / s for m, s in zip(moved, size, strict=True) if s > 0), default=0.0)
+        ratio = self._linearization.movement(self.plan.spread(self.coordinates.dim))
         return min(1.0, MOST_MOVED / ratio) if ratio > 0 else 1.0
 
     @contextmanager

@@ -21,7 +21,7 @@ CLASSES, MOST_CLASSES = 4, 10  # logits a row up to which `CALLS` are made, and 
 
 
 def default_calls(linear: Linearization) -> int:
-    """Metric calls on a linearization: more where a row has many logits, since there are more decisions to tell apart."""
+    """Metric calls on a linearization: more where a row has many logits, as there are more decisions to tell apart."""
     leaf = linear.decisions
     classes = 1 if leaf is None or leaf.outputs.dim() < 2 else min(MOST_CLASSES, leaf.outputs.shape[1])
     return int(CALLS[PREDICTIONS] * max(1.0, classes / CLASSES))
@@ -40,8 +40,8 @@ class PhasePlan:
         rate: learning rate of an update of phi, in units of `STEP_LENGTH`.
         value_weight: lambda in `blended`.
         seed: of the private generator.
-        follows_outputs: whether `calls` is the default, which grows with the number of logits, and is lowered for a slow
-            metric.
+        follows_outputs: whether `calls` is the default, which grows with the number of logits, and is lowered for
+            a slow metric.
         scale: by which steps and perturbations are made smaller, see `MOST_MOVED`.
     """
 

@@ -196,6 +196,15 @@ def check_supported(trainer: Trainer, distributed_type: DistributedType, fsdp_pl
         )
 
 
+def check_metric(metric: Metric, distributed_type: DistributedType) -> None:
+    """Raises ConfigurationError for a metric of the model where no process has the whole model."""
+    if not metric.of_predictions and distributed_type == DistributedType.FSDP:
+        raise ConfigurationError(
+            f"The metric {metric.name!r} is one of the model, and is given a copy of it, which FSDP2 has shared out: "
+            "use DDP (leave out fsdp), or a metric of predictions."
+        )
+
+
 def num_metric_steps(args: MetricOptConfig, max_steps: int) -> int:
     """How many of the last optimizer steps follow the metric.
 

@@ -76,7 +76,7 @@ class RunResult:
 
     @cached_property
     def value_function(self) -> ValueFunction | None:
-        """V(z) over the run's coordinates, fitted to its observations, whichever guide found the steps; None of too few.
+        """V(z) over the run's coordinates, fitted to its observations; None of too few.
 
         It is fitted when it is first asked for.
         """

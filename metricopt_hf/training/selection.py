@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 START, BIAS, MEAN = "start", "start, bias tuned", "mean of the last steps"  # kinds of candidates
 MARGIN = 0.5  # standard errors of the difference, by which the steps must be better than what is cheap
+SEEN = 0.15  # weight of the same difference on the observation split, which the steps were fitted to, beside that
 SHARE = 0.5  # of a gain, by which a second answer of the metric may differ from the first
 
 
@@ -95,7 +96,7 @@ class Selection:
         if self.steps:
             mean = torch.stack(self.steps[len(self.steps) // 2 :]).mean(0)
             self.candidates.append(self._scored(Candidate(MEAN, mean, step)))
-        self.chosen = self._choose()
+        self.chosen = self._choose(observation)
         self.phi.write(self.chosen.phi)
         self._predictions.clear()
         logger.info(f"Kept: {self.chosen.kind}; {self.why}.")
@@ -104,8 +105,8 @@ class Selection:
             for check in self.constraints:
                 logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
 
-    def _choose(self) -> Candidate:
-        """The steps where they are better by `MARGIN`, and their score comes out again; else the better of the others."""
+    def _choose(self, observation: Evaluator) -> Candidate:
+        """The steps, if they are better by `MARGIN` and their score comes out again; else the better of the others."""
         ascent = next((candidate for candidate in self.candidates if candidate.kind == MEAN), None)
         if ascent is None:
             self.why = "no step was taken"
@@ -124,15 +125,30 @@ class Selection:
             return ascent
         gain = self._merit(ascent) - self._merit(cheap)
         error = self._error(ascent, cheap)
-        pays = gain > 0 and not gain < MARGIN * error
-        self.why = f"the steps are {'better' if pays else 'not clearly better'} than {cheap.kind}: {gain:+.4g} ± {error:.2g}"
-        if pays and not self._comes_out_again(ascent, gain):
+        evidence = gain + SEEN * self._gain_on(observation, ascent, cheap)
+        pays = evidence > 0 and not evidence < MARGIN * error
+        verdict = "better" if pays else "not clearly better"
+        self.why = f"the steps are {verdict} than {cheap.kind}: {gain:+.4g} ± {error:.2g}"
+        if pays and not self._comes_out_again(ascent, abs(gain)):
             self.why += ", which does not come out again when the metric is asked again"
             pays = False
         return ascent if pays else cheap
 
     def _merit(self, candidate: Candidate) -> float:
         return self.evaluator.metric.merit(Score(candidate.score, candidate.raw))
+
+    def _gain_on(self, observation: Evaluator, first: Candidate, second: Candidate) -> float:
+        """By how much one candidate is better than another on the observation split; 0 where the metric fails."""
+        merits = []
+        with self.phi.restored():
+            for candidate in (first, second):
+                self.phi.write(candidate.phi)
+                try:
+                    merits.append(observation.metric.merit(observation.evaluate("select")))
+                except MetricError as error:
+                    self.faults.add([str(error)], succeeded=0)
+                    return 0.0
+        return merits[0] - merits[1]
 
     def _comes_out_again(self, candidate: Candidate, gain: float) -> bool:
         """Whether a second answer confirms a score: what is finite and comes out again is true."""
@@ -141,10 +157,19 @@ class Selection:
 
     def _error(self, first: Candidate, second: Candidate) -> float:
         """Standard error of the difference of two candidates' scores; nan where it is not known."""
-        made = [self._predictions.get(candidate.kind) for candidate in (first, second)]
+        made = [self._prediction_of(candidate) for candidate in (first, second)]
         if self.on_all_rows or None in made or self.evaluator.complete is not None:
             return float("nan")
         return paired_error(self.evaluator, *made)
+
+    def _prediction_of(self, candidate: Candidate) -> EvalPrediction | None:
+        """What the model predicts there, made again behind a resume; None of a metric that is not one of all rows."""
+        metric = self.evaluator.metric
+        if candidate.kind not in self._predictions and metric.of_predictions and not metric.batchwise:
+            with self.phi.restored():
+                self.phi.write(candidate.phi)
+                self._predictions[candidate.kind] = self.evaluator.predictions()
+        return self._predictions.get(candidate.kind)
 
     def _scored(self, candidate: Candidate) -> Candidate:
         if self.evaluator is None:

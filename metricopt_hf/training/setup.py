@@ -1,4 +1,4 @@
-"""Setup: what a guided run needs beside Trainer's own, resolved once: metric, data, phi, a value function to start from."""
+"""Setup: what a guided run needs beside Trainer's own, resolved once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Given:
         )
 
     def reported_metric(self, trainer: Trainer) -> Metric | None:
-        """The metric as far as `evaluate` may add it to Trainer's numbers: no direction is asked for, none is loaded."""
+        """The metric, if `evaluate` may add it to Trainer's numbers: no direction is needed, none is loaded."""
         loads = isinstance(self.metric, (str, os.PathLike)) or getattr(trainer.args, "metric_name_or_path", None)
         return None if loads or not isinstance(trainer.args, MetricOptConfig) else self.resolve_metric(trainer, False)
 
@@ -119,6 +119,7 @@ class Setup:
         metric = given.resolve_metric(trainer)  # first of all, whether `args` are ours
         state = trainer.accelerator.state
         preflight.check_supported(trainer, state.distributed_type, getattr(state, "fsdp_plugin", None))
+        preflight.check_metric(metric, state.distributed_type)
         sets = given.observation_dataset, given.selection_dataset
         if metric.of_predictions or metric.takes_dataset:
             label_name = trainer.label_names[0] if trainer.label_names else "labels"

@@ -26,9 +26,9 @@ class MetricOptTrainer(Trainer):
 
     All steps but the last `metric_steps` are Trainer's, bit for bit. In each of the last, the model's predictions are
     linearised in phi, a few numbers of the model; the metric is called on linearised predictions; a value function
-    fitted to what it answers says which way it improves, and phi goes there. A real pass says whether that was right, else the step is taken
-    back. At the end the selection split chooses among the steps and the model that they began from. Without a metric
-    this class is Trainer.
+    fitted to what it answers says which way it improves, and phi goes there. A real pass says whether that was right,
+    else the step is taken back. At the end the selection split chooses between the steps and the model that they began
+    from. Without a metric this class is Trainer.
 
     Takes all arguments of `Trainer`, with `args` a `MetricOptConfig`, and:
 
@@ -274,7 +274,8 @@ class MetricOptTrainer(Trainer):
         """
         if self.result is None:
             return super().create_model_card(*args, **kwargs)
-        sharing.write_cards(self, sharing.arguments_of(super().create_model_card, args, kwargs), scores or {}, comparison)
+        given = sharing.arguments_of(super().create_model_card, args, kwargs)
+        sharing.write_cards(self, given, scores or {}, comparison)
 
     def init_hf_repo(self, *args, **kwargs):
         return sharing.pushed(self, lambda: super(MetricOptTrainer, self).init_hf_repo(*args, **kwargs))

@@ -295,4 +295,4 @@ def test_of_what_the_first_rank_answers_or_raises_all_have_the_same(monkeypatch)
     sent.clear()
     for rank in range(2):
         with pytest.raises(MetricError, match="mistake"):
-            evaluator_module.agreed(rank, 2, lambda: Metric(lambda p: fail(), "f1")(None))
+            evaluator_module.agreed(rank, 2, lambda: evaluator(Seen(fail)).evaluate("check"))

@@ -181,9 +181,13 @@ def test_a_run_that_is_ended_leaves_neither_its_command_nor_its_files(tmp_path, 
     run = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(temporary)})
     while not started.exists() and run.poll() is None:
         time.sleep(0.05)
-    assert running("98762") and list(temporary.glob("metricopt-*"))
+    until = time.monotonic() + 10
+    while not running("98762") and time.monotonic() < until:  # on a busy machine it starts later than the file is made
+        time.sleep(0.05)
+    seen = running("98762") and list(temporary.glob("metricopt-*"))
     run.send_signal(how)
     run.wait()
+    assert seen
     until = time.monotonic() + 10
     while (running("98762") or list(temporary.glob("metricopt-*"))) and time.monotonic() < until:
         time.sleep(0.05)

@@ -117,7 +117,7 @@ def test_a_new_phase_forgets_the_last(name):
 
 @pytest.mark.parametrize("name", CALLING)
 def test_it_stops_where_the_budget_does(name):
-    local = Local(budget=3)
+    local = Local(budget=1)
     guide = started(EVERY[name](), local)
     with pytest.raises(BudgetSpent):
         guide.fit(local.metric(), torch.zeros(DIM))
@@ -138,6 +138,6 @@ def test_calls_that_fail_are_left_out(name):
 
 
 def test_a_spec_names_guides_by_whether_calls_cost_a_pass():
-    assert list(from_spec(AUTO, linearised=True)) == ["pairs", "rows"]
+    assert list(from_spec(AUTO, linearised=True)) == ["rows", "pairs"]
     assert list(from_spec(AUTO, linearised=False)) == ["value_function"]
     assert list(from_spec("random", linearised=True)) == ["random"]

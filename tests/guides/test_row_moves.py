@@ -45,9 +45,8 @@ def test_exchangeable_rows_share_a_call():
     assert local.ledger.calls["observe"] <= 1 + 2 * 2  # as it is, and one row for each label and decision
 
 
-def test_of_more_moves_than_an_update_may_make_some_are_drawn(monkeypatch):
-    monkeypatch.setattr(row_moves, "MOST_CALLS", 2)
-    local = Local()
+def test_of_more_moves_than_there_are_calls_some_are_drawn():
+    local = Local(budget=3)
     guide = taught(started(RowMovesGuide(), local), local, updates=1)
     assert local.ledger.calls["observe"] == 3
     assert guide.gradient(torch.zeros(DIM)).isfinite().all()

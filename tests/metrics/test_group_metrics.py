@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score
 from transformers import EvalPrediction
 
 from metricopt_hf import MetricError
-from metricopt_hf.evaluation.metric import resolve
+from metricopt_hf.evaluation.modules import resolve
 from metricopt_hf.metrics import greater_is_better, path
 
 

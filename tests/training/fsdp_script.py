@@ -41,12 +41,14 @@ def train(name, state_dict=FULL, resume=None, **kwargs):
     # by default accelerate 1.15 shards BertEmbeddings, and then once more what is in it
     plugin = {"version": 2, "state_dict_type": state_dict, "transformer_layer_cls_to_wrap": ["BertLayer"]}
     settings = {
-        "max_steps": 6, "metric_steps": 3, "per_device_train_batch_size": 8 // RANKS, "learning_rate": 1e-2, "phi_dim": 4,
+        "max_steps": 6, "metric_steps": 3, "per_device_train_batch_size": 8 // RANKS, "learning_rate": 1e-2,
+        "phi_dim": 4,
         "metric_call_budget": 24, "greater_is_better": True, "save_strategy": "steps", "save_steps": 2, "report_to": [],
         "disable_tqdm": True, "use_cpu": MODE != "cuda", "fsdp": True, "fsdp_config": plugin, **kwargs,
     }  # fmt: skip
     trainer = MetricOptTrainer(
-        tiny_bert(), MetricOptConfig(os.path.join(FOLDER, f"{name}-{RANKS}"), **settings), train_dataset=Texts(160, seed=1),
+        tiny_bert(), MetricOptConfig(os.path.join(FOLDER, f"{name}-{RANKS}"), **settings),
+        train_dataset=Texts(160, seed=1),
         eval_dataset=Texts(24, seed=2), observation_dataset=Texts(41, seed=3), selection_dataset=Texts(37, seed=4),
         metric=true_class_probability,
     )  # fmt: skip

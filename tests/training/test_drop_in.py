@@ -112,8 +112,9 @@ def table():
 )
 def test_trainer_s_other_arguments(tmp_path, kwargs, trainer_kwargs, observed):
     trainer = text_trainer(
-        tmp_path, trainer_kwargs=trainer_kwargs, max_steps=4, metric_steps=2, metric_call_budget=40, guide="pairs", **kwargs
-    )
+        tmp_path, trainer_kwargs=trainer_kwargs, max_steps=4, metric_steps=2, metric_call_budget=40, guide="pairs",
+        **kwargs,
+    )  # fmt: skip
     trainer.train()
     assert_guided(trainer)
     assert trainer.result.observed == observed

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Texts, assert_equal_weights, tiny_bert, weights, without_times
+from helpers import assert_equal_weights, tiny_bert, weights, without_times
 from runs import bert_trainer, probability, text_trainer
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
@@ -125,6 +125,11 @@ class Step(nn.Module):
 
 def test_the_check_before_training_leaves_every_random_state_alone(tmp_path):
     plain, seen = run(tmp_path, Trainer, TrainingArguments, model=Step())
-    ours, look = run(tmp_path, model=Step(), given={"compute_metrics": lambda p: (torch.manual_seed(3), probability(p))[1]})
+
+    def reseeding(prediction):
+        torch.manual_seed(3)
+        return probability(prediction)
+
+    ours, look = run(tmp_path, model=Step(), given={"compute_metrics": reseeding})
     assert_equal_weights(seen.weights[PHASE], look.weights[PHASE])
-    assert len(Texts(3)) == 3 and ours.ledger.calls["check"] > 0
+    assert ours.ledger.calls["check"] > 0

@@ -13,7 +13,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"fp16": True}, {"bf16": True}, {"torch_compile": True}, {"optim": "adamw_torch_fused"}, {"observe": "scores"}],
+    [{}, {"fp16": True}, {"bf16": True}, {"torch_compile": True}, {"optim": "adamw_torch_fused", "observe": "scores"}],
     ids=lambda kwargs: ",".join(kwargs) or "fp32",
 )
 def test_a_guided_run_on_the_gpu(tmp_path, kwargs):

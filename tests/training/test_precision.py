@@ -8,8 +8,8 @@ from accelerate.utils import DistributedType
 from helpers import assert_equal_weights, weights
 from runs import text_trainer
 
-from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.training.preflight import check_supported
+from metricopt_hf import ConfigurationError, MetricOptConfig, MetricOptTrainer, ModelMetric
+from metricopt_hf.training.preflight import check_metric, check_supported
 
 
 class Scaled(MetricOptTrainer):
@@ -48,6 +48,13 @@ def test_of_fsdp_what_hides_phi_is_refused_with_the_remedy(tmp_path, version, ch
     plugin = SimpleNamespace(fsdp_version=version, activation_checkpointing=checkpointing)
     with pytest.raises(ConfigurationError, match=told):
         check_supported(args(tmp_path, torch_compile=compiled), DistributedType.FSDP, plugin)
+
+
+def test_a_metric_of_the_model_is_refused_where_no_process_has_all_of_it():
+    metric = ModelMetric(lambda model: 0.5, "size")
+    check_metric(metric, DistributedType.MULTI_CPU)
+    with pytest.raises(ConfigurationError, match="'size' is one of the model.*use DDP"):
+        check_metric(metric, DistributedType.FSDP)
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):

@@ -117,6 +117,7 @@ def test_a_resume_looks_before_it_loads(folder):
         ({"observation_size": 10}, "observation_size=None"),
         ({"metric_constraints": "probability>=0.1"}, "metric_constraints=None"),
         ({"greater_is_better": False}, "greater_is_better=True"),
+        ({"metric_constraints": None, "guide": "shuffled"}, "guide='auto', this one has guide='shuffled'"),
         ({"metric_steps": 2}, "began at step 3; in this run it begins at 4, and step 5 lies behind"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

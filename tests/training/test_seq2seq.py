@@ -70,6 +70,9 @@ def test_post_processing_gets_all_of_the_output_as_in_transformers_example(tmp_p
         got.append((len(features), output.num_samples, output.predictions.shape))
         return EvalPrediction(output.predictions, output.label_ids)
 
-    trainer = make(tmp_path, lambda p: {"token_match": float(np.mean(p.predictions))}, post_process_function=post_process)
+    def mean(prediction):
+        return {"token_match": float(np.mean(prediction.predictions))}
+
+    trainer = make(tmp_path, mean, post_process_function=post_process)
     trainer.train()
     assert got and all(rows == count == shape[0] for rows, count, shape in got)

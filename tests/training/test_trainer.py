@@ -64,7 +64,8 @@ def test_drop_in_with_compute_metrics_and_metric_for_best_model(tmp_path, caplog
     assert all(name in str(result) for name in ("probability (greater is better)", "kept:", "why:", "cost:"))
 
 
-@pytest.mark.parametrize(("observe", "budget"), [("scores", 10), ("scores", 0), ("predictions", 100), ("predictions", 0)])
+@pytest.mark.parametrize("budget", [12, 0])
+@pytest.mark.parametrize("observe", ["scores", "predictions"])
 def test_the_budget_is_kept(tmp_path, observe, budget):
     calls = []
 
@@ -228,6 +229,24 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, kwargs, error, ma
     with pytest.raises(error, match=match):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_groups_as_texts_are_named_with_what_to_do(tmp_path):
+    """The collator drops them, and Trainer then gives a metric no labels at all."""
+    rows = [{"input_ids": row["input_ids"], "labels": int(row["labels"]), "group": "ab"[i % 2]}
+            for i, row in enumerate(Texts(40))]  # fmt: skip
+
+    def worst(prediction):
+        labels, groups = prediction.label_ids
+        right = prediction.predictions.argmax(-1) == labels
+        return float(min(right[groups == group].mean() for group in np.unique(groups)))
+
+    trainer = bert_trainer(
+        tmp_path, metric=worst, label_names=["labels", "group"], train_dataset=rows, observation_dataset=rows,
+        selection_dataset=rows,
+    )  # fmt: skip
+    with pytest.raises(MetricError, match="The column 'group' holds texts, which are no labels: encode it"):
+        trainer.train()
 
 
 def test_a_script_that_only_predicts_is_asked_for_nothing(tmp_path):
