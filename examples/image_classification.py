@@ -26,8 +26,8 @@ that holds the groups, which the metric alone is told (`--group_column_name came
 From the same start and with the same seed, data and steps, a model is tuned by its loss alone, by a control (a guide
 that learns from shuffled scores; of the digits where it is named, as above), and by MetricOpt, whose last
 `--metric_steps` follow the metric; the cheap rival, a bias per class searched on the observation split, is measured
-too. Four disjoint splits: the loss sees train, the metric is observed on `observation`, what a metric phase ends with is
-chosen on `selection`, and methods are compared on `report`, which nothing else touches.
+too. Four disjoint splits: the loss sees train, the metric is observed on `observation`, what a metric phase ends with
+is chosen on `selection`, and methods are compared on `report`, which nothing else touches.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (an ordinary one, to be loaded without
 metricopt_hf), its value function in `value_function/`, `results.json`, `metric.png`, `diagnosis.png` (what can be told
