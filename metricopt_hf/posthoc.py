@@ -6,6 +6,8 @@ and where loss and metric disagree about nothing else, it suffices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from transformers import EvalPrediction
 
@@ -18,7 +20,13 @@ FIRST_STEP = 2.0
 HALVINGS = 6
 
 
-def tune_bias(metric: Metric, prediction: EvalPrediction, ledger: Ledger, max_calls: int = 160) -> np.ndarray:
+def tune_bias(
+    metric: Metric,
+    prediction: EvalPrediction,
+    ledger: Ledger,
+    max_calls: int = 160,
+    complete: Callable[[EvalPrediction], EvalPrediction] | None = None,
+) -> np.ndarray:
     """The bias per logit that makes `metric` best on `prediction`, by coordinate search from zero.
 
     Each logit's bias in turn is moved up, else down, by a step if that improves the metric; after a sweep without any
@@ -31,6 +39,7 @@ def tune_bias(metric: Metric, prediction: EvalPrediction, ledger: Ledger, max_ca
         prediction: `predictions` [..., classes] are logits (a model's tuple of outputs: its first), or [n] one logit.
         ledger: charged with the calls.
         max_calls: the most metric calls to make.
+        complete: what the metric is given instead of predictions; see `Metric.__call__`.
 
     Returns:
         [classes] float64, to be given to `add_bias`; [1] for one logit.
@@ -51,7 +60,7 @@ def tune_bias(metric: Metric, prediction: EvalPrediction, ledger: Ledger, max_ca
         calls += 1
         try:
             with ledger.charge("post-hoc"):
-                return metric.merit(metric(add_bias(prediction, candidate)))
+                return metric.merit(metric(add_bias(prediction, candidate), complete))
         except MetricError:
             return -np.inf
 

@@ -131,7 +131,8 @@ class Linearization:
         """The same for some rows, in increasing order."""
         if self.concat:
             index = torch.as_tensor(rows)
-            leaves = {i: leaf.rows(index) for i, leaf in self.leaves.items()}
+            total = self.num_rows  # what has another number of rows, such as tokens, stays
+            leaves = {i: leaf.rows(index) if len(leaf.outputs) == total else leaf for i, leaf in self.leaves.items()}
             centre = take_rows(self.centre, rows, True, self.batch_sizes)
             return replace(self, centre=centre, leaves=leaves, batch_sizes=(len(rows),))
         # lists of batches: the rows of each coordinate's slopes are taken as those of the predictions are

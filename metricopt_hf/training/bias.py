@@ -34,7 +34,7 @@ def with_tuned_bias(evaluator: Evaluator, point: Tensor) -> Tensor | None:
         bias, spent = agreed(
             evaluator.rank,
             evaluator.world_size,
-            lambda: (tune_bias(evaluator.metric, prediction, ledger), ledger.state_dict()),
+            lambda: (tune_bias(evaluator.metric, prediction, ledger, complete=evaluator.complete), ledger.state_dict()),
         )
         evaluator.ledger.add("post-hoc", spent["calls"]["post-hoc"], spent["seconds"]["post-hoc"])
         tuned = point.clone()

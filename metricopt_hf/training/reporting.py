@@ -112,6 +112,10 @@ def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, floa
             logger.warning(f"{error} There is no {name} at step {trainer.state.global_step}; the run goes on.")
             score = float("nan")
         return {name: float(score)}
+    if trainer.setup is not None and trainer.metric_inputs.completes and trainer.compute_metrics is not None:
+        # Trainer calls no compute_metrics on rows without labels, as of features whose answers are among the examples
+        seen = Observing(trainer, metric, trainer.setup.phi, trainer.metric_inputs, trainer.ignore_keys)
+        return {name: float(seen.evaluator(dataset, Ledger(), prefix).evaluate("offline"))}
     if weights and all(f"{prefix}_{key}" in found for key in weights):
         return {name: sum(weight * found[f"{prefix}_{key}"] for key, weight in weights.items())}
     return None

@@ -161,6 +161,7 @@ def test_a_gain_of_a_metric_that_stood_still_is_kept(tmp_path):
         return {"score": float((prediction.predictions.argmax(-1) == 1).mean())}
 
     given = {"compute_metrics": said}
-    trainer = text_trainer(tmp_path, model=model, metric_for_best_model="score", trainer_kwargs=given, learning_rate=0.0)
+    kwargs = {"metric_for_best_model": "score", "learning_rate": 0.0}
+    trainer = text_trainer(tmp_path, model=model, trainer_kwargs=given, **kwargs)
     trainer.train()
     assert trainer.result.start.score == 0.0 and trainer.result.best_score == 1.0

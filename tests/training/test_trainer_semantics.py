@@ -276,7 +276,7 @@ def test_a_collator_that_joins_rows_and_outputs_that_are_no_rows(tmp_path, conca
 
     trainer = make(
         tmp_path, compute_metrics, Joined(), data_collator=joined, eval_do_concat_batches=concat, max_steps=2,
-        metric_steps=1,
+        metric_steps=1, remove_unused_columns=False,
     )  # fmt: skip
     trainer.train()
     assert trainer.result.failed_calls == 0 and 41 in seen <= {41, 20}
