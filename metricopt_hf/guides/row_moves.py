@@ -5,8 +5,9 @@ on a linearization its gradient needs no further call. Such calls recover labels
 the class that raises the metric is the label. So this guide uses the metric as a labelled set would be used; it knows
 of each row what the metric tells of it, and reads no label itself.
 
-Nearest to it are metric-optimised example weights (Zhao et al., 2018) and FWEG (Jiang et al., ICML 2021), which elicit
-weights of training examples, or of groups of them, from a black-box metric; here every observed row has its own.
+Nearest to it are metric-optimised example weights (Zhao et al., ICML 2019) and FWEG (Hiranandani et al., ICML 2021):
+they elicit weights of training examples, or of groups of them, from a black-box metric; here every observed row has its
+own.
 """
 
 from __future__ import annotations

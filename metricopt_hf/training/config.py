@@ -146,8 +146,8 @@ class MetricOptConfig(TrainingArguments):
     metric_constraints: str | None = field(
         default=None,
         metadata={
-            "help": 'What must hold before the metric counts, of other numbers of the same dict: "precision>=0.6, '
-            'ece<=0.05".'
+            "help": 'Experimental. What must hold before the metric counts, of other numbers of the same dict: '
+            '"precision>=0.6, ece<=0.05". What misses a bound is penalised.'
         },
     )
     metric_steps: int | None = field(
