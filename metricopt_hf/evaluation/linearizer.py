@@ -43,7 +43,7 @@ MOST_DIFFERENCES = 16  # coordinates, where each takes a forward pass
 STEP = 0.05  # of a difference, along a unit direction
 TRIED, MOST_OFF = 0.01, 0.5  # size of the step by which derivatives are tried, and how far they may be off, relatively
 BASIS_BYTES = 2**28  # of derivatives in all of phi, from which coordinates are found
-MOST_BYTES = 2**30  # of a linearization; of more rows, so many are drawn
+MOST_BYTES = 2**30  # memory of a linearization; rows are drawn where all would take more
 GRADIENTS_PER_COORDINATE = 4  # mini-batch gradients of the loss, where coordinates are found by them
 
 

@@ -41,7 +41,11 @@ def observing(trainer: Any, setup: Setup) -> Observing:
 
 
 def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:
-    """The metric phase of a run, of so many steps."""
+    """The metric phase of a run.
+
+    Args:
+        steps: its optimizer steps.
+    """
     args, seen, ledger = trainer.args, observing(trainer, setup), Ledger()
     plan = PhasePlan.from_args(args, steps, setup.metric.of_predictions)
     selects = setup.selection is not None or not setup.metric.of_predictions

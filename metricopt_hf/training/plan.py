@@ -17,7 +17,7 @@ SPREAD_LENGTH = 1.6  # of a perturbation, in phi
 MOST_MOVED = 0.5  # standard deviations of the outputs by which a perturbation moves them at most, else it is smaller
 PATIENCE = 60.0  # seconds that metric calls may take, however short the training was
 DEFAULT_STEPS = 10
-CLASSES, MOST_CLASSES = 4, 10  # logits a row up to which `CALLS` are made, and from which no more than for so many
+CLASSES, MOST_CLASSES = 4, 10  # calls grow with the logits of a row from the first number to the second
 
 
 def default_calls(linear: Linearization) -> int:
@@ -104,7 +104,7 @@ class PhasePlan:
         return UPDATES[self.observe]
 
     def spread(self, dim: int) -> float:
-        """Standard deviation of a perturbation on each of so many coordinates."""
+        """Standard deviation of a perturbation on each of `dim` coordinates."""
         return self.scale * SPREAD_LENGTH / min(dim, 64)**0.5
 
     def learning_rate(self, dim: int) -> float:

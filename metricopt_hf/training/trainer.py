@@ -45,7 +45,7 @@ class MetricOptTrainer(Trainer):
         guide: a `Guide`, or what `args.guide` could be; default: `args.guide`.
         post_process_function: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
             question-answering example. `features` are the rows that were predicted, with all of their columns.
-        eval_examples: of which the features were made; default: the features themselves.
+        eval_examples: the examples from which the features were made; default: the features themselves.
 
     Raises, from `train` and before any training:
         ConfigurationError, PhiError, ValueFunctionError: something in the arguments cannot work.
