@@ -18,7 +18,7 @@ from .linearization import Linearization
 from .metric import world_kept
 from .trajectory import Observation, Trajectory
 
-PERTURBED = 64
+PERTURBED = 64  # the leading coordinates, which are perturbed: in more, a few hundred pairs say less of each
 
 
 class BudgetSpent(Exception):

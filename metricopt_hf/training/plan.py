@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 from ..evaluation.linearization import Linearization
+from ..evaluation.local_metric import PERTURBED
 from .config import MetricOptConfig
 
 # What of the model is observed: predictions, on which the metric is called without a pass; or scores, a pass for each
@@ -105,9 +106,8 @@ class PhasePlan:
 
     def spread(self, dim: int) -> float:
         """Standard deviation of a perturbation on each of `dim` coordinates."""
-        return self.scale * SPREAD_LENGTH / min(dim, 64)**0.5
+        return self.scale * SPREAD_LENGTH / min(dim, PERTURBED) ** 0.5
 
     def learning_rate(self, dim: int) -> float:
-        """Of an update, on each of so many coordinates; in all, the updates of a step can go as far whatever their
-        number."""
+        """Size of an update on each of `dim` coordinates, such that a step goes as far whatever its number of updates."""
         return self.scale * self.rate * STEP_LENGTH / dim**0.5 * UPDATES[PREDICTIONS] / self.updates
