@@ -109,5 +109,5 @@ class PhasePlan:
         return self.scale * SPREAD_LENGTH / min(dim, PERTURBED) ** 0.5
 
     def learning_rate(self, dim: int) -> float:
-        """Size of an update on each of `dim` coordinates, such that a step goes as far whatever its number of updates."""
+        """Size of an update on each of `dim` coordinates: a step can go as far whatever its number of updates."""
         return self.scale * self.rate * STEP_LENGTH / dim**0.5 * UPDATES[PREDICTIONS] / self.updates
