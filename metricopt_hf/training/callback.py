@@ -40,7 +40,13 @@ class MetricPhaseCallback(TrainerCallback):
     def __init__(self, trainer: Any, start: int, checked: bool):
         self.trainer, self.start, self.checked = trainer, start, checked
         self._begun, self._first = perf_counter(), 0
+        self.batches: list[Any] = []  # of the metric step that is being made
         self._held: tuple[torch.nn.Parameter, torch.Tensor] | None = None
+
+    def take_batches(self) -> list[Any]:
+        """All batches of the metric step, whose last one is there."""
+        batches, self.batches = self.batches, []
+        return batches
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._begun, self._first = perf_counter(), state.global_step

@@ -14,7 +14,7 @@ from ..evaluation.ledger import Ledger
 from ..evaluation.model_metric import score_of_model
 from ..evaluation.noise import checked_constraints
 from ..hub import ValueFunction
-from ..phi.space import model_class
+from ..phi.space import model_class, whole
 from ..value import Signature, ValueNetwork, fit
 from .observing import Observing
 from .phase import MetricPhase
@@ -52,8 +52,9 @@ def result_of(phase: MetricPhase) -> RunResult:
 
 def tell_changed_weights(phase: MetricPhase) -> None:
     """Warn where phi is another one than was chosen, as a callback leaves it that puts averaged weights in place."""
-    chosen = phase.selection.chosen
-    if phase.finished and chosen is not None and not torch.equal(phase.phi.read(), chosen.phi):
+    chosen, left = phase.selection.chosen, phase.selection.weights
+    now = [whole(parameter.detach()) for parameter in phase.phi.parameters]
+    if left and not all(map(torch.equal, now, left)):
         logger.warning(
             f"The score {chosen.score:.4f} is not that of the model that came out: the weights were changed behind the "
             "selection, in on_train_end or by load_best_model_at_end."

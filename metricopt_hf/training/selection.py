@@ -22,6 +22,7 @@ from ..evaluation.evaluator import Evaluator
 from ..evaluation.ledger import Faults
 from ..evaluation.noise import checked_constraints, paired_error
 from ..phi import PhiSpace
+from ..phi.space import whole
 from .bias import with_tuned_bias
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Selection:
         self.chosen: Candidate | None = None
         self.why = ""
         self.constraints: tuple[ConstraintCheck, ...] = ()  # at what was chosen
+        self.weights: list[Tensor] = []  # that the chosen phi has set
         self.faults = Faults()
         self._predictions: dict[str, EvalPrediction | None] = {}  # by kind of candidate
 
@@ -98,6 +100,7 @@ class Selection:
             self.candidates.append(self._scored(Candidate(MEAN, mean, step)))
         self.chosen = self._choose(observation)
         self.phi.write(self.chosen.phi)
+        self.weights = [whole(parameter.detach()).clone() for parameter in self.phi.parameters]
         self._predictions.clear()
         logger.info(f"Kept: {self.chosen.kind}; {self.why}.")
         if self.evaluator is not None and self.evaluator.metric.constraints and self.chosen.known:

@@ -18,11 +18,13 @@ def take(trainer: Any, inputs: Any) -> Tensor:
     seen = building.observing(trainer, trainer.setup)
     _hold_still(trainer.model)
     loss = seen.logged_loss(inputs) / trainer.current_gradient_accumulation_steps
+    around.batches.append(inputs)
     if trainer.accelerator.sync_gradients:
         with bookkeeping_kept(trainer):  # what a subclass keeps of losses and batches is of training
             if not phase.started:
                 phase.start(step, around.trained_seconds(step))
-            phase.advance(step, lambda: seen.loss_gradient(inputs))
+            batches = around.take_batches()
+            phase.advance(step, lambda: torch.stack([seen.loss_gradient(batch) for batch in batches]).mean(0))
             if step + 1 == trainer.state.max_steps:
                 phase.finish(step + 1)
         around.hold(trainer.optimizer, trainer.accelerator.scaler)

@@ -197,12 +197,16 @@ def test_the_metric_s_first_fault_stops_before_training(tmp_path):
     assert trainer.state.global_step == 0
 
 
+def of_unknown_direction(prediction):
+    return 0.5
+
+
 def test_guidance_scalars_come_with_trainer_s_logs(tmp_path):
     trainer = bert_trainer(tmp_path, logging_steps=1)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 4 and all(np.isfinite(entry["loss"]) for entry in entries)
-    wanted = {"selection", "value", "calls", "passes", "failed_calls", "standard_error"}
+    wanted = {"value", "calls", "passes", "failed_calls", "standard_error"}
     assert {f"metricopt/{name}" for name in wanted} <= set(entries[-1])
 
 
@@ -221,7 +225,7 @@ def test_guidance_scalars_come_with_trainer_s_logs(tmp_path):
         ({"metric": "no_such_metric_anywhere"}, ConfigurationError, "worst_class_recall"),
         ({"metric": 3}, ConfigurationError, "callable"),
         ({"guide": "evolution"}, ConfigurationError, "guide='evolution' must be a Guide, or one of auto"),
-        ({"greater_is_better": None}, ConfigurationError, "Nothing says which way"),
+        ({"greater_is_better": None, "metric": of_unknown_direction}, ConfigurationError, "Nothing says which way"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, kwargs, error, match):
