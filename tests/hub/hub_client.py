@@ -106,8 +106,8 @@ def trainer(folder, **changes):
             str(folder),
             max_steps=6,
             per_device_train_batch_size=8,
-            metric_start_ratio=0,
-            metric_call_budget=16,
+            metric_steps=6,
+            metric_call_budget=200,
             phi_dim=3,
             save_steps=3,
             greater_is_better=True,
@@ -215,14 +215,14 @@ def push_that_dies(folder):
         messages.append(refusal(run.push_to_hub, HubError))
     faults()
     there = files("tester/dies")
-    kept = same(run.value_function, ValueFunction.from_pretrained(folder / "dies"))
+    kept = same(run.result.value_function, ValueFunction.from_pretrained(folder / "dies"))
     model = AutoModelForImageClassification.from_pretrained(folder / "dies")
     run.push_to_hub()
     return {
         "messages": messages,
         "half": [name for name in there if name.endswith((".safetensors", ".json"))],
         "local": kept and torch.equal(logits(model), logits(run.model)),
-        "afterwards": same(run.value_function, ValueFunction.from_pretrained("tester/dies")),
+        "afterwards": same(run.result.value_function, ValueFunction.from_pretrained("tester/dies")),
     }
 
 
@@ -263,7 +263,7 @@ def strategy(name):
         )
         z = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
         torch.save(
-            {"logits": logits(run.model), "z": z, "predicted": torch.stack(run.value_function.predict(z))},
+            {"logits": logits(run.model), "z": z, "predicted": torch.stack(run.result.value_function.predict(z))},
             folder / f"{name}.pt",
         )
         card = (folder / name / "README.md").read_text()
@@ -307,7 +307,7 @@ def documentation(folder):
     names |= {"train": Squares(48, 0), "validation": Squares(96, 1)}
     os.chdir(folder)
     exec(compile(first, "sharing.md", "exec"), names)
-    pushed = names["trainer"].value_function
+    pushed = names["trainer"].result.value_function
     exec(compile(second, "sharing.md", "exec"), names)
     return {"same": same(names["value_function"], pushed), "calls": names["trainer"].ledger.calls["observe"]}
 
@@ -317,7 +317,7 @@ def starts_from_it(folder):
     run = trainer(folder / "warm", value_function_name_or_path="tester/end", seed=5)
     run.train()
     basis = torch.equal(run.result.coordinates.basis, given.signature.basis)
-    return {"basis": basis, "learned on": not same(run.value_function, given)}
+    return {"basis": basis, "learned on": not same(run.result.value_function, given)}
 
 
 def starts_from_a_private_one(folder):
@@ -325,7 +325,7 @@ def starts_from_a_private_one(folder):
     token = os.environ.pop("HF_TOKEN")
     try:
         start = functools.partial(trainer, folder / "private", value_function_name_or_path="tester/private")
-        return {"without": refusal(lambda: start().settle(), Refused), "with": start(hub_token=token).guided}
+        return {"without": refusal(lambda: start().settled(), Refused), "with": start(hub_token=token).guided}
     finally:
         os.environ["HF_TOKEN"] = token
 

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
+import transformers
 from helpers import Texts, tiny_bert, true_class_probability
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from runs import SCORES, quadratic_trainer
+from runs import quadratic_trainer
 from transformers import Trainer
 
-from metricopt_hf import MetricOptConfig, MetricOptTrainer
+from metricopt_hf import MetricOptConfig, MetricOptTrainer, __version__
 from metricopt_hf.hub import cards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +33,7 @@ GIVEN = {
 
 
 def trainer(folder, model=None, cls=MetricOptTrainer, **kwargs):
-    args = {"max_steps": 4, "metric_start_ratio": 0, "metric_call_budget": 16, "greater_is_better": True}
+    args = {"max_steps": 4, "metric_steps": 4, "metric_call_budget": 300, "phi_dim": 6, "greater_is_better": True}
     args |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "eval_strategy": "steps", "eval_steps": 2}
     args |= {"save_strategy": "no", "per_device_train_batch_size": 8}
     guided = {"observation_dataset": Texts(40, seed=3), "selection_dataset": Texts(40, seed=4)}
@@ -42,7 +44,7 @@ def trainer(folder, model=None, cls=MetricOptTrainer, **kwargs):
 
     return cls(
         tiny_bert() if model is None else model,
-        MetricOptConfig(str(folder), **{**SCORES, **args, **kwargs}),
+        MetricOptConfig(str(folder), **{**args, **kwargs}),
         train_dataset=Texts(40, seed=1),
         eval_dataset=Texts(16, seed=2),
         compute_metrics=accuracy,
@@ -109,7 +111,7 @@ def test_figures_are_those_of_the_run(run):
     run.create_model_card(**GIVEN, scores={"report": 0.4321}, comparison="| loss only | 0.4 |")
     told = "**true_class_probability** (greater is better) in text-classification on Texts"
     assert told in text(run) and "| task | text-classification, Texts |" in text(run, "value_function")
-    made, learned = ModelCard.load(Path(run.args.output_dir) / "README.md"), run.result
+    made = ModelCard.load(Path(run.args.output_dir) / "README.md")
     (result,) = [r for r in made.data.eval_results if r.metric_type == "true_class_probability"]
     assert (result.metric_value, result.dataset_type, result.task_type) == (
         0.4321,
@@ -121,14 +123,20 @@ def test_figures_are_those_of_the_run(run):
         "| loss only | 0.4 |",
         f"(optimistic: chosen by it) | {run.result.best_score:.4f}",
         f"| metric calls, observe | {run.ledger.calls['observe']} in",
-        f"| rank correlation | {learned.rank_correlation:.3f} |",
+        f"| why that was chosen | {cards.plain(run.result.why)} |",
+        "whose calls on linearised predictions said which way",
+        f"transformers {transformers.__version__}, torch {torch.__version__}, metricopt_hf {__version__}",
         f"FiLM, {run.result.coordinates.origin.numel()} numbers",
     ):
         assert figure in made.text
     theirs = text(run, "value_function")
-    assert f"| rank correlation | {learned.rank_correlation:.3f} |" in theirs
-    assert "| observations, a metric call each | 16 |" in theirs
-    assert ModelCard(theirs).data.eval_results[0].metric_value == pytest.approx(learned.rank_correlation)
+    for figure in (
+        "| metric | true_class_probability (greater is better) |",
+        f"| coordinates | {run.result.coordinates.dim}, ",
+        "to all that it observed: metric calls on its linearised predictions",
+        f"| observations, a metric call each | {len(run.result.trajectory)} |",
+    ):
+        assert figure in theirs
     assert json.loads(Path(run.args.output_dir, "value_function", "config.json").read_text())["signature"]
 
 
@@ -153,7 +161,15 @@ def test_an_adapter_s_card_stays_peft_s(tmp_path):
     run.save_model()
     run.create_model_card()
     assert ModelCard.load(tmp_path / "README.md").data.library_name == "peft"
-    assert "PeftModel.from_pretrained" in text(run) and "rank correlation" in text(run)
+    assert "PeftModel.from_pretrained" in text(run) and "value_function = ValueFunction" in text(run)
+
+
+def test_of_observed_scores_the_cards_say_so(tmp_path):
+    run = trainer(tmp_path, observe="scores", metric_call_budget=24, eval_strategy="no")
+    run.train()
+    run.create_model_card()
+    assert "whose calls said which way" in text(run)
+    assert "metric calls behind a forward pass each" in text(run, "value_function")
 
 
 def test_without_a_metric_it_is_trainer_s(tmp_path):
