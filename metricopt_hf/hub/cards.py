@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..value.serialization import LIBRARY, replace_file
 
@@ -76,8 +75,7 @@ def write(
     path: str | os.PathLike,
     value_function: ValueFunction,
     repo: str = "user/name",
-    rank_correlation: float | None = None,
-    trust: float | None = None,
+    observed: str | None = None,
     comparison: str | None = None,
     task: str | None = None,
     dataset: tuple[str, str] | None = None,
@@ -87,34 +85,25 @@ def write(
 
     Args:
         repo: the name by which it is loaded.
-        rank_correlation, trust: at the end of its run; a nan counts as unknown.
+        observed: what its run observed, "predictions" or "scores"; None: it is not known.
         comparison: Markdown on what it was good for, such as a table of methods.
-        task, dataset: the Hub's names of both, (type, name) of the data set; with them the figures get a `model-index`.
+        task, dataset: the Hub's names of both, (type, name) of the data set.
         license: the Hub's name of it.
     """
     path = Path(path)
     if path.exists() and MARKER.encode() not in path.read_bytes():  # in whatever encoding a person writes
         return
-    if rank_correlation is None or not np.isfinite(rank_correlation):
-        rank_correlation = trust = None
     signature, observations = value_function.signature, value_function.observations
-    name = repo.rpartition("/")[2]
-    results = None
-    if rank_correlation is not None and task is not None and dataset is not None:
-        metric = "Prequential rank correlation" + (f" with {printable(signature.metric)}" if signature else "")
-        results = [EvalResult(task, *dataset, "spearmanr", rank_correlation, metric_name=metric)]
     data = ModelCardData(
         library_name=LIBRARY,
         tags=[TAG, "value-function"],
         metrics=[printable(signature.metric)] if signature else None,
         datasets=[dataset[0]] if dataset else None,
         license=license,
-        model_name=name if results else None,
-        eval_results=results,
     )
     scores = observations.scores
     fields = {
-        "name": name,
+        "name": repo.rpartition("/")[2],
         "repo": repo,
         "task": task,
         "dataset": dataset,
@@ -127,8 +116,7 @@ def write(
         "lowest": scores.min() if len(scores) else None,
         "highest": scores.max() if len(scores) else None,
         "seconds": float(observations.costs.sum()),
-        "rank_correlation": rank_correlation,
-        "trust": trust,
+        "observed": observed,
         "comparison": comparison,
     }
     replace_file(path, printable(str(render("value_function", data, **fields))).encode())

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 from torch.distributed.fsdp import StateDictType
@@ -18,7 +20,7 @@ from transformers.modelcard import TrainingSummary, make_markdown_table
 from transformers.trainer_utils import HubStrategy
 
 from ..errors import ValueFunctionError
-from ..hub import cards, client
+from ..hub import ValueFunction, cards, client
 from ..phi.space import model_class
 from ..redaction import shareable
 from ..value.serialization import replace_file
@@ -58,11 +60,10 @@ def save_value_function(trainer: Any, output_dir: str, **fields: Any) -> None:
     Args:
         fields: for its card, see `cards.render`.
     """
-    phase = trainer.phase
-    if phase is None or not phase.finished or (value_function := trainer.result.value_function) is None:
+    if (value_function := _value_function(trainer)) is None:
         return
     try:
-        fields = {"repo": repository(trainer), **fields}
+        fields = {"repo": repository(trainer), "observed": trainer.phase.plan.observe, **fields}
         value_function.save_pretrained(os.path.join(output_dir, client.SUBFOLDER), fields)
     except ValueFunctionError as error:  # the model is saved all the same
         logger.warning(str(error))
@@ -138,10 +139,13 @@ def _card(trainer: Any, summary: TrainingSummary, scores: Mapping[str, float], c
         before=result.start.score if result.start.known else None,
         candidates=len(result.candidates),
         kind=result.chosen.kind,
+        why=result.why,
+        observed=result.observed,
         constraints=[str(check) for check in result.constraints],
         evaluation={k: v for k, v in (summary.eval_results or {}).items() if isinstance(v, float)},
         comparison=comparison,
         calls={purpose: count for purpose, count in result.ledger.calls.items() if count},
+        passes=result.ledger.passes,
         seconds=result.ledger.seconds,
         phi=result.phi,
         phi_dim=result.coordinates.origin.numel(),
@@ -150,8 +154,9 @@ def _card(trainer: Any, summary: TrainingSummary, scores: Mapping[str, float], c
         is_peft=_is_peft(trainer.model),
         is_transformers=type(trainer.model).__module__.startswith("transformers."),
         model_class=model_class(trainer.model),
-        has_value_function=result.value_function is not None,
+        has_value_function=_value_function(trainer) is not None,
         hyperparameters=summary.hyperparameters or {},
+        versions=_versions(),
         training_results=make_markdown_table([cards.plain(dict(line)) for line in summary.eval_lines or []]),
     )
 
@@ -204,6 +209,19 @@ def _tags(path: str) -> list[str]:
         return ModelCard.load(path, ignore_metadata_errors=True).data.tags or []
     except (UnicodeError, ValueError):
         return []
+
+
+def _value_function(trainer: Any) -> ValueFunction | None:
+    """Of a run whose metric phase has ended; None where nothing is to be saved."""
+    phase = trainer.phase
+    return trainer.result.value_function if phase is not None and phase.finished else None
+
+
+def _versions() -> str:
+    """Of what the model was tuned with."""
+    from .. import __version__  # which is not there yet when this module is read
+
+    return f"transformers {transformers.__version__}, torch {torch.__version__}, metricopt_hf {__version__}"
 
 
 def _is_peft(model: nn.Module) -> bool:

@@ -106,8 +106,8 @@ def trainer(folder, **changes):
             str(folder),
             max_steps=6,
             per_device_train_batch_size=8,
-            metric_start_ratio=0,
-            metric_call_budget=16,
+            metric_steps=6,
+            metric_call_budget=200,
             phi_dim=3,
             save_steps=3,
             greater_is_better=True,
@@ -215,14 +215,14 @@ def push_that_dies(folder):
         messages.append(refusal(run.push_to_hub, HubError))
     faults()
     there = files("tester/dies")
-    kept = same(run.value_function, ValueFunction.from_pretrained(folder / "dies"))
+    kept = same(run.result.value_function, ValueFunction.from_pretrained(folder / "dies"))
     model = AutoModelForImageClassification.from_pretrained(folder / "dies")
     run.push_to_hub()
     return {
         "messages": messages,
         "half": [name for name in there if name.endswith((".safetensors", ".json"))],
         "local": kept and torch.equal(logits(model), logits(run.model)),
-        "afterwards": same(run.value_function, ValueFunction.from_pretrained("tester/dies")),
+        "afterwards": same(run.result.value_function, ValueFunction.from_pretrained("tester/dies")),
     }
 
 
@@ -234,9 +234,9 @@ def failed_push_along_the_way(folder):
     return {"trained": run.state.global_step}
 
 
-def published_cards(folder):
+def cards_of_a_run(folder):
     """By the Hub's own check of what is pushed."""
-    cards = [path for path in sorted((ROOT / "model_cards").glob("*.md")) if path.stem != "README"]
+    cards = [folder / "end" / "README.md", folder / "end" / "value_function" / "README.md"]
     for path in cards:
         ModelCard.load(path).validate()
     broken = cards[0].read_text().replace("- task:", "- no_task:").encode()
@@ -263,7 +263,7 @@ def strategy(name):
         )
         z = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
         torch.save(
-            {"logits": logits(run.model), "z": z, "predicted": torch.stack(run.value_function.predict(z))},
+            {"logits": logits(run.model), "z": z, "predicted": torch.stack(run.result.value_function.predict(z))},
             folder / f"{name}.pt",
         )
         card = (folder / name / "README.md").read_text()
@@ -274,8 +274,8 @@ def strategy(name):
 
 def publish(folder):
     steps = (by_name_and_revision, only_what_is_read_is_fetched, what_cannot_be_had, failing_uploads, push_that_dies)
-    steps = {f.__name__: f for f in (*steps, failed_push_along_the_way, published_cards)}
-    return steps | {name: strategy(name) for name in STRATEGIES}
+    steps = {f.__name__: f for f in (*steps, failed_push_along_the_way)}
+    return steps | {name: strategy(name) for name in STRATEGIES} | {"cards_of_a_run": cards_of_a_run}
 
 
 # the second user
@@ -307,7 +307,7 @@ def documentation(folder):
     names |= {"train": Squares(48, 0), "validation": Squares(96, 1)}
     os.chdir(folder)
     exec(compile(first, "sharing.md", "exec"), names)
-    pushed = names["trainer"].value_function
+    pushed = names["trainer"].result.value_function
     exec(compile(second, "sharing.md", "exec"), names)
     return {"same": same(names["value_function"], pushed), "calls": names["trainer"].ledger.calls["observe"]}
 
@@ -317,7 +317,7 @@ def starts_from_it(folder):
     run = trainer(folder / "warm", value_function_name_or_path="tester/end", seed=5)
     run.train()
     basis = torch.equal(run.result.coordinates.basis, given.signature.basis)
-    return {"basis": basis, "learned on": not same(run.value_function, given)}
+    return {"basis": basis, "learned on": not same(run.result.value_function, given)}
 
 
 def starts_from_a_private_one(folder):
@@ -325,7 +325,7 @@ def starts_from_a_private_one(folder):
     token = os.environ.pop("HF_TOKEN")
     try:
         start = functools.partial(trainer, folder / "private", value_function_name_or_path="tester/private")
-        return {"without": refusal(lambda: start().settle(), Refused), "with": start(hub_token=token).guided}
+        return {"without": refusal(lambda: start().settled(), Refused), "with": start(hub_token=token).guided}
     finally:
         os.environ["HF_TOKEN"] = token
 

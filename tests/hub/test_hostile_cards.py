@@ -57,7 +57,8 @@ def test_a_stranger_s_words_are_no_markup_in_the_card_of_a_value_function(tmp_pa
         made = ValueFunction(3)
         made.signature = signature(words)
         made.observations = Trajectory([Observation(np.zeros(3, np.float32), 0.5, 0.1, 0, 0.1)])
-        made.save_pretrained(tmp_path / str(len(written)), {"rank_correlation": 0.5, "trust": 0.2, "task": words})
+        told = {"observed": words, "task": words, "dataset": (words, words)}
+        made.save_pretrained(tmp_path / str(len(written)), told)
         path = tmp_path / str(len(written)) / "README.md"
         written.append(path.read_text(encoding="utf-8"))
         assert ModelCard.load(path).data.library_name == "metricopt_hf"

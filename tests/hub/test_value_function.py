@@ -5,8 +5,10 @@ import logging
 import numpy as np
 import pytest
 import torch
+from helpers import true_class_probability
+from runs import bert_trainer
 
-from metricopt_hf import ValueFunction, ValueFunctionError
+from metricopt_hf import Metric, ValueFunction, ValueFunctionError
 from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 from metricopt_hf.phi.coordinates import random_directions
 from metricopt_hf.value import Signature, ValueNetwork, fit
@@ -106,3 +108,36 @@ def test_learning_on_does_not_spoil_it():
 
     before = float(np.mean((given.predict(torch.as_tensor(z))[0].numpy() - scores) ** 2))
     assert error(standardise=False) < max(1.5 * before, 0.1) < error(standardise=True) / 3
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Folder of a model that a run has saved with its value function."""
+    folder = tmp_path_factory.mktemp("shared")
+    first = bert_trainer(folder)
+    first.train()
+    first.save_model()
+    return folder
+
+
+@pytest.mark.parametrize("form", ["object", "argument", "config"])
+def test_a_run_starts_from_the_value_function_that_another_saved(shared, tmp_path, form):
+    given = ValueFunction.from_pretrained(shared)
+    if form == "config":
+        second = bert_trainer(tmp_path, value_function_name_or_path=str(shared), seed=1)
+    else:
+        second = bert_trainer(tmp_path, value_function=given if form == "object" else str(shared), seed=1)
+    second.train()
+    assert torch.equal(second.result.coordinates.basis, given.signature.basis)
+    assert all("value_function" in row["tried"] for row in second.result.curve[:1])
+    assert set(second.result.curve[0]["tried"]) == {"pairs", "value_function"}
+
+
+def test_a_run_of_another_metric_refuses_it_by_name(shared, tmp_path):
+    other = bert_trainer(
+        tmp_path,
+        metric=Metric(true_class_probability, "another", greater_is_better=True),
+        value_function_name_or_path=str(shared),
+    )
+    with pytest.raises(ValueFunctionError, match="'true_class_probability'.*'another'"):
+        other.train()

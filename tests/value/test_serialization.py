@@ -130,10 +130,10 @@ def test_a_model_s_folder_holds_it_too(tmp_path):
 
 def test_a_card_that_somebody_wrote_stays_and_ours_is_made_anew(folder):
     before = (folder / "README.md").read_text()
-    shared().save_pretrained(folder, {"rank_correlation": 0.875, "trust": 0.5})
-    assert "0.875" in (folder / "README.md").read_text() != before
+    shared().save_pretrained(folder, {"comparison": "as good as new"})
+    assert "as good as new" in (folder / "README.md").read_text() != before
     (folder / "README.md").write_text("# Mine")
-    shared().save_pretrained(folder, {"rank_correlation": 0.875})
+    shared().save_pretrained(folder, {"comparison": "as good as new"})
     assert (folder / "README.md").read_text() == "# Mine"
 
 
