@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -58,15 +59,17 @@ def plot_curves(path: Path, task: Task, rows: dict[Key, Row]) -> None:
                 curves.mean(0) for curves in (best_so_far(task, runs), column(runs, "passes"), column(runs, "seconds"))
             )
             bold = method in ("loss_only", OURS)
-            style = {"color": f"C{index % 10}", "linewidth": 2.2 if bold else 1.1}
+            style: dict[str, Any] = {"color": f"C{index % 10}", "linewidth": 2.2 if bold else 1.1}
+            if "kind" in runs[0]["curve"]:  # a run of which nothing is evaluated before its end
+                style |= {"drawstyle": "steps-post", "marker": "o", "markevery": [-1]}
             by_seconds.plot(seconds, curve, label=rival.title, **style)
             if passes[-1]:
                 by_passes.plot(passes, curve, **style)
             else:  # it observes nothing: where it ends
-                by_passes.axhline(curve[-1], linestyle=":", **style)
+                by_passes.axhline(curve[-1], linestyle=":", color=style["color"], linewidth=style["linewidth"])
         by_passes.set_xlabel("forward passes to observe (dotted: ends of methods that make none)")
         by_seconds.set_xlabel("seconds")
-        by_passes.set_ylabel(f"{task.metric_name}, selection split, best so far")
+        by_passes.set_ylabel(f"{task.metric_name}\nselection split, best so far")
         by_seconds.legend(fontsize="x-small", framealpha=0.6)
         for axes in (by_passes, by_seconds):
             axes.grid(alpha=0.25)

@@ -12,18 +12,19 @@ from .methods import RIVALS
 from .statistics import Paired
 from .tables import markdown
 
-# Kind of task -> the metrics and data that are of this kind, as somebody would say who does not know it yet
+# Kind of task -> the metrics and data that are of this kind, as somebody would say who does not know it yet; no cell of
+# the table is wider than 60 characters
 YOURS = {
-    "threshold": ("F1, G-mean, MCC, a cost, the worst class", "the loss is right about the order, not where to decide"),
+    "threshold": ("F1, G-mean, MCC, a cost, the worst class", "the loss orders well, and decides at the wrong place"),
     "beyond threshold": (
         "the worst group, fairness, recall at a precision",
-        "groups, cameras or sources differ, or the model ranks poorly at the top: no one threshold is right for all",
+        "groups, cameras or sources differ; no one threshold fits all",
     ),
     "no conflict": ("accuracy, average precision, a correlation", "train is drawn like the data to be judged on"),
 }
 WORTHWHILE = 0.02  # of a score between 0 and 1; the default of `diagnose`
 OURS_PAYS = "**MetricOpt**"
-ASK = "what **`diagnose()`** says of your data: MetricOpt where guidance pays, else the loss alone"
+ASK = "what **`diagnose()`** says: MetricOpt, or the loss alone"
 THRESHOLD = "**a threshold**: `posthoc.tune_bias` on held-out data"
 NOTHING = "**the loss alone**: nothing to gain"
 BEGIN, END = "<!-- decision table, written by make bench-report -->", "<!-- end of the decision table -->"
@@ -71,19 +72,24 @@ def specialists(results: Sequence[Result]) -> str:
 
 
 def table(results: Sequence[Result], to_results: str) -> str:
-    """A row per kind of task. `to_results`: the way from the page to docs/results/, such as "docs/results/"."""
-    rows = []
+    """A row per kind of task, and below it a line per kind that names the tasks.
+
+    Args:
+        to_results: the way from the page to docs/results/, such as "docs/results/".
+    """
+    rows, lines = [], []
     for kind, members in groups(results).items():
         (pays, of), (bias, of_bias) = ours_pays(members), bias_pays(members)
         metric, data = YOURS.get(kind, (kind, ""))
-        measured = [
-            f"MetricOpt better on {len(pays)} of {of}" + (f" ({_named(pays, to_results)})" if pays else ""),
-            f"a bias alone on {len(bias)} of {of_bias}",
-        ]
-        special = specialists(members)
-        rows.append([metric, data, advice(len(pays), of, len(bias), of_bias), "; ".join(measured), special])
-    headers = ["your metric", "your data", "use", "measured", "or, with observation labels, groups or the formula"]
-    return markdown(headers, rows)
+        counts = f"{len(pays)} of {of}", f"{len(bias)} of {of_bias}"
+        rows.append([metric, data, advice(len(pays), of, len(bias), of_bias), *counts])
+        said = [f"MetricOpt is better on {_named(pays, to_results)}"] if pays else []
+        if special := specialists(members):
+            said.append(f"with observation labels, groups or the formula: {special}")
+        if said:
+            lines.append(f"- {metric}: {'; '.join(said)}.")
+    headers = ["your metric", "your data", "use", "MetricOpt better on", "a bias alone on"]
+    return "\n\n".join([markdown(headers, rows), *(["\n".join(lines)] if lines else [])])
 
 
 def page(results: Sequence[Result]) -> str:
@@ -95,7 +101,7 @@ def page(results: Sequence[Result]) -> str:
         "the best of loss only and the model as it came, each with and without a tuned bias per logit; a bias alone, "
         "with the model as it came. Better "
         f"means that the interval excludes zero, and that the gain is at least {WORTHWHILE}, as `trainer.diagnose()` "
-        "asks by default. The last column names methods that are better than the rival and see more than a "
+        "asks by default. The lines below name methods that are better than the rival and see more than a "
         "metric's answers: they train on the labels of the observation split, are told its groups, or know the "
         "metric's formula. Which row is yours, `trainer.diagnose()` measures.\n\n"
         "Written by `make bench-report` from the records in `benchmarks/results/`; do not edit.\n"

@@ -16,6 +16,7 @@ from benchmarks import ceiling, comparing, measure, methods, protocol, records, 
 from benchmarks.problem import data_root
 from metricopt_hf import ConfigurationError
 from metricopt_hf.training.plan import CALLS, PREDICTIONS
+from metricopt_hf.training.selection import BIAS, MEAN, START
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,9 +89,8 @@ def test_every_method_spends_the_same(name):
     best, curve = record["variants"]["plain"]["scores"]["selection"], record["curve"]
     assert best == record["selected"]["score"]
     if name in ours:
-        kinds = ["start", *["step"] * curve["kind"].count("step"), *curve["kind"][-1:]]
-        assert [kind for kind in curve["kind"] if kind != "mean of steps"] == kinds and best in curve["selection"]
-        assert curve["kind"][-1] == "start, bias tuned" and curve["kind"].count("step") <= TINY.metric_steps
+        assert [kind for kind in curve["kind"] if kind != BIAS] == [START, MEAN] and best in curve["selection"]
+        assert curve["step"] == [0] + [TINY.metric_steps] * (len(curve["step"]) - 1)
         assert 0 < record["calls"]["observe"] <= CALLS[PREDICTIONS] and 0 < record["calls"]["post-hoc"] <= 160
     else:
         observes = name not in ("loss_only", "loss_small", "train_obs", "obs", "formula")
