@@ -136,7 +136,7 @@ def test_without_task_and_data_set_there_is_no_index(run):
 
 
 def test_a_model_that_is_not_of_transformers_has_a_card_too(tmp_path):
-    run = quadratic_trainer(tmp_path, max_steps=4)
+    run = quadratic_trainer(tmp_path)
     run.train()
     run.create_model_card()
     assert "library_name: pytorch" in text(run) and "Quadratic(...)" in text(run) and "base_model" not in text(run)

@@ -114,7 +114,7 @@ def run(folder, name):
     trainer = MetricOptTrainer(
         tiny_bert(),
         MetricOptConfig(
-            str(folder), max_steps=4, metric_steps=2, metric_call_budget=16, metric_for_best_model=name,
+            str(folder), max_steps=4, metric_steps=2, metric_call_budget=200, phi_dim=6, metric_for_best_model=name,
             greater_is_better=True, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2, eval_strategy="steps",
             eval_steps=2,
         ),

@@ -129,7 +129,6 @@ def test_a_run_starts_from_the_value_function_that_another_saved(shared, tmp_pat
         second = bert_trainer(tmp_path, value_function=given if form == "object" else str(shared), seed=1)
     second.train()
     assert torch.equal(second.result.coordinates.basis, given.signature.basis)
-    assert all("value_function" in row["tried"] for row in second.result.curve[:1])
     assert set(second.result.curve[0]["tried"]) == {"pairs", "value_function"}
 
 
@@ -139,5 +138,5 @@ def test_a_run_of_another_metric_refuses_it_by_name(shared, tmp_path):
         metric=Metric(true_class_probability, "another", greater_is_better=True),
         value_function_name_or_path=str(shared),
     )
-    with pytest.raises(ValueFunctionError, match="'true_class_probability'.*'another'"):
+    with pytest.raises(ValueFunctionError, match="predicts true_class_probability .*judged by another "):
         other.train()
