@@ -168,7 +168,7 @@ class Diagnosis:
             reasons.insert(0, f"{words[self.verdict(BIAS)].format('a bias')} ({self.gains[BIAS, START]})")
         needed, more = self.examples_needed, ""
         if needed is not None and not math.isfinite(gain.error):
-            more = f" An error takes {FEWEST_ROWS} examples in each set, and a metric that half of them can be judged by."
+            more = f" An error takes {FEWEST_ROWS} examples in each set, and a metric that makes sense on half of them."
         elif needed is not None:
             many = f"about {needed:,.0f} examples" if math.isfinite(needed) else "more examples than you will get"
             more = f" To tell what cannot be told would take {many}."
@@ -332,9 +332,8 @@ def _merit(evaluator: Evaluator, prediction: EvalPrediction) -> float:
 
 
 def _gain(found: list[Measured], pair: tuple[str, str]) -> Gain:
-    of, over = pair
-    mean = float(np.mean([scores[of] - scores[over] for scores, _ in found]))
-    error = math.sqrt(sum(_scatter(halves[of] - halves[over]) ** 2 for _, halves in found)) / 2
+    mean = float(np.mean([scores[pair[0]] - scores[pair[1]] for scores, _ in found]))
+    error = math.sqrt(sum(_scatter(halves[pair[0]] - halves[pair[1]]) ** 2 for _, halves in found)) / 2
     return Gain(mean, math.inf if error == 0 != mean else error)  # a gain that never varies has an unknown error
 
 
