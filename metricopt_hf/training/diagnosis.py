@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import ClassVar, Literal
 
@@ -25,7 +26,7 @@ from ..evaluation.ledger import Faults, Ledger
 from ..evaluation.linearization import Linearization
 from ..evaluation.linearizer import Linearizer, NotLinearizable
 from ..evaluation.local_metric import LocalMetric
-from ..evaluation.rows import take_rows, unsplittable
+from ..evaluation.rows import take_rows
 from ..evaluation.trajectory import Trajectory
 from ..extras import require
 from ..guides import AUTO, GuideContext, from_spec
@@ -46,10 +47,13 @@ Verdict = Literal["yes", "no", "cannot tell"]
 YES, NO, OPEN = Verdict.__args__
 
 HALVES = 50  # random halves of a fold's rows, whose scatter is the error
+SUMMED = 3  # of them, whose values and the other halves' make up that of all rows, if the metric is a sum over rows
 ERRORS = 2.0  # a gain of more than so many standard errors is none of chance
 FEWEST_ROWS = 16  # of a fold, of which halves say anything
 UPDATES = 40  # of phi, on one linearization
 MOST_NEEDED = 1e6  # examples; beyond, no number is named
+
+Measured = tuple[dict[str, float], dict[str, np.ndarray]]  # by candidate: values on all rows; on the same random halves
 
 
 @dataclass(frozen=True)
@@ -58,19 +62,21 @@ class Gain:
 
     Attributes:
         mean: difference of their scores, in the metric's unit; positive where it is better.
-        error: its standard error; inf where there are too few rows to know.
+        error: its standard error; inf where it is not known: of too few rows, or of a metric of all rows only.
     """
 
     mean: float
     error: float
 
     def verdict(self, worthwhile: float) -> Verdict:
-        """Is it better? "no": no gain is worth having. "cannot tell": the error is too great to say."""
+        """Is it better? "no": twice `worthwhile` is ruled out. "cannot tell": the error is too great to say."""
         if self.mean > ERRORS * self.error:
             return YES
         return NO if self.mean + ERRORS * self.error < 2 * worthwhile or self.mean <= -self.error else OPEN
 
     def __str__(self) -> str:
+        if self.mean == self.error == 0:
+            return "no difference"
         error = f" ± {self.error:.2g}" if math.isfinite(self.error) else ", error unknown"
         return f"{self.mean:+.4g}{error}"
 
@@ -123,15 +129,18 @@ class Diagnosis:
 
     @property
     def examples_needed(self) -> float | None:
-        """About how many examples would settle what cannot be told, to two digits; None where all can be, inf where
-        more would be needed than anybody has."""
+        """About how many examples would settle what cannot be told, two digits, rounded up; None where all can be told,
+        inf where more would be needed than anybody has."""
         gains = [self.beyond, *([self.gains[BIAS, START]] if BIAS in self.scores else [])]
         found = [gain for gain in gains if gain.verdict(self.worthwhile) == OPEN]
         if not found:
             return None
         ratio = max((ERRORS * gain.error / max(abs(gain.mean), self.worthwhile)) ** 2 for gain in found)
         needed = self.examples * ratio
-        return float(f"{needed:.1e}") if needed <= MOST_NEEDED else math.inf
+        if not needed <= MOST_NEEDED:
+            return math.inf
+        unit = 10.0 ** max(0, math.floor(math.log10(needed)) - 1)
+        return math.ceil(needed / unit) * unit
 
     def __str__(self) -> str:
         rows = [["", "score", "better than start by", "better than a bias by"]]
@@ -152,14 +161,15 @@ class Diagnosis:
     @property
     def advice(self) -> str:
         """The recommendation with its reasons, as sentences."""
-        words = {YES: "pays", NO: "does not pay", OPEN: "cannot be told"}
-        other = "a bias" if BIAS in self.scores else "the start"
-        reasons = [f"phi beyond {other} {words[self.verdict(PHI)]} ({self.beyond})"]
+        words = {YES: "{} pays", NO: "{} does not pay", OPEN: "whether {} pays cannot be told"}
+        gain, name = self.beyond, f"phi beyond {'a bias' if BIAS in self.scores else 'the start'}"
+        reasons = [f"{words[self.verdict(PHI)].format(name)} ({gain})"]
         if BIAS in self.scores:
-            reasons.insert(0, f"a bias {words[self.verdict(BIAS)]} ({self.gains[BIAS, START]})")
-        needed = self.examples_needed
-        more = ""
-        if needed is not None:
+            reasons.insert(0, f"{words[self.verdict(BIAS)].format('a bias')} ({self.gains[BIAS, START]})")
+        needed, more = self.examples_needed, ""
+        if needed is not None and not math.isfinite(gain.error):
+            more = f" An error takes {FEWEST_ROWS} examples in each set, and a metric that makes sense on half of them."
+        elif needed is not None:
             many = f"about {needed:,.0f} examples" if math.isfinite(needed) else "more examples than you will get"
             more = f" To tell what cannot be told would take {many}."
         return f"Recommendation: {self.recommendation}. {'; '.join(reasons).capitalize()}.{more}"
@@ -175,18 +185,16 @@ class Diagnosis:
 
         figure = Figure(figsize=(8, 2.6), layout="constrained")
         axes = figure.subplots()
-        names = [name for name in (PHI, BIAS) if name in self.scores]  # the first stands lowest
-        for i, name in enumerate(names):
+        colors = {name: color for name, color in ((PHI, "tab:orange"), (BIAS, "tab:blue")) if name in self.scores}
+        for i, (name, color) in enumerate(colors.items()):  # the first stands lowest
             gain = self.gains[name, START]
             error = ERRORS * gain.error if math.isfinite(gain.error) else None
-            color = "tab:orange" if name == PHI else "tab:blue"
             axes.errorbar(gain.mean, i, xerr=error, fmt="o", capsize=4, color=color)
         axes.axvspan(-self.worthwhile, self.worthwhile, color="tab:gray", alpha=0.15, label="not worth having")
         axes.axvline(0, color="tab:gray", linewidth=1)
-        axes.set_yticks(range(len(names)), [TITLES[name] for name in names])
-        axes.set_ylim(-0.6, len(names) - 0.4)
-        axes.set_xlabel(f"{self.metric}: better than at the start ({self.scores[START]:.3g}) by, ± 2 standard errors")
-        axes.set_title(self.recommendation)
+        axes.set_yticks(range(len(colors)), [TITLES[name] for name in colors])
+        label = f"{self.metric}: better than at the start ({self.scores[START]:.3g}) by, ± 2 standard errors"
+        axes.set(ylim=(-0.6, len(colors) - 0.4), xlabel=label, title=self.recommendation)
         axes.legend(fontsize="small", framealpha=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=120)
@@ -221,10 +229,9 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None) -> Diagnos
     ledger, args = Ledger(), trainer.args
     generator = torch.Generator().manual_seed(args.seed)
     plan = PhasePlan.from_args(args, 1, True)
-    silent = args.disable_tqdm or not trainer.is_local_process_zero()
-    with tqdm(total=6, desc="diagnosing", leave=False, disable=silent) as bar:
+    with tqdm(total=6, leave=False, disable=args.disable_tqdm or not trainer.is_local_process_zero()) as bar:
         folds: list[_Fold] = []
-        coordinates, way = None, None
+        coordinates, way = None, None  # the second fold's are the first's
         for part in (setup.observation, setup.selection):
             evaluator = seen.evaluator(part, ledger)
             score, prediction = evaluator.evaluate_with_predictions("observe")
@@ -236,6 +243,7 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None) -> Diagnos
                 coordinates = coordinates or linearizer.coordinates()
                 way = linearizer.way
                 linear = linearizer.linearize(coordinates.basis, prediction)
+                ledger.add("observe", 0, 0.0, linearizer.passes(prediction, coordinates.dim))
             except NotLinearizable as error:
                 raise ConfigurationError(
                     f"Nothing can be told before training: {error}, so that every number would take a forward pass. "
@@ -245,96 +253,88 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None) -> Diagnos
             bar.update()
         found = []
         for fitted, held_out in (folds, folds[::-1]):
-            z = _ascended(fitted, plan, generator, seen)
+            z = _ascended(fitted, plan, generator)
             bar.update()
-            found.append(_measured(fitted, held_out, z, args.seed))
+            found.append(_measured(fitted, held_out, z, plan))
             bar.update()
-    names = [name for name in TITLES if all(name in scores for scores, _ in found)]
-    sign = metric.sign
+    names: list[Candidate] = [name for name in TITLES if all(name in scores for scores, _ in found)]
     pairs = [(PHI, START)] + [(BIAS, START), (PHI, BIAS)] * (BIAS in names)
-    gains = {pair: _gain(found, pair) for pair in pairs}
     spread = math.sqrt(sum(_scatter(halves[START]) ** 2 for _, halves in found)) / 2
-    default = spread if math.isfinite(spread) and spread > 0 else 0.01 * abs(np.mean([s[START] for s, _ in found]))
+    means = {name: float(np.mean([scores[name] for scores, _ in found])) for name in names}
+    default = spread if 0 < spread < math.inf else 0.01 * abs(means[START])
     return Diagnosis(
         metric.name,
         metric.greater_is_better,
         sum(fold.linear.num_rows for fold in folds),
-        worthwhile or float(default) or 1e-9,
-        {name: sign * float(np.mean([scores[name] for scores, _ in found])) for name in names},
-        gains,
+        worthwhile or default or 1e-9,
+        {name: metric.sign * mean for name, mean in means.items()},
+        {pair: _gain(found, pair) for pair in pairs},
         ledger,
         perf_counter() - since,
     )
 
 
-def _ascended(fold: _Fold, plan: PhasePlan, generator: torch.Generator, seen: Observing) -> Tensor:
+def _ascended(fold: _Fold, plan: PhasePlan, generator: torch.Generator) -> Tensor:
     """z, [k], to which the better of the guides goes on a fold's linearization."""
-    best, best_value = torch.zeros(fold.coordinates.dim), fold.value
+    evaluator, best, best_value = fold.evaluator, torch.zeros(fold.coordinates.dim), fold.value
     for guide in from_spec(AUTO, linearised=True).values():
         local = LocalMetric(
-            fold.evaluator, fold.coordinates, fold.linear, plan.spread(fold.coordinates.dim), generator, Faults(),
+            evaluator, fold.coordinates, fold.linear, plan.spread(fold.coordinates.dim), generator, Faults(),
             Trajectory(), 0, fold.value, plan.on_all_rows, allowance=plan.calls // 2,
         )
         guide.start(GuideContext(fold.coordinates.dim, generator))
         if not guide.applies(local):
             continue
         rate = plan.learning_rate(fold.coordinates.dim) / 2
-        z = ascend(guide, local, UPDATES, rate, _adam)
-        value = _value(fold.evaluator, fold.linear.at(z))
+        z = ascend(guide, local, UPDATES, rate, lambda parameter, rate: torch.optim.Adam([parameter], rate))
+        value = agreed(evaluator.rank, evaluator.world_size, partial(_merit, evaluator, fold.linear.at(z)))
         if value > best_value:
             best, best_value = z, value
     return best
 
 
-def _adam(parameter: Tensor, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam([parameter], rate)
-
-
-def _measured(fitted: _Fold, held_out: _Fold, z: Tensor, seed: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """(values on all rows, on the same random halves) of each candidate, on the fold that it was not fitted to."""
+def _measured(fitted: _Fold, held_out: _Fold, z: Tensor, plan: PhasePlan) -> Measured:
+    """Each candidate on the fold that it was not fitted to."""
     evaluator = held_out.evaluator
     predictions = {START: held_out.linear.centre, PHI: held_out.linear.at(z)}
-    if _has_place_for_bias(fitted.linear.centre, evaluator.concat) and evaluator.complete is None:
+    if evaluator.concat and evaluator.complete is None and _has_place_for_bias(fitted.linear.centre):
         for name, there in ((START, fitted.linear.centre), (PHI, fitted.linear.at(z))):
-            bias = agreed(
-                evaluator.rank,
-                evaluator.world_size,
-                lambda there=there: tune_bias(evaluator.metric, there, evaluator.ledger),
-            )
+            tune = partial(tune_bias, evaluator.metric, there, evaluator.ledger)
+            bias = agreed(evaluator.rank, evaluator.world_size, tune)
             predictions[BIAS if name == START else PHI] = add_bias(predictions[name], bias)
 
-    def compute() -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        generator = np.random.default_rng(seed)
+    def compute() -> Measured:
+        generator = np.random.default_rng(plan.seed)
         rows, sizes = held_out.linear.num_rows, held_out.linear.batch_sizes
-        divisible = unsplittable(held_out.linear.centre, evaluator.concat, sizes) is None
-        enough = rows >= FEWEST_ROWS and evaluator.complete is None and divisible
-        halves = [np.sort(generator.permutation(rows)[: rows // 2]) for _ in range(HALVES * enough)]
-        on_halves = {
-            name: np.array([_merit(evaluator, take_rows(p, half, evaluator.concat, sizes)) for half in halves])
-            for name, p in predictions.items()
-        }
-        return {name: _merit(evaluator, p) for name, p in predictions.items()}, on_halves
+        on_part = not plan.on_all_rows and evaluator.complete is None and held_out.linear.unsplittable is None
+        count = HALVES if on_part and rows >= FEWEST_ROWS else 0
+        orders = [generator.permutation(rows) for _ in range(count)]
+
+        def on(prediction: EvalPrediction, order: np.ndarray) -> float:
+            return _merit(evaluator, take_rows(prediction, np.sort(order), evaluator.concat, sizes))
+
+        scores = {name: _merit(evaluator, p) for name, p in predictions.items()}
+        halves = {name: np.array([on(p, o[: rows // 2]) for o in orders]) for name, p in predictions.items()}
+        rest = np.array([on(held_out.linear.centre, order[rows // 2 :]) for order in orders[:SUMMED]])
+        if count and scores[START] and np.allclose(halves[START][:SUMMED] + rest, scores[START]):
+            halves = {name: 2 * values for name, values in halves.items()}  # a sum over rows, not a mean
+        return scores, halves
 
     return agreed(evaluator.rank, evaluator.world_size, compute)
 
 
-def _value(evaluator: Evaluator, prediction: EvalPrediction) -> float:
-    """The metric of predictions, the same on every rank; nan where it fails."""
-    return agreed(evaluator.rank, evaluator.world_size, lambda: _merit(evaluator, prediction))
-
-
 def _merit(evaluator: Evaluator, prediction: EvalPrediction) -> float:
+    """The metric of predictions, greater is better; nan where it fails."""
     try:
         return evaluator.metric.merit(evaluator.score(prediction, "select"))
     except MetricError:
         return float("nan")
 
 
-def _gain(found: list[tuple[dict[str, float], dict[str, np.ndarray]]], pair: tuple[str, str]) -> Gain:
-    of, over = pair
-    mean = float(np.mean([scores[of] - scores[over] for scores, _ in found]))
-    error = math.sqrt(sum(_scatter(halves[of] - halves[over]) ** 2 for _, halves in found)) / 2
-    return Gain(mean, error)
+def _gain(found: list[Measured], pair: tuple[str, str]) -> Gain:
+    mean = float(np.mean([scores[pair[0]] - scores[pair[1]] for scores, _ in found]))
+    error = math.sqrt(sum(_scatter(halves[pair[0]] - halves[pair[1]]) ** 2 for _, halves in found)) / 2
+    return Gain(mean, math.inf if error == 0 != mean else error)  # a gain that never varies has an unknown error
 
 
 def _scatter(values: np.ndarray) -> float:
@@ -343,10 +343,8 @@ def _scatter(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) if len(values) > HALVES // 2 else math.inf
 
 
-def _has_place_for_bias(prediction: EvalPrediction, concat: bool) -> bool:
+def _has_place_for_bias(prediction: EvalPrediction) -> bool:
     """Whether the predictions are logits: numbers with whole numbers as labels."""
-    if not concat:
-        return False
     labels = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
     outputs = logits_of(prediction)
     return outputs.dtype.kind == "f" and getattr(labels, "dtype", np.dtype(float)).kind in "iub"

@@ -1,266 +1,213 @@
 """The diagnosis before training: right where the answer is known, and without a trace."""
 
-import copy
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_equal_weights, tiny_bert, true_class_probability, weights
+from helpers import assert_equal_weights, tiny_bert, weights
 from runs import bert_trainer
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from metricopt_hf import ConfigurationError, Diagnosis, Ledger, MetricError, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.training.diagnosis import GUIDANCE, NOTHING, THRESHOLD, TOO_FEW, Gain
+from metricopt_hf.evaluation.model_metric import ModelMetric
+from metricopt_hf.training.diagnosis import GUIDANCE, NO, NOTHING, OPEN, THRESHOLD, TOO_FEW, YES, Gain
 
 
-class Scores(nn.Module):
+class Scores(nn.Linear):
     """logits = weight x + bias; what it is given as `group` it would not take."""
 
-    def __init__(self, weight, bias=(0.0, 0.0)):
-        super().__init__()
-        self.linear = nn.Linear(2, 2)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.tensor([[-w for w in weight], list(weight)]))
-            self.linear.bias.copy_(torch.tensor(bias))
+    def __init__(self, weight, bias):
+        super().__init__(2, 2)
+        state = {"weight": [[-w for w in weight], weight], "bias": bias}
+        self.load_state_dict({name: torch.tensor(values) for name, values in state.items()})
 
     def forward(self, features, labels=None):
-        logits = self.linear(features)
+        logits = super().forward(features)
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-class Examples(torch.utils.data.Dataset):
-    """Labels in two groups. The first feature says the label as well in each; the second says label and group.
-
-    Args:
-        agreement: share of the examples in which the group is the label.
-        positive: share of the label 1.
-    """
-
-    def __init__(self, size, seed, agreement=0.5, positive=0.5):
-        generator = np.random.default_rng(seed)
-        self.labels = (generator.random(size) < positive).astype(int)
-        self.group = np.where(generator.random(size) < agreement, self.labels, 1 - self.labels)
-        sure, spurious = 2 * self.labels - 1, 2 * self.group - 1
-        self.features = np.stack([sure, spurious], 1) + generator.normal(size=(size, 2))
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        features = torch.tensor(self.features[i], dtype=torch.float32)
-        return {"features": features, "labels": int(self.labels[i]), "group": int(self.group[i])}
+def examples(size, seed):
+    """Labels in two groups: the first feature says the label as well in each, the second says the group."""
+    generator = np.random.default_rng(seed)
+    labels, group = generator.integers(2, size=(2, size))
+    features = np.stack([2 * labels - 1, 2 * group - 1], 1) + generator.normal(size=(size, 2))
+    rows = zip(torch.tensor(features, dtype=torch.float32), labels.tolist(), group.tolist(), strict=True)
+    return [{"features": x, "labels": y, "group": g} for x, y, g in rows]
 
 
-def accuracies(prediction):
-    """Of each label in each group."""
-    labels, group = prediction.label_ids
-    right = prediction.predictions.argmax(-1) == labels
-    return [right[(labels == a) & (group == b)].mean() for a in (0, 1) for b in (0, 1)]
+def right(prediction):
+    return prediction.predictions.argmax(-1) == prediction.label_ids[0]
 
 
-def accuracy(prediction):
-    return float((prediction.predictions.argmax(-1) == prediction.label_ids[0]).mean())
+def worst(prediction, *columns):
+    """Accuracy in the worst of the groups that columns make."""
+    groups = np.stack(columns, 1)
+    return min(float(right(prediction)[(groups == group).all(1)].mean()) for group in np.unique(groups, axis=0))
 
 
 def worst_group_error(prediction):
-    """Smaller is better."""
-    return 1 - min(accuracies(prediction))
+    return 1 - worst(prediction, *prediction.label_ids)  # smaller is better
 
 
-def worst_recall(prediction):
-    predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids[0]
-    return min(float((predicted[labels == c] == c).mean()) for c in (0, 1))
+def accuracy(prediction):
+    return float(right(prediction).mean())
 
 
-def trainer(folder, model, metric, size=1000, agreement=0.5, positive=0.5, greater_is_better=True, **numbers):
-    args = MetricOptConfig(
-        str(folder),
-        metric_start_ratio=0,
-        greater_is_better=greater_is_better,
-        phi="linear",
-        label_names=["labels", "group"],
-        per_device_eval_batch_size=500,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        **{"max_steps": 4, "save_strategy": "no", **numbers},
-    )
-    return MetricOptTrainer(
-        model,
-        args,
-        train_dataset=Examples(500, 1, 0.95, positive),
-        observation_dataset=Examples(size, 2, agreement, positive),
-        selection_dataset=Examples(size, 3, agreement, positive),
-        metric=metric,
-    )
+def total_money(prediction):
+    return float((right(prediction) * (1000 + 1000 * prediction.label_ids[1])).sum())
+
+
+def scores_trainer(folder, metric, weight=(0.6, 0.8), bias=(0.0, 0.0), size=400, **config):
+    numbers = {"greater_is_better": True, "max_steps": 4, "disable_tqdm": True, "metric_call_budget": 800, **config}
+    numbers |= {"phi": "weight|bias", "label_names": ["labels", "group"], "use_cpu": True, "report_to": []}
+    sets = {f"{name}_dataset": examples(size, seed) for seed, name in enumerate(("train", "observation", "selection"))}
+    return MetricOptTrainer(Scores(weight, bias), MetricOptConfig(str(folder), **numbers), metric=metric, **sets)
 
 
 def test_where_the_model_is_best_already_there_is_nothing_to_gain(tmp_path):
-    """The second feature says nothing where it is measured, and the model does not look at it."""
-    found = trainer(tmp_path, Scores([1.0, 0.0]), accuracy).diagnose()
-    assert found.recommendation == NOTHING and found.examples_needed is None
-    assert abs(found.gain("phi").mean) < 0.02 > abs(found.gain("bias").mean)
+    found = scores_trainer(tmp_path, accuracy, (1.0, 0.0)).diagnose()
+    assert found.recommendation == NOTHING and found.examples_needed is None and found.examples == 800
 
 
 def test_where_a_threshold_is_wrong_a_threshold_suffices(tmp_path):
-    found = trainer(tmp_path, Scores([1.0, 0.0], (1.0, -1.0)), worst_recall).diagnose()
-    assert found.recommendation == THRESHOLD
-    assert found.gain("bias").mean > 0.15 and abs(found.gain("phi", "bias").mean) < 0.02
+    found = scores_trainer(tmp_path, lambda p: worst(p, p.label_ids[0]), (1.0, 0.0), (1.0, -1.0)).diagnose()
+    assert found.recommendation == THRESHOLD and found.verdict("bias") == YES != found.verdict("phi")
+    assert found.gains["bias", "start"].mean > 0.15 and found.scores["bias"] > found.scores["start"]
 
 
-def test_where_the_model_looks_at_the_wrong_feature_guidance_pays(tmp_path, capsys):
-    """In training the group is nearly the label; the groups in which it is not are one of each label."""
-    asked = trainer(tmp_path, Scores([0.6, 0.8]), worst_group_error, greater_is_better=False)
-    found = asked.diagnose()
-    assert found.recommendation == GUIDANCE
-    assert found.gain("phi", "bias").mean > 0.1 and found.scores["phi"] < found.scores["start"]
-    assert found.interpolation_error < 0.05  # the outputs are linear in phi
-    passes = sum(found.ledger.passes.values())
-    assert passes <= 42 and asked.ledger.calls == Ledger().calls
-    printed = capsys.readouterr().out
-    assert f"Recommendation: {GUIDANCE}" in printed and "worst_group_error (smaller is better)" in printed
-    assert f"{passes} forward passes" in printed
-
-    found.plot(tmp_path / "diagnosis.png")
-    assert (tmp_path / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
+def test_where_the_model_looks_at_the_group_guidance_pays(tmp_path, capsys):
+    trainer = scores_trainer(tmp_path, worst_group_error, greater_is_better=False, disable_tqdm=False)
+    found = trainer.diagnose()
+    assert found.recommendation == GUIDANCE and found.verdict("bias") != YES
+    assert found.beyond.mean > 0.1 and found.scores["phi"] < found.scores["start"]
+    assert sum(found.ledger.passes.values()) == 2 * (1 + 3)  # predictions; forward and a backward pass per logit
+    assert trainer.ledger.calls == Ledger().calls and found.seconds > sum(found.ledger.seconds.values()) * 0.5
+    printed = capsys.readouterr()
+    assert printed.out == "" and "6/6" in printed.err  # a bar, and no table until it is printed
 
 
-def test_few_examples_do_not_tell_and_more_of_them_would(tmp_path):
-    """The same, with a model that is nearly right, on few examples; and with as many as were asked for."""
-    few = trainer(tmp_path, Scores([0.9, 0.35]), worst_group_error, 60, greater_is_better=False).diagnose()
-    assert few.recommendation == TOO_FEW
-    assert 60 < few.examples_needed
-    enough = trainer(tmp_path, Scores([0.9, 0.35]), worst_group_error, 4000, greater_is_better=False).diagnose()
-    assert enough.recommendation == GUIDANCE
+def test_money_has_the_same_verdicts_and_a_sum_the_error_of_a_sum(tmp_path):
+    metrics = (lambda p: total_money(p) / len(right(p))), total_money
+    mean, total = (scores_trainer(tmp_path, metric).diagnose() for metric in metrics)
+    assert mean.recommendation == total.recommendation == GUIDANCE
+    assert 5 < mean.worthwhile < 100 and total.worthwhile == pytest.approx(400 * mean.worthwhile, rel=0.5)
+    ratio = total.gains["phi", "start"].error / mean.gains["phi", "start"].error
+    assert 0.75 * 400 < ratio < 1.5 * 400  # a half's sum scatters by half as much
+
+
+@pytest.mark.parametrize(("size", "config"), [(1, {}), (12, {}), (40, {"observe": "predictions_on_all_rows"})])
+def test_without_an_error_nothing_is_told(tmp_path, size, config):
+    found = scores_trainer(tmp_path, accuracy, size=size, **config).diagnose()
+    assert found.recommendation == TOO_FEW and found.verdict("bias") == found.verdict("phi") == OPEN
+    assert found.examples_needed == float("inf") and "An error takes 16 examples in each set" in found.advice
+    assert " ± " not in str(found)
+    found.plot(tmp_path / "diagnosis.png")  # without bars
 
 
 def test_nothing_is_left_behind(tmp_path):
-    model = Scores([0.6, 0.8])
-    model.train()
-    before, asked = weights(model), trainer(tmp_path, model, worst_group_error, greater_is_better=False)
-    asked.phi.parameters[0].requires_grad_(False)
-    state = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    first = asked.diagnose()
-    assert random.getstate() == state[0] and np.array_equal(np.random.get_state()[1], state[1])
-    assert torch.equal(torch.get_rng_state(), state[2])
+    model = tiny_bert().train()
+    model.bert.eval()
+    next(model.parameters()).requires_grad_(False)
+    trainer = bert_trainer(tmp_path, model=model)
+
+    def state():
+        rng = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        hooks = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+        parameters = [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()]
+        return rng, hooks, parameters, trainer.phase, trainer.optimizer, trainer.state.global_step
+
+    before, now = weights(model), state()
+    first = trainer.diagnose()
     assert_equal_weights(before, weights(model))
-    assert model.training and not asked.phi.parameters[0].requires_grad and asked.phi.parameters[1].requires_grad
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert asked.phase is None and asked.optimizer is None and asked.state.global_step == 0
-    assert not model._forward_hooks and "forward" not in model.linear.__dict__
-    second = asked.diagnose()
-    assert first.scores == second.scores and all(np.array_equal(first.draws[n], second.draws[n]) for n in first.draws)
+    assert state() == now and first.gains == trainer.diagnose().gains
 
 
-def test_training_is_the_same_behind_a_diagnosis(tmp_path):
-    made = []
+@pytest.mark.parametrize("guided", [False, True])
+def test_training_is_the_same_behind_a_diagnosis(tmp_path, guided):
+    ends = []
     for diagnosed in (False, True):
-        model = tiny_bert()
-        run = bert_trainer(tmp_path, model)
+        trainer = bert_trainer(tmp_path)
         if diagnosed:
-            run.diagnose()
-        run.train()
-        made.append((weights(model), run.ledger.calls))
-        assert_equal_weights(*(m for m, _ in (made[0], made[-1])))
-        assert made[0][1] == made[-1][1]
-    merged = weights(model)  # and behind a run, phi is merged
-    run.diagnose()
-    assert_equal_weights(merged, weights(model))
-
-
-def test_outputs_that_cannot_be_interpolated_are_passed_each_time(tmp_path):
-    def decided(logits, labels):
-        return logits.argmax(-1)
-
-    def worst(prediction):
-        labels, group = prediction.label_ids
-        right = prediction.predictions == labels
-        return 1 - min(right[(labels == a) & (group == b)].mean() for a in (0, 1) for b in (0, 1))
-
-    asked = trainer(tmp_path, Scores([0.6, 0.8]), worst, greater_is_better=False)
-    asked.preprocess_logits_for_metrics = decided
-    found = asked.diagnose()
-    assert found.interpolation_error is None and "bias" not in found.scores
-    assert found.recommendation == GUIDANCE
-
-
-def test_a_metric_of_all_rows_has_no_noise_estimate(tmp_path):
-    sizes = set()
-
-    def sized(prediction):
-        sizes.add(len(prediction.label_ids))
-        return true_class_probability(prediction)
-
-    found = bert_trainer(tmp_path, metric=sized, observe="predictions_on_all_rows").diagnose()
-    assert sizes == {60} and np.isnan(found.gain("phi").error)
-    assert "±" not in str(found).split("Recommendation")[0]
-
-
-def test_many_coordinates_do_not_take_many_passes(tmp_path):
-    found = bert_trainer(tmp_path, phi="classifier", coordinates="identity").diagnose()
-    assert sum(found.ledger.passes.values()) <= 42
+            trainer.diagnose()
+        if not guided:
+            args = TrainingArguments(str(tmp_path), max_steps=4, use_cpu=True, report_to=[], weight_decay=0.1)
+            trainer = Trainer(trainer.model, args, train_dataset=trainer.train_dataset)
+        trainer.train()
+        ends.append(weights(trainer.model))
+    assert_equal_weights(*ends)
 
 
 def test_refusals(tmp_path):
-    plain = bert_trainer(tmp_path, metric=None, compute_metrics=None)
     with pytest.raises(ConfigurationError, match="no metric to diagnose"):
-        plain.diagnose()
+        bert_trainer(tmp_path, metric=None, compute_metrics=None).diagnose()
     with pytest.raises(ConfigurationError, match="worthwhile=0 must be positive"):
         bert_trainer(tmp_path).diagnose(worthwhile=0)
-
-    def broken(prediction):
-        raise RuntimeError("no such column")
-
-    model = tiny_bert()
-    asked = bert_trainer(tmp_path, copy.deepcopy(model), metric=broken)
-    before = weights(asked.model)
-    with pytest.raises(MetricError, match="no such column"):
-        asked.diagnose()
-    assert_equal_weights(before, weights(asked.model))
-
-
-# By hand
-
-
-def diagnosis(**gains):
-    """Of scores and of what the differences scatter by."""
-    draws = {"start": np.zeros(2)}
-    for name, (_, error) in gains.items():
-        draws[name] = np.array([0.0, error * 2**0.5])
-    scores = {"start": 0.5, **{name: 0.5 + gain for name, (gain, _) in gains.items()}}
-    return Diagnosis("m", True, 100, 0.02, scores, draws, 0.0, Ledger(), 0.0)
-
-
-def test_a_gain_by_hand():
-    assert Gain(0.05, 0.02).is_real(0.02) is True
-    assert Gain(0.03, 0.02).is_real(0.02) is None and Gain(0.0, 0.03).is_real(0.02) is None
-    assert Gain(0.01, 0.01).is_real(0.02) is False
-    assert Gain(0.03, float("nan")).is_real(0.02) and not Gain(0.01, float("nan")).is_real(0.02)
-    assert diagnosis(phi=(0.1, 0.03)).gain("phi").error == pytest.approx(0.03)
+    of_model = ModelMetric(lambda model: 0.0, "size", greater_is_better=False)
+    with pytest.raises(ConfigurationError, match="'size' is one of the model.*nothing to diagnose"):
+        bert_trainer(tmp_path, metric=of_model).diagnose()
+    decided = {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}  # as texts are generated
+    with pytest.raises(ConfigurationError, match="Nothing can be told before training: .* no floating-point numbers"):
+        bert_trainer(tmp_path, metric=lambda p: float((p.predictions == p.label_ids).mean()), **decided).diagnose()
+    with pytest.raises(MetricError, match="no_such_column"):
+        bert_trainer(tmp_path, metric=lambda prediction: prediction.no_such_column).diagnose()
 
 
 @pytest.mark.parametrize(
-    ("gains", "expected"),
+    ("mean", "error", "verdict"),
+    [(0.05, 0.02, YES), (0.05, 0.03, OPEN), (0.0, 0.01, NO), (-0.05, 0.04, NO), (0.0, 0.0, NO), (0.5, np.inf, OPEN),
+     (float("nan"), 0.01, OPEN)],
+)  # fmt: skip
+def test_verdicts_by_hand(mean, error, verdict):
+    assert Gain(mean, error).verdict(0.02) == verdict
+    assert Gain(1e3 * mean, 1e3 * error).verdict(20) == verdict  # in another unit
+
+
+def diagnosis(phi, bias=None, beyond=None, **fields):
+    gains = {("phi", "start"): Gain(*phi)}
+    if bias is not None:
+        gains |= {("bias", "start"): Gain(*bias), ("phi", "bias"): Gain(*(beyond or (phi[0] - bias[0], phi[1])))}
+    scores = {"start": 0.5} | ({} if bias is None else {"bias": 0.5 + bias[0]}) | {"phi": 0.5 + phi[0]}
+    values = {"metric": "m", "greater_is_better": True, "examples": 100, "worthwhile": 0.02, "seconds": 0.0, **fields}
+    return Diagnosis(scores=scores, gains=gains, ledger=Ledger(), **values)
+
+
+@pytest.mark.parametrize(
+    ("phi", "bias", "beyond", "expected"),
     [
-        ({"bias": (0.0, 0.01), "phi": (0.01, 0.01)}, NOTHING),
-        ({"bias": (0.1, 0.01), "phi": (0.11, 0.02)}, THRESHOLD),
-        ({"bias": (0.0, 0.01), "phi": (0.1, 0.015)}, GUIDANCE),
-        ({"bias": (0.1, 0.01), "phi": (0.13, 0.05)}, TOO_FEW),
-        ({"bias": (0.0, 0.05), "phi": (0.0, 0.01)}, TOO_FEW),
-        ({"phi": (0.1, 0.01)}, GUIDANCE),
-        ({"phi": (0.1, 0.08)}, TOO_FEW),
-        ({"phi": (0.0, 0.001)}, NOTHING),
+        ((0.01, 0.01), (0.0, 0.01), None, NOTHING), ((0.0, 0.001), None, None, NOTHING),
+        ((0.0, 0.01), (-0.1, 0.01), None, NOTHING),  # better than a bad bias, not than the start
+        ((0.11, 0.01), (0.1, 0.01), None, THRESHOLD),
+        ((0.224, 0.028), (0.197, 0.028), (0.027, 0.02), THRESHOLD),  # what phi gives beyond it is open
+        ((0.1, 0.015), (0.0, 0.01), None, GUIDANCE), ((0.1, 0.01), None, None, GUIDANCE),
+        ((0.03, 0.05), (0.0, 0.01), None, TOO_FEW), ((0.0, 0.01), (0.0, 0.05), None, TOO_FEW),
+        ((0.1, 0.08), None, None, TOO_FEW),
     ],
-)
-def test_recommendations_by_hand(gains, expected):
-    found = diagnosis(**gains)
-    assert found.recommendation == expected
-    assert f"Recommendation: {expected}" in str(found)
-    assert (found.examples_needed is not None) == (expected == TOO_FEW)
+)  # fmt: skip
+def test_recommendations_by_hand(phi, bias, beyond, expected):
+    found = diagnosis(phi, bias, beyond)
+    assert found.recommendation == expected and f"Recommendation: {expected}." in str(found)
+    assert (found.examples_needed is not None) == (OPEN in (found.verdict("bias"), found.verdict("phi")))
 
 
-def test_the_examples_needed_by_hand():
-    assert diagnosis(phi=(0.04, 0.04)).examples_needed == 400  # twice the error of the gain on a fourth of them
-    assert diagnosis(phi=(0.0, 0.04)).examples_needed == 1600  # to tell a gain that is just worth having
+def test_the_examples_needed_are_rounded_and_capped():
+    assert diagnosis((0.04, 0.04)).examples_needed == 400  # twice the error of the gain on a fourth of them
+    assert diagnosis((0.0, 0.04)).examples_needed == 1600  # to tell a gain that is just worth having
+    assert diagnosis((0.039, 0.04)).examples_needed == 430  # 420.8
+    never = diagnosis((0.0, 40.0))
+    assert never.examples_needed == float("inf") and "would take more examples than you will get." in str(never)
+
+
+def test_it_is_printed_as_one_table_and_drawn(tmp_path):
+    found = diagnosis((0.224, 0.028), (0.197, 0.028), (0.027, 0.02), greater_is_better=False)
+    lines = str(found).splitlines()
+    assert lines[0].startswith("Diagnosis before training: m (smaller is better), 100 examples")
+    assert [line.split("  ")[0] for line in lines[4:7]] == ["start", "a bias per logit", "phi, near where it is"]
+    assert lines[6].split()[5:] == "0.724 +0.224 ± 0.028 +0.027 ± 0.02".split() and lines[7] == ""
+    assert "A bias pays (+0.197 ± 0.028); whether phi beyond a bias pays cannot be told (+0.027 ± 0.02)." in lines[8]
+    assert "would take about 220 examples" in lines[8] and lines[9].startswith("± is one standard error")
+    assert str(Gain(0.0, 0.0)) == "no difference" and str(Gain(0.1, float("inf"))) == "+0.1, error unknown"
+    found.plot(tmp_path / "diagnosis.png")
+    assert (tmp_path / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
