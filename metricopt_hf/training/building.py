@@ -17,6 +17,7 @@ from ..errors import CheckpointError, MetricError
 from ..evaluation import data
 from ..evaluation.columns import explain_labels
 from ..evaluation.ledger import Ledger
+from ..value import ValueNetwork
 from . import checkpoint, preflight
 from .observing import Observing
 from .overrides import is_overridden
@@ -53,6 +54,9 @@ def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:
     given, spec = trainer.given.guide, trainer.given.guide_name(args)
     value_function = setup.value_function
     coordinates = None if value_function is None else value_function.coordinates_from(setup.phi.read())
+    network: ValueNetwork | None = value_function
+    if network is not None and not setup.metric.greater_is_better:  # guides go up
+        network = network.negated()
 
     def make_guides(linearised: bool) -> dict[str, guides.Guide]:
         if isinstance(given, guides.Guide):
@@ -71,7 +75,7 @@ def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:
         seen.loss_gradients,
         plan.observing_scores(args),
         coordinates,
-        value_function,
+        network,
     )
 
 

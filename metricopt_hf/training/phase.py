@@ -99,6 +99,7 @@ class MetricPhase:
         self.taken_back = 0  # steps in a row
         self.ended: str | None = None  # why no further step is made
         self.finished = False
+        self.value_function: Any = None  # fitted to the observations, see `reporting.value_function_of`
         self.curve: list[dict[str, Any]] = []
         self._linearization: Linearization | None = None  # at the present phi
         self._prediction: EvalPrediction | None = None  # there

@@ -13,6 +13,7 @@ from ..evaluation.answer import ConstraintCheck, weights_of
 from ..evaluation.ledger import Ledger
 from ..evaluation.model_metric import score_of_model
 from ..evaluation.noise import checked_constraints
+from ..evaluation.trajectory import Trajectory
 from ..hub import ValueFunction
 from ..phi.space import model_class, whole
 from ..value import Signature, ValueNetwork, fit
@@ -62,14 +63,19 @@ def tell_changed_weights(phase: MetricPhase) -> None:
 
 
 def value_function_of(phase: MetricPhase) -> ValueFunction | None:
-    """V(z) over the phase's coordinates, fitted to its observations; None of too few."""
-    trajectory, metric, coordinates = phase.trajectory, phase.metric, phase.coordinates
+    """V(z) over the phase's coordinates, fitted to its observations, in the metric's own direction; None of too few.
+
+    Behind the end of the phase it is fitted once.
+    """
+    if phase.finished and phase.value_function is not None:
+        return phase.value_function
+    metric, coordinates, state = phase.metric, phase.coordinates, phase.trajectory.state_dict()
+    trajectory = Trajectory.from_state_dict({**state, "scores": metric.sign * state["scores"]})
     if len(trajectory) < FEWEST or not coordinates.dim:
         return None
     generator = torch.Generator().manual_seed(phase.plan.seed)
     network = ValueNetwork.started(coordinates.dim, None, generator)
-    scores = metric.sign * trajectory.scores  # in the metric's own direction
-    fit(network, trajectory.z, scores, trajectory.variances, generator)
+    fit(network, trajectory.z, trajectory.scores, trajectory.variances, generator)
     signature = Signature(
         model_class(phase.phi.model),
         phase.phi.description,
@@ -79,7 +85,8 @@ def value_function_of(phase: MetricPhase) -> ValueFunction | None:
         coordinates.origin.cpu(),
         coordinates.basis.cpu(),
     )
-    return ValueFunction.of(network, signature, trajectory)
+    phase.value_function = ValueFunction.of(network, signature, trajectory)
+    return phase.value_function
 
 
 def check_constraints(seen: Observing, setup: Setup, dataset: Any, split: str) -> tuple[ConstraintCheck, ...]:

@@ -79,6 +79,15 @@ class ValueNetwork(nn.Module):
             network.load_state_dict(given.state_dict())
         return network
 
+    def negated(self) -> ValueNetwork:
+        """A copy that predicts the negative of what this one does."""
+        network = ValueNetwork.started(self.num_coordinates, self, torch.Generator())
+        with torch.no_grad():
+            for tensor in (network.weights[-1], network.biases[-1], network.slopes, network.intercepts):
+                tensor.neg_()
+            network.score_mean.neg_()
+        return network
+
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw new weights from `generator`; the standardisation stays."""
         with torch.no_grad():
