@@ -85,7 +85,7 @@ def table(results: Sequence[Result], to_results: str) -> str:
         rows.append([metric, data, advice(len(pays), of, len(bias), of_bias), *counts])
         said = [f"MetricOpt is better on {_named(pays, to_results)}"] if pays else []
         if special := specialists(members):
-            said.append(f"with observation labels, groups or the formula: {special}")
+            said.append(f"of those that see more, better are {special}")
         if said:
             lines.append(f"- {metric}: {'; '.join(said)}.")
     headers = ["your metric", "your data", "use", "MetricOpt better on", "a bias alone on"]
@@ -101,7 +101,7 @@ def page(results: Sequence[Result]) -> str:
         "the best of loss only and the model as it came, each with and without a tuned bias per logit; a bias alone, "
         "with the model as it came. Better "
         f"means that the interval excludes zero, and that the gain is at least {WORTHWHILE}, as `trainer.diagnose()` "
-        "asks by default. The lines below name methods that are better than the rival and see more than a "
+        "asks by default. The lines under the table name methods that are better than the rival and see more than a "
         "metric's answers: they train on the labels of the observation split, are told its groups, or know the "
         "metric's formula. Which row is yours, `trainer.diagnose()` measures.\n\n"
         "Written by `make bench-report` from the records in `benchmarks/results/`; do not edit.\n"
