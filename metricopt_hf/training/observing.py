@@ -173,7 +173,8 @@ class Observing:
         dataset = trainer.train_dataset
         has_rows = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
         if has_rows and not is_overridden(trainer, "get_train_dataloader"):
-            dataset, batch_size, collate = self._columns(dataset, trainer._train_batch_size)
+            size = trainer._train_batch_size * trainer.args.world_size  # whatever the number of ranks, the same batches
+            dataset, batch_size, collate = self._columns(dataset, size)
             yield from data.random_batches(dataset, batch_size, count, collate, generator)
             return
         torch.manual_seed(trainer.args.seed)  # callers put the random state back
