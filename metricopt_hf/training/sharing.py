@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -219,9 +220,8 @@ def _value_function(trainer: Any) -> ValueFunction | None:
 
 def _versions() -> str:
     """Of what the model was tuned with."""
-    from .. import __version__  # which is not there yet when this module is read
-
-    return f"transformers {transformers.__version__}, torch {torch.__version__}, metricopt_hf {__version__}"
+    ours = version("metricopt_hf")
+    return f"transformers {transformers.__version__}, torch {torch.__version__}, metricopt_hf {ours}"
 
 
 def _is_peft(model: nn.Module) -> bool:

@@ -143,8 +143,8 @@ class MetricOptTrainer(Trainer):
         Takes the time of some forward passes, and leaves everything as it was. Print it.
 
         Args:
-            worthwhile: the smallest gain that is worth having, in the metric's unit; default: a quarter of the metric's
-                own standard error on the examples.
+            worthwhile: the smallest gain that is worth having, in the metric's unit; default: the metric's own
+                standard error on the examples.
 
         Raises:
             ConfigurationError: there is no metric, or it is one of the model.
