@@ -181,7 +181,9 @@ class MetricPhase:
         left = self.ledger.remaining / max(1, self.start_step + self.plan.steps - step)  # calls of this step
         for i, name in enumerate(followed):
             before = self.ledger.calls["observe"]
-            local = self._local_metric(step, int(left if i == len(followed) - 1 else FIRST_SHARE * left))
+            share_of_left = 1.0 if i == len(followed) - 1 else FIRST_SHARE
+            to_come = len(followed) - i  # real passes: one is charged behind each guide's step
+            local = self._local_metric(step, max(0, int(min(share_of_left * left, self.ledger.remaining - to_come))))
             share = (step - self.start_step) / self.plan.steps
             rate = self.trust.rates[name] * self.plan.learning_rate(self.coordinates.dim) * (1 - ANNEALED * share)
             guide = self.trust.guides[name]

@@ -76,10 +76,10 @@ def test_the_cached_path_computes_what_the_whole_model_does(text, monkeypatch):
     (model,), block = whole, copy.deepcopy(problem.model)
     full, cached = FiLM(model), FiLM(block)
     assert cached.names == (
-        "norm.film_scale",
-        "norm.film_shift",
-        "output.LayerNorm.film_scale",
-        "output.LayerNorm.film_shift",
+        "norm.weight",
+        "norm.bias",
+        "output.LayerNorm.weight",
+        "output.LayerNorm.bias",
         "classifier.bias",
     )
     assert all(name.startswith(("bert.encoder.layer.2.", "classifier")) for name in full.names)

@@ -118,7 +118,7 @@ def test_model_card_and_value_function_are_pushed_together(published, strategy):
     assert (whole - IN_MODEL <= set(result["along"])) == (strategy != "end")
     # Trainer leaves the second checkpoint out if the first is still on its way
     if checkpoint := {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-3"}.get(strategy):
-        state = {"trainer_state.json", "metricopt_state.json", "metricopt_state.safetensors"}  # to go on from it
+        state = {"trainer_state.json", "metricopt_state.pt", "metricopt_manifest.json"}  # to go on from it
         assert {f"{checkpoint}/{file}" for file in state} <= set(result["along"])
     for told in ("license: apache-2.0", "- squares", "base_model: someone/vit", "loss only", "model-index", "0.5"):
         assert told in result["card"]

@@ -44,4 +44,5 @@ def test_cards_are_filled(tmp_path):
     for card in (model, learned):
         assert all(f"| {method.title} " in card.text for method in METHODS.values())
         assert f"- {METHODS['metricopt'].title} - {METHODS['loss_only'].title}: " in card.text
-        assert card.data.eval_results and f"user/{cards.NAME}" in card.text
+        assert f"user/{cards.NAME}" in card.text
+    assert model.data.eval_results
