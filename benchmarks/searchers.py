@@ -15,7 +15,7 @@ from transformers.trainer_utils import set_seed
 from metricopt_hf import Ledger, MetricOptConfig
 from metricopt_hf.evaluation.evaluator import Evaluator
 from metricopt_hf.evaluation.linearizer import Linearizer
-from metricopt_hf.phi import Coordinates
+from metricopt_hf.phi import Coordinates, PhiSpace
 from metricopt_hf.training.plan import default_calls
 from metricopt_hf.training.selection import Selection
 
@@ -123,6 +123,16 @@ def place(space: Coordinates, z: np.ndarray) -> Tensor:
     return space.origin + space.lift(torch.as_tensor(z, dtype=torch.float32))
 
 
+def opened(task: Task, problem: Problem) -> tuple[PhiSpace, Ledger, Evaluator, Evaluator]:
+    """phi, an empty ledger, and what charges it: the metric on the observation and on the selection split."""
+    phi, ledger = frozen_phi(problem), Ledger()
+    return (
+        phi,
+        ledger,
+        *(evaluator(task, problem, phi, rows, ledger) for rows in (problem.observation, problem.selection)),
+    )
+
+
 def search(
     task: Task, problem: Problem, seed: int, budget: Budget, flat: bool, make: Callable[[int], Searcher]
 ) -> Outcome:
@@ -134,10 +144,7 @@ def search(
     """
     start = process_time()
     set_seed(seed)
-    phi, ledger = frozen_phi(problem), Ledger()
-    observation, selection = (
-        evaluator(task, problem, phi, rows, ledger) for rows in (problem.observation, problem.selection)
-    )
+    phi, ledger, observation, selection = opened(task, problem)
     space = Coordinates(phi.read(), torch.eye(phi.dim)) if flat else linearizer(observation, seed).coordinates()
     searcher = make(space.dim)
     every, curve, visited = budget.steps // budget.rounds, [], []
@@ -171,10 +178,7 @@ def search_linearised(
     """
     start = process_time()
     set_seed(seed)
-    phi, ledger = frozen_phi(problem), Ledger()
-    observation, selection = (
-        evaluator(task, problem, phi, rows, ledger) for rows in (problem.observation, problem.selection)
-    )
+    phi, ledger, observation, selection = opened(task, problem)
     made = linearizer(observation, seed)
     space = made.coordinates()
     searcher, choice = make(space.dim), Selection(selection, phi)

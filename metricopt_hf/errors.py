@@ -29,10 +29,6 @@ class CheckpointError(MetricOptError, RuntimeError):
     """A checkpoint is incomplete, damaged, or belongs to another run."""
 
 
-class RankError(MetricOptError, RuntimeError):
-    """Another process of a run over several ranks has gone; the message says which, and from where to resume."""
-
-
 class ValueFunctionError(MetricOptError, ValueError):
     """A stored value function is malformed, or belongs to another model, phi space or metric."""
 

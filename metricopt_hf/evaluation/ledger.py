@@ -25,7 +25,6 @@ class Ledger:
 
     Args:
         budget: the most calls of purpose "observe" that a run may make; None for no bound.
-        pass_budget: the same for forward passes.
 
     Example:
         >>> ledger = Ledger(budget=2)
@@ -35,8 +34,8 @@ class Ledger:
         (1, 1)
     """
 
-    def __init__(self, budget: int | None = None, pass_budget: int | None = None):
-        self.budget, self.pass_budget = budget, pass_budget
+    def __init__(self, budget: int | None = None):
+        self.budget = budget
         self.calls = dict.fromkeys(PURPOSES, 0)
         self.passes = dict.fromkeys(PURPOSES, 0)
         self.seconds = dict.fromkeys(PURPOSES, 0.0)
@@ -45,11 +44,6 @@ class Ledger:
     def remaining(self) -> float:
         """Calls to observe that the budget still allows; inf without a budget."""
         return float("inf") if self.budget is None else self.budget - self.calls["observe"]
-
-    @property
-    def remaining_passes(self) -> float:
-        """Forward passes to observe that the budget still allows; inf without a budget."""
-        return float("inf") if self.pass_budget is None else self.pass_budget - self.passes["observe"]
 
     @contextmanager
     def charge(self, purpose: str, passes: int = 0) -> Iterator[None]:
@@ -80,7 +74,7 @@ class Ledger:
             for p in PURPOSES
             if self.calls[p]
         )
-        return f"Ledger({spent or 'nothing spent'}; budget {self.budget} calls, {self.pass_budget} passes)"
+        return f"Ledger({spent or 'nothing spent'}; budget {self.budget} calls)"
 
 
 class Faults:

@@ -135,9 +135,7 @@ class LocalMetric:
             BudgetSpent: fewer calls are left.
         """
         evaluator = self.evaluator
-        if count > self.remaining:
-            raise BudgetSpent
-        self.allowance -= count
+        self._spend(count)
         start = perf_counter()
 
         def call(i: int) -> tuple[float, str | None]:
@@ -153,11 +151,14 @@ class LocalMetric:
         self.faults.add(errors, succeeded=count - len(errors), same_rows=self.rows is not None)
         return np.array([value for value, _ in taken])
 
+    def _spend(self, count: int) -> None:
+        if count > self.remaining:
+            raise BudgetSpent
+        self.allowance -= count
+
     def _observed(self, z: Tensor) -> np.ndarray:
         """A forward pass and a call for each of z."""
-        if len(z) > self.remaining:
-            raise BudgetSpent
-        self.allowance -= len(z)
+        self._spend(len(z))
         evaluator, found, errors = self.evaluator, [], []
         with evaluator.phi.restored():
             for point in z:

@@ -107,14 +107,6 @@ class Trajectory(Sequence[Observation]):
     def raw(self) -> np.ndarray:
         return self._columns["raw"][: len(self)]
 
-    def of_key(self, index: int) -> Trajectory:
-        """The same observations of another number: that of the metric's `keys[index]`, whose variance is not known."""
-        if not len(self):
-            return self
-        rows = {name: column[: len(self)] for name, column in self._columns.items()}
-        unknown = np.full(len(self), np.nan)
-        return self._of({**rows, "scores": self.raw[:, index].copy(), "variances": unknown})
-
     @property
     def last_round(self) -> Trajectory:
         """The observations of the latest step."""

@@ -25,8 +25,8 @@ class MetricOptTrainer(Trainer):
     """`Trainer` whose last steps follow a black-box metric (after MetricOpt; Huang, Zhai, Guo and Susskind, CVPR 2021).
 
     All steps but the last `metric_steps` are Trainer's, bit for bit. In each of the last, the model's predictions are
-    linearised in phi, a few numbers of the model; the metric is called on linearised predictions; a value function
-    fitted to what it answers says which way it improves, and phi goes there. A real pass says whether that was right,
+    linearised in phi, a few numbers of the model; the metric is called on linearised predictions; guides that are
+    fitted to what it answers say which way it improves, and phi goes there. A real pass says whether that was right,
     else the step is taken back. At the end the selection split chooses between the steps and the model that they began
     from. Without a metric this class is Trainer.
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score
+from toy import TINY, assert_the_metric_gets_what_is_measured
 from transformers import EvalPrediction
 
 from benchmarks import (
@@ -26,12 +27,11 @@ from benchmarks import (
     tasks,
 )
 from benchmarks.problem import KINDS, Problem, Rows, Task, data_root, label_ids_of, take
-from benchmarks.training import Budget, make_trainer
+from benchmarks.training import Budget
 from metricopt_hf import Ledger, Metric, Subset
 
 missing = [name for name in ("cifar10", "resnet_cifar10", "a9a", "bank_marketing") if not (data_root() / name).is_dir()]
 needs_data = pytest.mark.skipif(bool(missing), reason=f"not here: {', '.join(missing)} (METRICOPT_DATA)")
-TINY = Budget(steps=20, batch_size=8, metric_steps=2)
 GROUPED = ["a9a_groups", "a9a_fair", "cifar_cameras", "dominoes"]
 
 
@@ -126,16 +126,7 @@ def test_groups_are_the_metrics_alone(name, tmp_path):
     said = problem.model(**batch)
     other = problem.model(**{**batch, "group": 1 - batch["group"]})
     assert torch.equal(said["logits"], other["logits"]) and torch.equal(said["loss"], other["loss"])
-    # and what the trainer hands to the metric is what the benchmark measures
-    seen = []
-    spy = replace(task, metric=lambda p: seen.append(p) or task.metric(p))
-    trainer = make_trainer(spy, problem, 0, TINY, str(tmp_path), {"metric_call_budget": 0})
-    trainer.train()
-    expected = problem.predict(problem.model, problem.observation)
-    first = next(p for p in seen if len(p.predictions) == len(expected.predictions))
-    for found, wanted in zip(first.label_ids, expected.label_ids, strict=True):
-        assert np.array_equal(found, wanted)
-    np.testing.assert_allclose(first.predictions, expected.predictions, atol=1e-5)
+    assert_the_metric_gets_what_is_measured(task, problem, tmp_path)
 
 
 @needs_data

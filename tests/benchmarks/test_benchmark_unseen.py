@@ -1,16 +1,13 @@
 """Tasks whose metric reads a column that no training example shows: metrics by hand, and who sees the column."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from toy import TINY, needs_data
+from toy import TINY, assert_the_metric_gets_what_is_measured, needs_data
 from transformers import EvalPrediction
 
 from benchmarks import measure, methods, protocol, scores, tabular, tasks, unseen
 from benchmarks.problem import METRIC_ONLY, Rows
-from benchmarks.training import make_trainer
 
 COLUMNS = {"money": "amount", "uplift": "treatment"}
 
@@ -53,15 +50,7 @@ def test_the_metric_alone_reads_the_column(name, tmp_path):
     problem = task.prepare(0)
     assert column not in problem.train.columns
     assert problem.label_names == ["labels", column]
-    seen = []
-    spy = replace(task, metric=lambda p: seen.append(p) or task.metric(p))
-    trainer = make_trainer(spy, problem, 0, TINY, str(tmp_path), {"metric_call_budget": 0})
-    trainer.train()
-    expected = problem.predict(problem.model, problem.observation)
-    first = next(p for p in seen if len(p.predictions) == len(expected.predictions))
-    for found, wanted in zip(first.label_ids, expected.label_ids, strict=True):
-        assert np.array_equal(found, wanted)
-    np.testing.assert_allclose(first.predictions, expected.predictions, atol=1e-5)
+    assert_the_metric_gets_what_is_measured(task, problem, tmp_path)
     values, split = (rows.columns[column] for rows in (problem.observation, problem.report))
     assert len(values) == len(problem.observation.columns["labels"]) and len(split) == len(problem.report)
 
