@@ -13,7 +13,7 @@ BENCH := $(abspath $(VENV))/.installed-bench
 DOCS := $(abspath $(VENV))/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow docs check-groups bench bench-report cards clean
+.PHONY: help demo test test-slow docs check-groups bench bench-report dist clean
 
 help: ## list the targets (ARGS="..." goes to the command a target runs)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(ROOT)/Makefile
@@ -42,8 +42,13 @@ bench: $(if $(filter gpu,$(ARGS)),$(DEV),$(BENCH)) ## a benchmark: ARGS="run --j
 bench-report: $(BENCH) ## write BENCHMARKS.md and docs/results/ from the records of the runs
 	$(IN_ROOT) $(PY) -m benchmarks.bench_report $(ARGS)
 
-cards: $(USE) ## fill the cards in model_cards/ with measured figures
-	$(IN_ROOT) $(PY) -m benchmarks.cards $(ARGS)
+dist: $(DEV) ## build wheel and sdist into dist/ and check them: metadata, and README's example in an empty environment
+	$(IN_ROOT) rm -rf dist build
+	$(IN_ROOT) $(PY) -m build
+	$(IN_ROOT) $(PY) -m twine check --strict dist/*
+	$(IN_ROOT) $(PYTHON) -m venv build/empty && build/empty/bin/python -m pip install --quiet dist/*.whl scikit-learn
+	$(IN_ROOT) sed -n '/^```python/,/^```/{/^```/!p}' README.md > build/example.py
+	cd $(ROOT)/build && empty/bin/python example.py
 
 clean: ## remove .venv, builds and caches (results stay)
 	rm -rf $(ROOT)/.venv $(ROOT)/build $(ROOT)/dist $(ROOT)/docs/_build $(ROOT)/*.egg-info $(ROOT)/.pytest_cache $(ROOT)/.ruff_cache
@@ -52,7 +57,7 @@ clean: ## remove .venv, builds and caches (results stay)
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 
-$(USE): EXTRAS := plot,report
+$(USE): EXTRAS := examples
 $(DEV): EXTRAS := dev
 $(BENCH): EXTRAS := bench
 $(DOCS): EXTRAS := docs

@@ -1,6 +1,6 @@
 """Fills the cards in model_cards/ with figures measured here: a tuned model, and its value function.
 
-    python -m benchmarks.cards            (make cards)
+    python -m benchmarks.cards            (make bench ARGS=cards)
 
 The task of `worst_class` in ten steps, from activations in front of the last block that are computed once. All
 methods of the comparison, several seeds; the model and the value function that are described are the first seed's.

@@ -65,10 +65,20 @@ def test_the_wheel_of_the_sdist_works_without_the_checkout(installed, tmp_path):
 
 def test_every_module_is_in_the_wheel(installed):
     def modules(package):
-        return {str(path.relative_to(package)) for path in package.rglob("*.py")}
+        return {str(path.relative_to(package)) for path in package.rglob("*.py*") if path.suffix != ".pyc"}
 
     assert modules(installed / "metricopt_hf") == modules(ROOT / "metricopt_hf")
     assert not [name for name in ("tests", "benchmarks", "examples", "comparison") if (installed / name).exists()]
+
+
+def test_a_package_index_shows_pictures_and_links(installed):
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    text = metadata.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    address = re.search(r"^Project-URL: Homepage, (.+)$", text, re.M)[1]
+    assert len(targets) > 20 and not [target for target in targets if not target.startswith(("https://", "#"))]
+    assert f"{address}/raw/main/docs/images/demo.png" in targets
+    assert "Classifier: Typing :: Typed" in text
 
 
 def test_one_version_is_told_everywhere(installed):

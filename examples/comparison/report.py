@@ -143,7 +143,7 @@ def comparison_table(
         splits: columns; the last one is the one that the comparison is about.
         tablefmt: of `tabulate`: "simple" for a terminal, "github" for Markdown.
     """
-    tabulate = require("tabulate", "report").tabulate
+    tabulate = require("tabulate", "examples").tabulate
     differences = compare(runs, reference, splits[-1], greater_is_better)
     line = "\n" if tablefmt == "simple" else " "
     calls = f"calls: {SHOWN_CALLS[0]} /{line}{' / '.join(SHOWN_CALLS[1:])}"

@@ -163,7 +163,7 @@ def parse(
         parsed = parser.parse_dict({**defaults, **from_file})
     *own, study, args = parsed
 
-    require("tabulate", "report")
+    require("tabulate", "examples")
     require("matplotlib", "plot")
     if unknown := [name for name in study.methods if name not in methods]:
         raise ConfigurationError(f"--methods {unknown[0]}: there is no such method; there are {', '.join(methods)}.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import evaluate
 import numpy as np
-from scipy.special import expit, softmax
+import torch
 from transformers import EvalPrediction
 
 from .. import metrics as shipped_metrics
@@ -152,14 +152,18 @@ def _select(predictions: Any, labels: np.ndarray, how: str) -> tuple[np.ndarray,
         return predictions[kept], labels[kept]
     if how == "scores":
         if predictions.ndim == 1 or predictions.shape[-1] == 1:
-            return expit(predictions.reshape(-1)), labels
+            return _sigmoid(predictions.reshape(-1)), labels
         if multilabel:
-            return expit(predictions), labels
-        scores = softmax(predictions, axis=-1)
+            return _sigmoid(predictions), labels
+        scores = torch.as_tensor(predictions).softmax(-1).numpy()
         return (scores[..., 1] if scores.shape[-1] == 2 else scores), labels
     if predictions.ndim > 1 and predictions.shape[-1] == 1:
         predictions = predictions.squeeze(-1)
     return predictions, labels
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return torch.as_tensor(logits).sigmoid().numpy()
 
 
 class DirectModule:

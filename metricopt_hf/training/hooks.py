@@ -12,7 +12,7 @@ from typing import NamedTuple
 from transformers import Seq2SeqTrainer, Trainer
 
 # As in setup.py: the releases that have these hooks. An attempt with a new one begins here.
-TRANSFORMERS = {'python_version >= "3.11"': ">=5.23,<6", 'python_version < "3.11"': ">=5.20,<6"}
+TRANSFORMERS = ">=5.20,<6"
 
 
 class Hook(NamedTuple):

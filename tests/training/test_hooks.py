@@ -65,6 +65,5 @@ def test_one_that_trainer_does_not_use_any_more_is_named(name, monkeypatch):
 
 
 def test_the_versions_are_those_of_setup_py():
-    stated = re.findall(r"'transformers([^;]+); ([^']+)'", (ROOT / "setup.py").read_text())
-    assert {marker: bound for bound, marker in stated} == hooks.TRANSFORMERS
-    assert any(version("transformers") in SpecifierSet(bound) for bound in hooks.TRANSFORMERS.values())
+    assert f'"transformers{hooks.TRANSFORMERS}"' in (ROOT / "setup.py").read_text()
+    assert version("transformers") in SpecifierSet(hooks.TRANSFORMERS)
