@@ -5,7 +5,9 @@ Adam on the vector phi, the same phi that MetricOpt moves; the metric does nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from time import process_time
 from typing import Any
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 from metricopt_hf import Ledger
 
 from .looks import evaluator, frozen_phi
-from .problem import Problem, Task, inputs_of
+from .problem import Problem, Rows, Task, inputs_of
 from .training import Budget, Outcome
 
 MAX_NORM = 1.0  # of a gradient, as Trainer clips it
@@ -40,6 +42,7 @@ def train_by_loss(
     config: Mapping[str, Any],
     dataset: Dataset | None = None,
     loss: Loss | None = None,
+    judge: Rows | None = None,
 ) -> Outcome:
     """Train phi.
 
@@ -47,9 +50,10 @@ def train_by_loss(
         config: "phi_learning_rate", and "lr_scheduler_type": constant (default) or linear, down to zero.
         dataset: to train on; default: train.
         loss: default: the model's own.
+        judge: on which the looks are; default: selection.
     """
     start, ledger, phi = process_time(), Ledger(), frozen_phi(problem)
-    selection = evaluator(task, problem, phi, problem.selection, ledger)
+    selection = evaluator(task, problem, phi, judge or problem.selection, ledger)
     point = phi.read().requires_grad_()
     optimizer = torch.optim.Adam([point], config["phi_learning_rate"])
     linear = config.get("lr_scheduler_type") == "linear"
@@ -88,3 +92,25 @@ def train_by_loss(
         process_time() - start,
         torch.stack(visited[len(visited) // 2 :]).mean(0),
     )
+
+
+def trained_first(
+    task: Task, problem: Problem, seed: int, budget: Budget, configs: Sequence[Mapping[str, Any]]
+) -> tuple[Problem, Ledger, float]:
+    """All steps of a run but its metric steps, once with each setting of the loss.
+
+    The best look at the observation split is taken: the selection split has yet to say whether the metric steps behind
+    it pay, and would favour what was chosen by it.
+
+    Returns:
+        The problem with that look as its model; what the looks have cost; and seconds of processor time.
+    """
+    start, every, ledger = process_time(), budget.steps // budget.rounds, Ledger()
+    steps = budget.steps - budget.metric_steps
+    first = replace(budget, steps=steps, rounds=steps // every)
+    made = [train_by_loss(task, problem, seed, first, config, judge=problem.observation) for config in configs]
+    for outcome in made:
+        ledger.add("select", outcome.ledger.calls["select"], outcome.ledger.seconds["select"])
+    model = copy.deepcopy(problem.model)
+    problem.phi(model).write(max(made, key=lambda outcome: task.sign * outcome.selection).phi)
+    return replace(problem, model=model), ledger, process_time() - start

@@ -21,7 +21,7 @@ from examples.comparison.report import mean_and_error, require
 from metricopt_hf import ConfigurationError, Ledger, Metric
 from metricopt_hf.posthoc import add_bias, tune_bias
 
-from .measure import POST_HOC_CALLS, predictions
+from .measure import POST_HOC_CALLS
 from .problem import Task, joined, no_data
 from .run import quiet
 from .tasks import tasks
@@ -40,7 +40,7 @@ class CeilingArguments:
 def ceilings(task: Task, seed: int) -> list[float]:
     """The metric on the report split, one for each of `COLUMNS`."""
     problem = task.prepare(seed)
-    made = predictions(problem, problem.start())
+    made = problem.outputs(problem.start())
     metric, report = Metric(task.metric, task.metric_name, task.greater_is_better), made["report"]
     both = joined(made["observation"], made["selection"])
     biases = [tune_bias(metric, seen, Ledger(), POST_HOC_CALLS) for seen in (made["observation"], both, report)]

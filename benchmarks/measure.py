@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import resource
 import tempfile
@@ -14,7 +13,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from transformers import EvalPrediction
 
 from metricopt_hf import Ledger, Metric
@@ -49,13 +47,6 @@ def item_bootstrap(task: Task, rows: Rows, prediction: EvalPrediction) -> list[f
     return [task.metric(take(prediction, i)) for i in drawn]
 
 
-def predictions(problem: Problem, phi: Tensor) -> dict[str, EvalPrediction]:
-    """What the model says at phi, by split."""
-    model = copy.deepcopy(problem.model)
-    problem.phi(model).write(phi)
-    return {name: problem.predict(model, rows) for name, rows in problem.measured.items()}
-
-
 def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dict[str, dict[str, Any]]:
     """Scores of the run's phi, and of what costs no training: its soup, and post-hoc tuning on the observation split.
 
@@ -67,10 +58,10 @@ def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dic
         scores = {name: task.metric(output) for name, output in outputs.items()}
         return {"scores": scores, "items": item_bootstrap(task, problem.report, outputs["report"]), **more}
 
-    made = {PLAIN: outcome.outputs or predictions(problem, outcome.phi)}
+    made = {PLAIN: outcome.outputs or problem.outputs(outcome.phi)}
     rows = {PLAIN: row(made[PLAIN], calls={})}
     if RIVALS[method].soup:
-        soup = predictions(problem, outcome.soup)
+        soup = problem.outputs(outcome.soup)
         used = metric.sign * (task.metric(soup["selection"]) - rows[PLAIN]["scores"]["selection"]) >= 0
         made[SOUP] = soup if used else made[PLAIN]
         alone = {name: task.metric(output) for name, output in soup.items()}

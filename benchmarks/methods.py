@@ -1,13 +1,13 @@
 """The rivals, each with its grid: what is chosen, on development seeds and the selection split, by `benchmarks.tune`.
 
 All start from the same model, with the same phi, data, steps and selection rounds. Grids are of one size. MetricOpt
-and its controls have the library's defaults, and no grid.
+and its controls have the library's defaults, and no grid; all but their last steps are by the loss alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -19,7 +19,7 @@ from metricopt_hf import Ledger
 from metricopt_hf.guides import PairsGuide
 
 from . import informed
-from .by_loss import train_by_loss
+from .by_loss import train_by_loss, trained_first
 from .problem import Problem, Task
 from .searchers import CMAES, SPSA, search, search_linearised
 from .surrogates import SURROGATES, surrogate_loss
@@ -52,6 +52,8 @@ class Rival:
         needs_group: whether it must be told the group of every example that it decides about.
         knows_formula: whether it is given the metric's formula.
         seeds: of the final runs.
+        after_loss: whether it makes the last steps of a run by the loss; its config has the settings of that, those of
+            loss only and of loss only in small steps, as "by_loss".
         applies: whether it can be run on a task.
     """
 
@@ -66,6 +68,7 @@ class Rival:
     needs_group: bool = False
     knows_formula: bool = False
     seeds: int = 5
+    after_loss: bool = False
     applies: Callable[[Task], bool] = lambda task: True
 
 
@@ -73,10 +76,38 @@ def _grid(**values: tuple) -> tuple[Config, ...]:
     return tuple(dict(zip(values, combination, strict=True)) for combination in product(*values.values()))
 
 
+def _after_loss(run: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """`run` as the last steps of a run by the loss, whose settings stand in the config as "by_loss"."""
+
+    def whole(task, problem, seed, budget, folder, config) -> Outcome:
+        trained, ledger, seconds = trained_first(task, problem, seed, budget, config["by_loss"])
+        own = {name: value for name, value in config.items() if name != "by_loss"}
+        outcome = run(task, trained, seed, budget, folder, own)
+        for purpose, calls in outcome.ledger.calls.items():
+            ledger.add(purpose, calls, outcome.ledger.seconds[purpose], outcome.ledger.passes[purpose])
+        steps = budget.steps - budget.metric_steps
+        curve = [
+            {**look, "step": steps + look["step"], "seconds": round(seconds + look["seconds"], 2)}
+            for look in outcome.curve
+        ]
+        return replace(
+            outcome,
+            step=steps + outcome.step,
+            curve=curve,
+            ledger=ledger,
+            seconds=seconds + outcome.seconds,
+            outputs=trained.outputs(outcome.phi),
+        )
+
+    return whole
+
+
+@_after_loss
 def _metricopt(task, problem, seed, budget, folder, config) -> Outcome:
     return train(task, problem, seed, budget, folder, config)
 
 
+@_after_loss
 def _negated(task, problem, seed, budget, folder, config) -> Outcome:
     return train(task, problem, seed, budget, folder, config, guide=NegatedGuide())
 
@@ -109,6 +140,7 @@ def _cma(flat: bool, task, problem, seed, budget, folder, config) -> Outcome:
     return search(task, problem, seed, budget, flat, make)
 
 
+@_after_loss
 def _cma_virtual(task, problem, seed, budget, folder, config) -> Outcome:
     make = partial(CMAES, **config, diagonal=False, seed=seed)
     return search_linearised(task, problem, seed, budget, config["population"], make)
@@ -131,18 +163,19 @@ RIVALS: dict[str, Rival] = {
     "start": Rival("pretrained", _stay, seeds=10),
     "loss_only": Rival("loss only", _loss_only, LOSS_GRID, soup=True, seeds=10),
     "loss_small": Rival("loss only, small steps", _loss_only, setting={"phi_learning_rate": 3e-3}, seeds=10),
-    "metricopt": Rival("MetricOpt", _metricopt, seeds=10),
-    "pairs": Rival("MetricOpt, pairs alone", _metricopt, setting={"guide": "pairs"}, seeds=3),
+    "metricopt": Rival("MetricOpt", _metricopt, seeds=10, after_loss=True),
+    "pairs": Rival("MetricOpt, pairs alone", _metricopt, setting={"guide": "pairs"}, seeds=3, after_loss=True),
     "rows": Rival(
         "MetricOpt, row moves alone",
         _metricopt,
         setting={"guide": "rows"},
         seeds=3,
+        after_loss=True,
         applies=lambda task: task.metric.__name__ not in RANKINGS,
     ),
-    "shuffled": Rival("control: shuffled", _metricopt, setting={"guide": "shuffled"}, seeds=10),
-    "random": Rival("control: random", _metricopt, setting={"guide": "random"}, seeds=10),
-    "negated": Rival("control: negated", _negated),
+    "shuffled": Rival("control: shuffled", _metricopt, setting={"guide": "shuffled"}, seeds=10, after_loss=True),
+    "random": Rival("control: random", _metricopt, setting={"guide": "random"}, seeds=10, after_loss=True),
+    "negated": Rival("control: negated", _negated, after_loss=True),
     "train_obs": Rival("loss on train + observation", _train_and_observation, LOSS_GRID, reads_labels=True),
     "cma": Rival(
         "CMA-ES, same coordinates", partial(_cma, False), _grid(perturbation_std=(0.06, 0.2, 0.6), population=(1, 2))
@@ -151,6 +184,7 @@ RIVALS: dict[str, Rival] = {
         "CMA-ES on linearised predictions",
         _cma_virtual,
         _grid(perturbation_std=(0.06, 0.2, 0.6), population=(8, 16)),
+        after_loss=True,
     ),
     "cma_flat": Rival(
         "separable CMA-ES, flat phi", partial(_cma, True), _grid(perturbation_std=(0.03, 0.1, 0.3), population=(1, 2))

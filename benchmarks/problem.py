@@ -110,6 +110,12 @@ class Problem(Splits):
         """[d]: phi of the pretrained model."""
         return self.phi(copy.deepcopy(self.model)).read()
 
+    def outputs(self, phi: Tensor) -> dict[str, EvalPrediction]:
+        """What the model says at phi, [d], by split that is measured."""
+        model = copy.deepcopy(self.model)
+        self.phi(model).write(phi)
+        return {name: self.predict(model, rows) for name, rows in self.measured.items()}
+
     @torch.no_grad()
     def predict(self, model: nn.Module, rows: Rows) -> EvalPrediction:
         """What `model`, in eval mode, says of `rows`."""

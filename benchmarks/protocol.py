@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,13 @@ class Protocol:
 
     def config(self, method: str) -> dict[str, Any]:
         rival = RIVALS[method]
-        return self.settings.get(rival.settings_of or method, dict(rival.setting))
+        own = self.settings.get(rival.settings_of or method, dict(rival.setting))
+        return self.with_loss(method, own) if rival.after_loss else own
+
+    def with_loss(self, method: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A setting of `method`, with those of the steps by the loss which come before its own."""
+        settings = [self.config(name) for name in ("loss_only", "loss_small")]
+        return {**config, **({"by_loss": settings} if RIVALS[method].after_loss else {})}
 
     def save(self, path: Path = FILE) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -27,7 +27,7 @@ from transformers import HfArgumentParser
 from metricopt_hf import ConfigurationError
 
 from . import protocol
-from .measure import item_bootstrap, predictions
+from .measure import item_bootstrap
 from .methods import RIVALS, TUNED
 from .problem import Task, no_data
 from .records import TUNING, context, read, rounded, setting, write
@@ -72,7 +72,7 @@ def worth(records: list[dict[str, Any]], units: dict[str, float]) -> dict[str, d
 def unit(task: Task, seed: int) -> float:
     """The standard error of the start's score on the selection split, negative where smaller is better."""
     problem = task.prepare(seed)
-    at_start = predictions(problem, problem.start())["selection"]
+    at_start = problem.outputs(problem.start())["selection"]
     error = float(np.std(item_bootstrap(task, problem.selection, at_start), ddof=1))
     return error if task.greater_is_better else -error
 
@@ -93,8 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         applies = RIVALS[method].applies
         return [p for p in pairs if applies(all_tasks[p[0]])] or [p for p in group_pairs if applies(all_tasks[p[0]])]
 
+    kept = protocol.load() if protocol.FILE.exists() else protocol.Protocol({})
     wanted = [
-        (task, method, seed, config)
+        (task, method, seed, kept.with_loss(method, config))
         for method in arguments.methods
         for task, seed in suited(method)
         for config in RIVALS[method].grid
@@ -122,9 +123,11 @@ def main(argv: list[str] | None = None) -> int:
     kind = "tasks and seeds"
     if set(arguments.methods) != set(TUNED):
         kind += f" of {', '.join(arguments.methods)}"
-    kept = protocol.load() if protocol.FILE.exists() else protocol.Protocol({})  # of the methods that were not named
+    chosen = {method: json.loads(config) for method, config in best.items()}
+    for config in chosen.values():
+        config.pop("by_loss", None)
     protocol.Protocol(
-        {**kept.settings, **{method: json.loads(config) for method, config in best.items()}},
+        {**kept.settings, **chosen},
         budget,
         {
             **kept.chosen,

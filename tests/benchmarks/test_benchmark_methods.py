@@ -25,7 +25,9 @@ def test_what_is_committed_is_from_the_grids():
     assert set(fixed.settings) == set(methods.TUNED)
     for name, config in fixed.settings.items():
         assert config in methods.RIVALS[name].grid
-    assert fixed.config("obs") == fixed.config("train_obs") and fixed.config("metricopt") == {}
+    assert fixed.config("obs") == fixed.config("train_obs")
+    loss = [fixed.config("loss_only"), fixed.config("loss_small")]
+    assert fixed.config("metricopt") == {"by_loss": loss}
     assert {seed for _, seed in fixed.chosen["tasks and seeds"]} <= set(protocol.DEVELOPMENT_SEEDS)
 
 
