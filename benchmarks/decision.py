@@ -10,7 +10,7 @@ from .comparing import Result, groups
 from .measure import PLAIN, POST_HOC
 from .methods import RIVALS
 from .statistics import Paired
-from .tables import markdown
+from .tables import cost, markdown
 
 # Kind of task -> the metrics and data that are of this kind, as somebody would say who does not know it yet; no cell of
 # the table is wider than 60 characters
@@ -28,6 +28,7 @@ ASK = "what **`diagnose()`** says: MetricOpt, or the loss alone"
 THRESHOLD = "**a threshold**: `posthoc.tune_bias` on held-out data"
 NOTHING = "**the loss alone**: nothing to gain"
 BEGIN, END = "<!-- decision table, written by make bench-report -->", "<!-- end of the decision table -->"
+COST, END_COST = "<!-- cost, written by make bench-report -->", "<!-- end of the cost -->"
 
 
 def worth_having(difference: Paired | None) -> bool:
@@ -109,12 +110,13 @@ def page(results: Sequence[Result]) -> str:
 
 
 def write_into(path: Path, results: Sequence[Result]) -> None:
-    """Renew the table between its marks in a page at the project's root, where it has such marks."""
+    """Renew the table and the cost between their marks in a page at the project's root, where it has such marks."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if BEGIN not in text:
-        return
-    block = f"{BEGIN}\n{table(results, 'docs/results/')}\n{END}"
-    path.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: block, text, flags=re.S), encoding="utf-8")
+    cost_line = f"{cost(results)} [By task](docs/results/harm.md#time)."
+    for begin, end, block in ((BEGIN, END, table(results, "docs/results/")), (COST, END_COST, cost_line)):
+        text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{block}\n{end}", text, flags=re.S)  # noqa: B023
+    if text:
+        path.write_text(text, encoding="utf-8")
 
 
 def _named(names: Sequence[str], to_results: str | None = None) -> str:

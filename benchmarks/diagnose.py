@@ -21,7 +21,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from metricopt_hf import ConfigurationError, Diagnosis
+from metricopt_hf import ConfigurationError
+from metricopt_hf.diagnosis import GUIDANCE, NOTHING, RECOMMENDATIONS, THRESHOLD, TOO_FEW
 
 from .bench_report import ROOT
 from .comparing import OURS, Result, Row, best, results_of
@@ -34,7 +35,6 @@ from .tables import interval, markdown
 from .tasks import tasks
 from .training import Budget, make_trainer
 
-NOTHING, THRESHOLD, GUIDANCE, TOO_FEW = Diagnosis.RECOMMENDATIONS
 OUTCOMES = (NOTHING, THRESHOLD, GUIDANCE)
 DIAGNOSES, PAGE = RESULTS / "diagnoses", ROOT / "docs" / "results" / "diagnosis.md"
 METHOD = "diagnosis"  # in place of a method's name in a record
@@ -108,7 +108,7 @@ def outcome(result: Result) -> str | None:
 def confusion(pairs: Iterable[tuple[str, str]]) -> str:
     """Counts of (recommendation, outcome)."""
     counts = Counter(pairs)
-    table = [[said, *(counts[said, came] for came in OUTCOMES)] for said in Diagnosis.RECOMMENDATIONS]
+    table = [[said, *(counts[said, came] for came in OUTCOMES)] for said in RECOMMENDATIONS]
     return markdown(["recommended", *(f"then: {came}" for came in OUTCOMES)], table)
 
 

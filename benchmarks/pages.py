@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .comparing import (
-    ABOVE,
-    BELOW,
-    LOSS,
-    LOSS_ONLY,
-    OURS,
-    SIGNIFICANT,
-    TIE,
-    WIN,
-    Result,
-)
-from .conduct import harms, seconds_ratio
-from .measure import PLAIN
+from .comparing import ABOVE, BELOW, LOSS, OURS, SIGNIFICANT, TIE, WIN, Result, groups
+from .conduct import harms
 from .protocol import Protocol
 from .provenance import PUBLISHED, made_by, protocol_text
 from .tables import (
     controls_table,
+    cost,
     cost_table,
     harm_by_task,
     harm_table,
@@ -41,12 +31,11 @@ VERDICTS = (
     f"Win and loss: p < {SIGNIFICANT}, corrected for all comparisons of the task (Holm). Above and below: the 95 % "
     "interval alone excludes zero. Tie: it does not."
 )
-# As a verdict is said of one task, and of several.
-VERBS = {
-    ABOVE: ("lies above", "lie above"),
-    TIE: ("ties", "tie"),
-    BELOW: ("lies below", "lie below"),
-    LOSS: ("is lost", "are lost"),
+# Kind of task -> where that is, as the first sentence of the front page says it
+WHERE = {
+    "beyond threshold": "Where the metric asks for more than a threshold",
+    "threshold": "Where it asks for a threshold",
+    "no conflict": "Where loss and metric agree",
 }
 
 
@@ -56,7 +45,7 @@ def page(*parts: str) -> str:
 
 def verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
     """Verdict -> the tasks that it is said of, for MetricOpt."""
-    found: dict[str, list[str]] = {verdict: [] for verdict in (WIN, *VERBS)}
+    found: dict[str, list[str]] = {verdict: [] for verdict in (WIN, ABOVE, TIE, BELOW, LOSS)}
     for result in results:
         if result.ours is not None and (verdict := result.ours.verdict):
             found[verdict].append(result.task.name)
@@ -64,42 +53,36 @@ def verdicts(results: Sequence[Result]) -> dict[str, list[str]]:
 
 
 def standing(results: Sequence[Result]) -> str:
-    """Where MetricOpt wins, as a clause: "MetricOpt wins nowhere yet; of the 2 tasks, 1 ties and 1 lies below"."""
-    found = verdicts(results)
-    won, count = found[WIN], sum(map(len, found.values()))
-    if not count:
-        return "MetricOpt has not been measured yet"
-    said = [f"{len(found[v])} {verbs[len(found[v]) > 1]}" for v, verbs in VERBS.items() if found[v]]
-    rest = " and ".join(", ".join(said).rsplit(", ", 1))
-    all_tasks = f"{count} task{'s' * (count > 1)}"
-    if not won:
-        return f"MetricOpt wins nowhere yet; of the {all_tasks}, {rest}"
-    names = ", ".join(f"`{name}`" for name in won)
-    return f"MetricOpt wins on {len(won)} of {all_tasks} ({names})" + (rest and f"; of the others, {rest}")
+    """Where MetricOpt is better than the rival and where it is worse, by kind of task, a sentence each."""
+    sentences = []
+    for kind, members in groups(results).items():
+        found = verdicts(members)
+        better, worse, count = found[WIN] + found[ABOVE], found[BELOW] + found[LOSS], sum(map(len, found.values()))
+        if not count:
+            continue
+        said = [f"better on {len(better)} of {count} task{'s' * (count > 1)}{_named(better)}"]
+        said += [f"worse on {len(worse)}{_named(worse)}"] if worse else []
+        sentences.append(f"{WHERE.get(kind, f'Of kind {kind}')}, MetricOpt is {' and '.join(said)}.")
+    return " ".join(sentences) or "MetricOpt has not been measured yet."
 
 
-def cost(results: Sequence[Result]) -> str:
-    """How often it harms, and how long it takes; "" where it was not run."""
-    worse, _, runs = harms(results, OURS)
-    if not runs:
-        return ""
-    ratios = [seconds_ratio(result.rows.get((OURS, PLAIN)), result.rows[LOSS_ONLY, PLAIN]) for result in results]
-    ratios = [ratio for ratio in ratios if ratio is not None]
-    return (
-        f"It ends below the rival by more than two standard errors in {worse} of {runs} runs ({worse / runs:.1%}), and "
-        f"a run takes {min(ratios):.1f} to {max(ratios):.1f} times as long as 200 steps by the loss alone."
-    )
+def _named(names: Sequence[str]) -> str:
+    return f" ({', '.join(f'`{name}`' for name in names)})" if names else ""
 
 
 def lead(results: Sequence[Result]) -> str:
-    """Whoever reads only the first sentence knows what is true at the end."""
-    return f"**Against the best of what is cheap, {standing(results)}.** {cost(results)}".rstrip()
+    """Whoever reads only the first paragraph knows what is true at the end."""
+    worse, _, runs = harms(results, OURS)
+    harmed = f"Of its runs, {share(worse, runs)} end below the rival by more than two standard errors."
+    return f"**{standing(results)}**" + (f" {harmed} {cost(results)}" if runs else "")
 
 
 def front(results: Sequence[Result]) -> str:
     return page(
         "# Benchmarks",
         lead(results),
+        "All of this is against the best of what is cheap: the loss alone, or no training, each with and without a "
+        "bias per logit.",
         "![MetricOpt minus the rival, by task](docs/results/forest.png)",
         overview(results),
         f"{RIVAL} MetricOpt is what comes out of a run of ten metric steps with the library's defaults. Scores are "

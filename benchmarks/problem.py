@@ -23,8 +23,8 @@ LABELS = ("labels", *METRIC_ONLY)  # what a metric is given, in this order
 
 # What a metric asks for, stated before a task is run
 KINDS = {
+    "beyond threshold": "Loss and metric disagree about more than where to decide: a bias per logit leaves most of it.",
     "threshold": "Loss and metric disagree about where to decide: the metric's optimum is a bias per logit.",
-    "beyond threshold": "Loss and metric disagree about more than that: a bias per logit leaves most of it.",
     "no conflict": "What is best for the loss is about best for the metric.",
 }
 

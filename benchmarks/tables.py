@@ -22,14 +22,14 @@ def markdown(headers: Sequence[str], table: Sequence[Sequence]) -> str:
     return require("tabulate", "report").tabulate(table, headers, tablefmt="github", disable_numparse=True)
 
 
-def interval(difference: Paired | None) -> str:
+def interval(difference: Paired | None, digits: int = 4) -> str:
     if difference is None:
         return ""
-    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    return f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
 
 
-def judged(entry: Compared | None) -> str:
-    return "" if entry is None else f"{interval(entry.difference)} {entry.verdict}".strip()
+def judged(entry: Compared | None, digits: int = 4) -> str:
+    return "" if entry is None else f"{interval(entry.difference, digits)} {entry.verdict}".strip()
 
 
 def calls(row: Row, purpose: str) -> str:
@@ -42,22 +42,14 @@ def overview(results: Iterable[Result]) -> str:
     table = []
     for kind, members in groups(results).items():
         for result in members:
-            task, ours = result.task, result.ours
+            task, ours, labels = result.task, result.ours, result.best_with_labels
             link = f"[{task.name}](docs/results/{task.name}.md){' *' * task.headline}"
-            said = [f"{name} {short(result.compared.get((name, PLAIN)))}" for name in CONTROLS]
-            labels = result.best_with_labels
-            table.append(
-                [
-                    link,
-                    kind,
-                    judged(ours),
-                    f"{result.rival.title} {mean(result.rival.scores()):.4f}",
-                    "" if ours is None else f"{mean(ours.row.scores()):.4f}",
-                    "; ".join(words for words in said if words[-1] != " "),
-                    "" if labels is None else f"{RIVALS[labels.row.method].title} {short(labels)}",
-                ]
-            )
-    headers = ["task", "kind", "MetricOpt - rival", "rival", "MetricOpt", "controls - rival", "with labels - rival"]
+            scores = f"{mean(result.rival.scores()):.3f}"
+            if ours is not None:
+                scores = f"{mean(ours.row.scores()):.3f} against {scores}"
+            sees_more = "" if labels is None else f"{RIVALS[labels.row.method].title} {short(labels)}"
+            table.append([link, kind, judged(ours, 3), scores, result.rival.title, sees_more])
+    headers = ["task", "kind", "MetricOpt - rival", "scores", "rival", "reads labels - rival"]
     return markdown(headers, table)
 
 
@@ -164,15 +156,36 @@ def harm_by_task(results: Iterable[Result]) -> str:
     return markdown(["task", *(RIVALS[method].title for method in (OURS, *CONTROLS))], table)
 
 
+def costs(results: Iterable[Result]) -> list[tuple[Result, Row, float | None]]:
+    """MetricOpt's runs, and how many times the processor time of 200 steps by the loss one takes."""
+    rows = [(result, result.rows.get((OURS, PLAIN))) for result in results]
+    return [(result, ours, seconds_ratio(ours, result.rows[LOSS_ONLY, PLAIN])) for result, ours in rows if ours]
+
+
+def cost(results: Iterable[Result]) -> str:
+    """What a run costs, as a sentence; "" where none was run."""
+    found = costs(results)
+    numbers = (
+        [ours.passes for _, ours, _ in found],
+        [ours.calls("observe") for _, ours, _ in found],
+        [ratio for *_, ratio in found if ratio is not None],
+    )
+    if not all(numbers):
+        return ""
+    passes, made, ratios = ((min(values), max(values)) for values in numbers)
+    return (
+        f"A run takes {passes[0]:.0f} to {passes[1]:.0f} passes over the observation rows, {made[0]:,.0f} to "
+        f"{made[1]:,.0f} metric calls, and {ratios[0]:.1f} to {ratios[1]:.1f} times the processor time of 200 steps by "
+        "the loss."
+    )
+
+
 def cost_table(results: Iterable[Result]) -> str:
     """Processor time, passes and calls of MetricOpt's runs."""
     table = []
-    for result in results:
-        ours, loss_only = result.rows.get((OURS, PLAIN)), result.rows[LOSS_ONLY, PLAIN]
-        if ours is None:
-            continue
-        ratio = seconds_ratio(ours, loss_only)
-        cells = [f"{ours.seconds:.1f}", f"{loss_only.seconds:.1f}", "" if ratio is None else f"{ratio:.1f}"]
+    for result, ours, ratio in costs(results):
+        cells = [ours.seconds, result.rows[LOSS_ONLY, PLAIN].seconds, ratio]
+        cells = ["" if number is None else f"{number:.1f}" for number in cells]
         table.append([result.name, *cells, f"{ours.passes:.0f}", calls(ours, "observe"), calls(ours, "select")])
     headers = ["task", "seconds", "of loss only", "ratio", "passes", "calls to observe", "to select"]
     return markdown(headers, table)

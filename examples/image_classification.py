@@ -30,9 +30,8 @@ too. Four disjoint splits: the loss sees train, the metric is observed on `obser
 is chosen on `selection`, and methods are compared on `report`, which nothing else touches.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (an ordinary one, to be loaded without
-metricopt_hf), its value function in `value_function/`, `results.json`, `metric.png`, `diagnosis.png` (what can be told
-before any training) and, of groups, `groups.png`. `--help` lists all options; a JSON file of options may be given
-instead of them.
+metricopt_hf), its value function in `value_function/`, `results.json`, `metric.png` and, of groups, `groups.png`.
+`--help` lists all options; a JSON file of options may be given instead of them.
 """
 
 from collections.abc import Sequence

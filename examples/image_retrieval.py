@@ -22,8 +22,8 @@ a metric phase ends with is chosen on `selection`, and methods are compared on `
 (`--group_column_name`: the alphabets here), no group is in two of them either.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (an ordinary one of transformers, whose logits
-are the embedding), its value function in `value_function/`, `results.json`, `metric.png` and `diagnosis.png` (what can
-be told before any training). `--help` lists all options; a JSON file of options may be given instead of them.
+are the embedding), its value function in `value_function/`, `results.json` and `metric.png`. `--help` lists all
+options; a JSON file of options may be given instead of them.
 """
 
 from dataclasses import dataclass, field, replace

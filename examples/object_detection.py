@@ -24,8 +24,8 @@ chosen on `selection`, and methods are compared on `report`. A bias per class, t
 average precision ranks the boxes of each class by themselves, so such a bias hardly changes it.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (an ordinary one, to be loaded without
-metricopt_hf), its value function in `value_function/`, `results.json`, `metric.png` and `diagnosis.png` (what can be
-told before any training). `--help` lists all options; a JSON file of options may be given instead of them.
+metricopt_hf), its value function in `value_function/`, `results.json` and `metric.png`. `--help` lists all options; a
+JSON file of options may be given instead of them.
 """
 
 import inspect

@@ -29,8 +29,8 @@ chosen on `selection`, and methods are compared on `report`. GLUE gives no label
 cut from train and validation; of repeated texts one is taken.
 
 Left in `output_dir`: the model tuned by MetricOpt with the first seed (with LoRA, its adapter), its value function in
-`value_function/`, `results.json`, `metric.png`, `diagnosis.png` (what can be told before any training) and, of groups,
-`groups.png`. `--help` lists all options; a JSON file of options may be given instead of them.
+`value_function/`, `results.json`, `metric.png` and, of groups, `groups.png`. `--help` lists all options; a JSON file of
+options may be given instead of them.
 """
 
 import importlib.util

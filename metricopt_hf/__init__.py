@@ -1,5 +1,6 @@
 """Fine-tune a model for the metric that it is judged by: MetricOpt as an extension of the Hugging Face Trainer."""
 
+from .diagnosis import Diagnosis
 from .errors import (
     CheckpointError,
     ConfigurationError,
@@ -16,7 +17,6 @@ from .guides import Guide, GuideContext
 from .hub import ValueFunction
 from .phi import FiLM, PhiSpace, Subset
 from .training.config import MetricOptConfig
-from .training.diagnosis import Diagnosis
 from .training.result import RunResult
 from .training.seq2seq import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
 from .training.trainer import MetricOptTrainer

@@ -25,14 +25,16 @@ BELOW = {
     "phi": {"errors"},
     "evaluation": {"phi", "metrics", "redaction", "errors"},
     "posthoc": {"evaluation", "errors"},
+    "diagnosis": {"evaluation"},
     "value": {"evaluation", "phi", "errors"},
     "guides": {"value", "evaluation"},
     "experimental": {"guides", "evaluation", "errors"},
     "hub": {"value", "evaluation", "phi", "errors"},
-    "training": {"hub", "guides", "value", "posthoc", "evaluation", "phi", "redaction", "extras", "errors"},
+    "training": {"hub", "guides", "value", "posthoc", "diagnosis", "evaluation", "phi", "redaction"}
+    | {"extras", "errors"},
 }
 # Rooms that benchmarks, examples and everybody's own scripts may import beside the names of the package.
-PUBLIC = {"experimental", "posthoc", "metrics", "extras"}
+PUBLIC = {"diagnosis", "experimental", "posthoc", "metrics", "extras"}
 # Of a lower room, the only parts that a room may know.
 PARTS = {("value", "evaluation"): {"trajectory", "observation"}}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
@@ -48,6 +50,7 @@ TRANSFORMERS = {
     "evaluation": {"EvalPrediction", "EvalLoopContainer"},
     "guides": {"EvalPrediction"},
     "posthoc": {"EvalPrediction"},
+    "diagnosis": {"EvalPrediction"},
 }
 KNOW_THE_HUB = {"hub", "training"}
 

@@ -37,7 +37,6 @@ DEFAULTS = {
     "dataloader_pin_memory": False,
     "methods": ["loss_only", "shuffled", "metricopt"],
 }
-DIAGNOSIS = "diagnosis.png"
 # In the steps before the methods part nothing is kept.
 FIRST_STEPS = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
 
@@ -300,8 +299,6 @@ def run_study(
             found = first.diagnose()
             if first.is_world_process_zero():
                 print(found)
-                os.makedirs(args.output_dir, exist_ok=True)
-                found.plot(os.path.join(args.output_dir, DIAGNOSIS))
         runs += run_start(first, begin.splits.measured, begin.seconds, begin.class_bias)
         for name in study.methods:
             keep = name == kept_method and seed == study.seeds[0]
@@ -329,7 +326,7 @@ def run_study(
         if note is not None:
             print(note)
         learned = [f"{VALUE_FUNCTION}/"] * os.path.isdir(os.path.join(args.output_dir, VALUE_FUNCTION))
-        written = ", ".join(["the model", *learned, *[DIAGNOSIS] * diagnoses, *written])
+        written = ", ".join(["the model", *learned, *written])
         print(f"{perf_counter() - since:.0f} s in all. {args.output_dir} holds {written}.")
     source, dataset = arguments.get("model_name_or_path"), arguments.get("dataset_name")
     card = {**card, "tags": [*card.get("tags", ()), "metricopt"], "finetuned_from": source}

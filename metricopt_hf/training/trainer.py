@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from time import perf_counter
 from typing import Any
 
 from transformers import Trainer
 
+from ..diagnosis import Diagnosis
 from ..evaluation.answer import ConstraintCheck
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
@@ -14,7 +16,7 @@ from ..hub import ValueFunction
 from ..phi import PhiSpace
 from . import building, checkpoint, preflight, reporting, sharing, steps
 from .callback import MetricPhaseCallback
-from .diagnosis import Diagnosis, diagnose
+from .diagnose import diagnose
 from .inputs import MetricInputs
 from .phase import MetricPhase
 from .result import RunResult
@@ -150,8 +152,9 @@ class MetricOptTrainer(Trainer):
             ConfigurationError: there is no metric, or it is one of the model.
             MetricError: the metric fails at the start.
         """
+        since = perf_counter()
         preflight.require_metric(self.guided)
-        return diagnose(building.observing(self, self.settled()), self.settled(), worthwhile)
+        return diagnose(building.observing(self, self.settled()), self.settled(), worthwhile, since)
 
     def check_constraints(self, dataset: Any, split: str = "report") -> tuple[ConstraintCheck, ...]:
         """Which of `metric_constraints` hold for the model as it is now, with their noise; on all ranks.

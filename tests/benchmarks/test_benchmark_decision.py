@@ -91,7 +91,8 @@ def test_only_what_stands_between_the_marks_is_renewed(tmp_path):
 
 def test_the_readme_has_the_marks():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert decision.BEGIN in text and decision.END in text
+    for mark in (decision.BEGIN, decision.END, decision.COST, decision.END_COST):
+        assert text.count(mark) == 1
 
 
 def test_what_pays_on_some_tasks_only_is_left_to_the_diagnosis():

@@ -79,7 +79,7 @@ def test_two_tasks_at_small_sizes_are_diagnosed_once_and_compared(tmp_path, monk
     made = records.read(tmp_path / "diagnoses")
     assert [(r["task"], r["seed"]) for r in made] == [("a9a_groups", 0), ("bank_f1", 0)]
     for record in made:
-        assert record["recommendation"] in diagnose.Diagnosis.RECOMMENDATIONS
+        assert record["recommendation"] in diagnose.RECOMMENDATIONS
         assert set(record["scores"]) == {"start", "bias", "phi"} and record["passes"] <= 46
     text = (tmp_path / "page.md").read_text()
     assert "| `bank_f1`" in text and "not run" in next(line for line in text.splitlines() if "`a9a_groups`" in line)

@@ -77,7 +77,7 @@ def test_the_demo_on_a_small_scale(images, tmp_path, capsys, monkeypatch):
     assert [run.method for run in runs if run.seed == 5][:5] == titles
     for run in runs:
         assert set(run.by_group) == {0, 1, 2, 3} and min(run.by_group.values()) == run.scores["report"]
-    for name in ("groups.png", "diagnosis.png", "metric.png"):
+    for name in ("groups.png", "metric.png"):
         assert (out / name).read_bytes().startswith(PNG) and name in printed
     assert json.loads((out / "results.json").read_text())["metric"] == "worst_group_accuracy"
 
