@@ -28,8 +28,8 @@ from .bias import with_tuned_bias
 logger = logging.getLogger(__name__)
 
 START, BIAS, MEAN = "start", "start, bias tuned", "mean of the last steps"  # kinds of candidates
-MARGIN = 0.5  # standard errors of the difference, by which the steps must be better than what is cheap
-SEEN = 0.15  # weight of the same difference on the observation split, which the steps were fitted to, beside that
+MARGIN = 0.75  # standard errors of the difference, by which the steps must be better than what is cheap
+SEEN = 0.2  # weight of the same difference on the observation split, which the steps were fitted to, beside that
 SHARE = 0.5  # of a gain, by which a second answer of the metric may differ from the first
 
 
