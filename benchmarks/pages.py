@@ -87,8 +87,9 @@ def front(results: Sequence[Result]) -> str:
         overview(results),
         f"{RIVAL} MetricOpt is what comes out of a run by the loss whose last ten steps are metric steps with the "
         "library's defaults; it begins them at the best look of both settings of the loss, by the observation split. "
-        "Scores are means over seeds on the report split. Differences are paired by seed and positive where MetricOpt is better; "
-        "brackets are 95 % intervals (filled marks in the figure: win or loss; hollow ones: the interval alone). "
+        "Scores are means over seeds on the report split. Differences are paired by seed and positive where MetricOpt "
+        "is better; brackets are 95 % intervals (filled marks in the figure: win or loss; hollow ones: the interval "
+        "alone). "
         f"{VERDICTS} * marks the headline pairs, for which claims are made.",
         "- A task's page shows the methods that matter most; the CSV beside it holds all of them.\n"
         "- [All comparisons](docs/results/README.md): controls, each of the two ways alone, and what did better.\n"
