@@ -34,10 +34,15 @@ def harms(results: Iterable[Result], method: str) -> tuple[int, int, int]:
     return tuple(sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
 
 
-def seconds_ratio(ours: Row | None, other: Row | None) -> float | None:
-    """Mean seconds of a run against another method's, over the seeds that both have."""
-    seeds = common_seeds(ours, other)
-    if not seeds:
-        return None
-    mine, theirs = (sum(row.runs[seed]["seconds"]["run"] for seed in seeds) for row in (ours, other))
-    return mine / theirs
+def loss_seconds(ours: Row) -> float | None:
+    """Mean seconds of as many steps by the loss as a run has in all, by those that our runs have made themselves.
+
+    So both are measured in one run, and what else the machine does slows both.
+    """
+    found = []
+    for run in ours.runs.values():
+        if settings := run["config"].get("by_loss"):
+            budget = run["budget"]
+            steps = len(settings) * (budget["steps"] - budget["metric_steps"])
+            found.append(run["curve"]["seconds"][0] / steps * budget["steps"])  # where the metric steps begin
+    return float(np.mean(found)) if found else None

@@ -169,8 +169,9 @@ def harm_page(results: Sequence[Result]) -> str:
         harm_by_task(results),
         "## Time",
         cost_table(results),
-        "Processor seconds of a run of MetricOpt, with all of its passes and metric calls, against those of 200 steps "
-        "by the loss alone with its looks at the selection split, on one thread.",
+        "Processor seconds of a run of MetricOpt, with its steps by the loss at both settings, and all of its passes "
+        "and metric calls, against those of 200 steps by the loss at one setting. Both are measured in one run, on one "
+        "thread of a machine that did other things too.",
         WRITTEN,
     )
 

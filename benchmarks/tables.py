@@ -9,8 +9,8 @@ from statistics import mean
 
 from examples.comparison.report import mean_and_error, require
 
-from .comparing import CHEAP, CONTROLS, LOSS_ONLY, OURS, WAYS, Compared, Result, Row, groups
-from .conduct import harms, seconds_ratio
+from .comparing import CHEAP, CONTROLS, OURS, WAYS, Compared, Result, Row, groups
+from .conduct import harms, loss_seconds
 from .measure import PLAIN
 from .methods import RIVALS
 from .statistics import Paired
@@ -157,9 +157,9 @@ def harm_by_task(results: Iterable[Result]) -> str:
 
 
 def costs(results: Iterable[Result]) -> list[tuple[Result, Row, float | None]]:
-    """MetricOpt's runs, and how many times the processor time of 200 steps by the loss one takes."""
+    """MetricOpt's runs, and the processor seconds of 200 steps by the loss."""
     rows = [(result, result.rows.get((OURS, PLAIN))) for result in results]
-    return [(result, ours, seconds_ratio(ours, result.rows[LOSS_ONLY, PLAIN])) for result, ours in rows if ours]
+    return [(result, ours, loss_seconds(ours)) for result, ours in rows if ours]
 
 
 def cost(results: Iterable[Result]) -> str:
@@ -168,7 +168,7 @@ def cost(results: Iterable[Result]) -> str:
     numbers = (
         [ours.passes for _, ours, _ in found],
         [ours.calls("observe") for _, ours, _ in found],
-        [ratio for *_, ratio in found if ratio is not None],
+        [ours.seconds / alone for _, ours, alone in found if alone is not None],
     )
     if not all(numbers):
         return ""
@@ -183,9 +183,9 @@ def cost(results: Iterable[Result]) -> str:
 def cost_table(results: Iterable[Result]) -> str:
     """Processor time, passes and calls of MetricOpt's runs."""
     table = []
-    for result, ours, ratio in costs(results):
-        cells = [ours.seconds, result.rows[LOSS_ONLY, PLAIN].seconds, ratio]
+    for result, ours, alone in costs(results):
+        cells = [ours.seconds, alone, ours.seconds / alone] if alone else [ours.seconds, None, None]
         cells = ["" if number is None else f"{number:.1f}" for number in cells]
         table.append([result.name, *cells, f"{ours.passes:.0f}", calls(ours, "observe"), calls(ours, "select")])
-    headers = ["task", "seconds", "of loss only", "ratio", "passes", "calls to observe", "to select"]
+    headers = ["task", "seconds", "of 200 by loss", "ratio", "passes", "calls to observe", "to select"]
     return markdown(headers, table)
