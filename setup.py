@@ -42,9 +42,9 @@ EXTRAS = {
 }
 EXTRAS["bench"] += EXTRAS["examples"]
 # What `make test` needs: the tools, and all of the above.
-TOOLS = ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "markdown-it-py", "nbclient", "ipykernel", "pyyaml"]
-DIST = ["build", "twine"]
-EXTRAS["dev"] = [*TOOLS, *DIST, *sum(EXTRAS.values(), [])]
+TOOLS = ["pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "twine"]
+TOOLS += ["markdown-it-py", "nbclient", "ipykernel", "pyyaml", "trl>=1", "sentence-transformers>=5"]
+EXTRAS["dev"] = [*TOOLS, *sum(EXTRAS.values(), [])]
 
 setup(
     name="metricopt_hf",

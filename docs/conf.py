@@ -13,6 +13,7 @@ import metricopt_hf
 
 project = "metricopt_hf"
 author = "the authors of metricopt_hf"
+copyright = f"{author}; Apache-2.0"  # in the footer
 version = release = metricopt_hf.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -35,7 +36,7 @@ napoleon_use_rtype = False
 def arguments_table() -> str:
     """The fields that `MetricOptConfig` adds to `TrainingArguments`, from their own help."""
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    lines = ["| argument | default | |", "|---|---|---|"]
+    lines = ["| argument | default | what it does |", "|---|---|---|"]
     for field in dataclasses.fields(metricopt_hf.MetricOptConfig):
         if field.name not in known:
             text = field.metadata["help"].replace("|", "\\|").replace("<", "&lt;")

@@ -6,12 +6,13 @@ and where loss and metric disagree about nothing else, it suffices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from transformers import EvalPrediction
+from transformers.trainer_utils import PredictionOutput
 
-from .errors import MetricError
+from .errors import ConfigurationError, MetricError
 from .evaluation.ledger import Ledger
 from .evaluation.metric import Metric
 
@@ -22,8 +23,8 @@ HALVINGS = 6
 
 def tune_bias(
     metric: Metric,
-    prediction: EvalPrediction,
-    ledger: Ledger,
+    prediction: EvalPrediction | PredictionOutput,
+    ledger: Ledger | None = None,
     max_calls: int = 160,
     complete: Callable[[EvalPrediction], EvalPrediction] | None = None,
 ) -> np.ndarray:
@@ -36,7 +37,8 @@ def tune_bias(
 
     Args:
         metric: the black box; a call that fails is no improvement.
-        prediction: `predictions` [..., classes] are logits (a model's tuple of outputs: its first), or [n] one logit.
+        prediction: what `trainer.predict` returns, or an `EvalPrediction`. Its `predictions` [..., classes] are logits
+            (a model's tuple of outputs: its first), or [n] one logit.
         ledger: charged with the calls.
         max_calls: the most metric calls to make.
         complete: what the metric is given instead of predictions; see `Metric.__call__`.
@@ -44,14 +46,17 @@ def tune_bias(
     Returns:
         [classes] float64, to be given to `add_bias`; [1] for one logit.
 
+    Raises:
+        ConfigurationError: the predictions are in a dict, where nothing says which logits a bias is for.
+
     Example:
         >>> accuracy = Metric(lambda p: float((p.predictions.argmax(-1) == p.label_ids).mean()), "accuracy")
         >>> prediction = EvalPrediction(np.array([[1.5, 0.0], [1.2, 0.0], [3.0, 0.0]]), np.array([1, 1, 0]))
-        >>> bias = tune_bias(accuracy, prediction, Ledger())
+        >>> bias = tune_bias(accuracy, prediction)
         >>> accuracy(prediction) < 0.5, accuracy(add_bias(prediction, bias))
         (True, 1.0)
     """
-    logits = logits_of(prediction)
+    logits, ledger = _logits(prediction), ledger or Ledger()
     bias = np.zeros(logits.shape[-1] if logits.ndim > 1 else 1)
     calls = 0
 
@@ -83,15 +88,29 @@ def tune_bias(
     return bias
 
 
-def add_bias(prediction: EvalPrediction, bias: np.ndarray) -> EvalPrediction:
-    """`prediction` with `bias` [classes] added to its logits; the original is left as it is."""
-    logits = logits_of(prediction) + bias
+def add_bias(prediction: EvalPrediction | PredictionOutput, bias: np.ndarray) -> EvalPrediction:
+    """`prediction` with `bias` [classes] added to its logits; the original is left as it is.
+
+    Raises:
+        ConfigurationError: see `tune_bias`.
+    """
+    logits = _logits(prediction) + bias
     if isinstance(prediction.predictions, (tuple, list)):
         logits = (logits, *prediction.predictions[1:])
-    return EvalPrediction(logits, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
+    inputs, losses = (getattr(prediction, name, None) for name in ("inputs", "losses"))
+    return EvalPrediction(logits, prediction.label_ids, inputs=inputs, losses=losses)
 
 
-def logits_of(prediction: EvalPrediction) -> np.ndarray:
+def _logits(prediction: EvalPrediction | PredictionOutput) -> np.ndarray:
+    if isinstance(heads := prediction.predictions, Mapping):
+        raise ConfigurationError(
+            f"There is no bias for predictions in a dict ({', '.join(heads)}): tune one per head, as in "
+            f"EvalPrediction(output.predictions[{next(iter(heads), '')!r}], output.label_ids)."
+        )
+    return logits_of(prediction)
+
+
+def logits_of(prediction: EvalPrediction | PredictionOutput) -> np.ndarray:
     """What a bias is added to: the predictions, or, of a model's tuple of outputs, the first."""
     predictions = prediction.predictions
     return np.asarray(predictions[0] if isinstance(predictions, (tuple, list)) else predictions)

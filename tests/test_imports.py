@@ -49,7 +49,7 @@ INSPECTED = {
 TRANSFORMERS = {
     "evaluation": {"EvalPrediction", "EvalLoopContainer"},
     "guides": {"EvalPrediction"},
-    "posthoc": {"EvalPrediction"},
+    "posthoc": {"EvalPrediction", "PredictionOutput"},
     "diagnosis": {"EvalPrediction"},
 }
 KNOW_THE_HUB = {"hub", "training"}

@@ -72,6 +72,25 @@ def explain_labels(
     return " ".join(faults) or None
 
 
+def forgotten_columns(label_names: Sequence[str], dataset: Any, forward: Callable | None, error: str) -> str | None:
+    """A hint at columns that a metric may have been meant to get, where it failed to unpack its labels.
+
+    Args:
+        label_names, dataset, forward: see `explain_labels`.
+        error: what the metric raised.
+    """
+    taken = {*label_names, *(alias for name in label_names for alias in ALIASES.get(name, ()))}
+    with suppress(TypeError, ValueError):  # nothing is known of what it takes
+        taken |= set(inspect.signature(forward).parameters)
+    free = [name for name, kind in kinds(dataset).items() if name not in taken and kind in (WHOLE, FLOATS)]
+    if "unpack" not in error or not free:
+        return None
+    return (
+        f"The metric is given the label column{'s' * (len(label_names) > 1)} {', '.join(label_names)} alone; the data "
+        f"set has {', '.join(free[:MOST_NAMED])} too. To give it more, say label_names={[*label_names, free[0]]}."
+    )
+
+
 def kinds(data: Any) -> dict[str, str]:
     """Column -> what it holds, of a batch, of a data set's features or of its first row; empty where nothing says."""
     if isinstance(data, Mapping):

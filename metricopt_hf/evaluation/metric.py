@@ -205,10 +205,12 @@ class Metric:
     def __call__(
         self, prediction: EvalPrediction, complete: Callable[[EvalPrediction], EvalPrediction] | None = None
     ) -> float:
-        """The metric of `prediction`.
+        """The metric of `prediction`, or of what `trainer.predict` returns.
+
+        The function is given a copy with `of_metricopt` True, by which it knows these calls from Trainer's own.
 
         Args:
-            complete: what is made of a copy of it first; its errors are the metric's.
+            complete: what is made of the copy first; its errors are the metric's.
 
         Raises:
             MetricError: it raised (`SystemExit` too, but not `KeyboardInterrupt`), timed out, or answered something
@@ -241,7 +243,10 @@ class Metric:
 
         def ask() -> Any:
             arguments = {"compute_result": last} if self.batchwise else {}
-            return self.function(prediction if complete is None else complete(prediction), **arguments)
+            given = prediction if complete is None else complete(prediction)
+            if isinstance(given, EvalPrediction):
+                given.of_metricopt = True
+            return self.function(given, **arguments)
 
         return self._answer(ask, last)
 
@@ -292,8 +297,8 @@ class Metric:
 def _copied(prediction: EvalPrediction) -> EvalPrediction:
     """With arrays of its own; the usual ones are copied without `deepcopy`, which takes as long as a simple metric."""
     fields = ("predictions", "label_ids", "inputs", "losses")
-    made = EvalPrediction(**{name: _copy_of(getattr(prediction, name)) for name in fields})
-    for name, value in vars(prediction).items():
+    made = EvalPrediction(**{name: _copy_of(getattr(prediction, name, None)) for name in fields})
+    for name, value in getattr(prediction, "__dict__", {}).items():
         if not hasattr(made, name):  # such as indices
             setattr(made, name, _copy_of(value))
     return made
@@ -325,9 +330,8 @@ def takes_batches(compute_metrics: Callable) -> bool:
 
 def _as_tensors(prediction: EvalPrediction) -> EvalPrediction:
     """As Trainer gives batches; the whole set, or one already."""
-    tensors = {
-        name: value if value is None else torch.utils._pytree.tree_map(torch.as_tensor, value)
-        for name, value in vars(prediction).items()
-        if name in ("predictions", "label_ids", "inputs", "losses")
-    }
-    return EvalPrediction(**tensors)
+    fields = ("predictions", "label_ids", "inputs", "losses")
+    values = {name: getattr(prediction, name, None) for name in fields}
+    return EvalPrediction(
+        **{name: v if v is None else torch.utils._pytree.tree_map(torch.as_tensor, v) for name, v in values.items()}
+    )

@@ -51,6 +51,7 @@ class ModelMetric(Metric):
     """
 
     of_predictions = False
+    wants_copy = True  # of the model; else it is given the model itself, and leaves it as it is
 
     def __init__(
         self,
@@ -191,7 +192,8 @@ def score_of_model(
     """
 
     def compute() -> float:
-        return metric(copy.deepcopy(model).eval().requires_grad_(False), dataset, split)
+        given = copy.deepcopy(model).eval().requires_grad_(False) if metric.wants_copy else model
+        return metric(given, dataset, split)
 
     if isinstance(metric, CommandMetric) or world_size == 1:
         return agreed(rank, world_size, compute)

@@ -15,7 +15,7 @@ from transformers import Trainer
 from .. import guides
 from ..errors import CheckpointError, MetricError
 from ..evaluation import data
-from ..evaluation.columns import explain_labels
+from ..evaluation.columns import explain_labels, forgotten_columns
 from ..evaluation.ledger import Ledger
 from ..value import ValueNetwork
 from . import checkpoint, preflight
@@ -103,9 +103,9 @@ def check_metric(trainer: Any, setup: Setup, run: MetricPhase) -> None:
         asked = "a copy of the model"
         if metric.of_predictions:
             asked = "an EvalPrediction of all of that set (predictions, label_ids as numpy arrays), or of a part,"
-        hints = [hint for hint in (_label_hint(trainer, setup, evaluator.predict), _override_hint(trainer)) if hint]
+        hints = _label_hint(trainer, setup, evaluator.predict, str(error)), _override_hint(trainer)
         raise MetricError(
-            "\n".join([str(error), *hints])
+            "\n".join([str(error), *(hint for hint in hints if hint)])
             + "\nThis was the first call of the metric, on the observation set, before training; nothing was trained. "
             f"The metric is called with {asked} and must return one finite number, or a dict that holds one."
         ) from error
@@ -119,13 +119,12 @@ def check_metric(trainer: Any, setup: Setup, run: MetricPhase) -> None:
     )
 
 
-def _label_hint(trainer: Any, setup: Setup, predict: Any) -> str | None:
-    """What is wrong with the label columns, where the model's predictions came without labels, or with texts."""
+def _label_hint(trainer: Any, setup: Setup, predict: Any, error: str) -> str | None:
+    """What is wrong with the label columns, where predictions came without, or without one that the metric wants."""
     seen = getattr(predict, "__self__", None)
-    batch = None if seen is None else seen.unlabelled
+    batch, forward = None if seen is None else seen.unlabelled, getattr(trainer.model, "forward", None)
     if batch is None:
-        return None
-    forward = getattr(trainer.model, "forward", None)
+        return forgotten_columns(trainer.label_names, setup.observation, forward, error)
     whole = preflight.metric_columns(trainer.label_names, trainer.model)
     return explain_labels(trainer.label_names, batch, setup.observation, forward, whole)
 

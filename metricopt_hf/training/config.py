@@ -228,6 +228,12 @@ class MetricOptConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "metric_kwargs"]
 
+    def __init_subclass__(cls):
+        """Beside another library's config, JSON is read for both's fields."""
+        super().__init_subclass__()
+        found = [name for base in cls.__mro__ for name in vars(base).get("_VALID_DICT_FIELDS", ())]
+        cls._VALID_DICT_FIELDS = list(dict.fromkeys(found))
+
     def __post_init__(self):
         for name, value in vars(self).items():
             setattr(self, name, plain(value))

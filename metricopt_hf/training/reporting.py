@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import EvalPrediction
 
 from ..errors import MetricError
 from ..evaluation.answer import ConstraintCheck, weights_of
+from ..evaluation.evaluator import agreed
 from ..evaluation.ledger import Ledger
+from ..evaluation.metric import Metric
 from ..evaluation.model_metric import score_of_model
 from ..evaluation.noise import checked_constraints
 from ..evaluation.trajectory import Trajectory
@@ -95,6 +100,51 @@ def check_constraints(seen: Observing, setup: Setup, dataset: Any, split: str) -
     return checked_constraints(seen.evaluator(dataset, Ledger(), split), on_all_rows)
 
 
+@contextmanager
+def with_metric(trainer: Any, dataset: Any) -> Iterator[None]:
+    """Inside, `evaluate` reports a metric of predictions that is no part of `compute_metrics`.
+
+    Args:
+        dataset: that is evaluated.
+    """
+    args, compute_metrics = trainer.args, trainer.compute_metrics
+    apart = trainer.given.metric is not None or getattr(args, "metric_name_or_path", None) is not None
+    metric = _known_metric(trainer) if apart and not args.batch_eval_metrics else None
+    if metric is None or not metric.of_predictions or isinstance(dataset, dict):
+        yield
+        return
+    name, complete = metric.name.removeprefix("eval_"), trainer.metric_inputs.completing(dataset)
+
+    def both(prediction: EvalPrediction) -> dict[str, float]:
+        found = {} if compute_metrics is None else compute_metrics(prediction)
+        if not {name, f"eval_{name}"} & found.keys():
+            with _told_in_training(trainer, name, found):
+                found[name] = float(agreed(args.process_index, args.world_size, lambda: metric(prediction, complete)))
+        return found
+
+    trainer.compute_metrics = both
+    try:
+        yield
+    finally:
+        trainer.compute_metrics = compute_metrics
+
+
+def _known_metric(trainer: Any) -> Metric | None:
+    return trainer.setup.metric if trainer.setup else trainer.given.reported_metric(trainer)
+
+
+@contextmanager
+def _told_in_training(trainer: Any, name: str, found: dict[str, float]) -> Iterator[None]:
+    """A metric that fails in an evaluation of a run is nan among what was found; the run goes on."""
+    try:
+        yield
+    except MetricError as error:
+        if not trainer.is_in_train:
+            raise
+        logger.warning(f"{error} There is no {name} at step {trainer.state.global_step}; the run goes on.")
+        found[name] = float("nan")
+
+
 def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, float]) -> dict[str, float] | None:
     """The metric that is optimised, where `evaluate()` has not found it: one of the model, or a weighted sum.
 
@@ -104,22 +154,19 @@ def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, floa
     """
     if not trainer.guided or isinstance(dataset, dict):
         return None
-    metric = trainer.setup.metric if trainer.setup else trainer.given.reported_metric(trainer)
-    if metric is None:
+    if (metric := _known_metric(trainer)) is None:
         return None
     name, weights = f"{prefix}_{metric.name.removeprefix('eval_')}", weights_of(metric.name)
     if name in found:
         return None
+    if not metric.of_predictions and not metric.wants_copy:  # what `evaluate` itself returns
+        return None
     if not metric.of_predictions:
-        args = trainer.args
-        try:
-            score = score_of_model(metric, trainer.model, dataset, prefix, args.process_index, args.world_size)
-        except MetricError as error:
-            if not trainer.is_in_train:
-                raise
-            logger.warning(f"{error} There is no {name} at step {trainer.state.global_step}; the run goes on.")
-            score = float("nan")
-        return {name: float(score)}
+        args, score = trainer.args, {}
+        with _told_in_training(trainer, name, score):
+            ranks = args.process_index, args.world_size
+            score[name] = float(score_of_model(metric, trainer.model, dataset, prefix, *ranks))
+        return score
     if trainer.setup is not None and trainer.metric_inputs.completes and trainer.compute_metrics is not None:
         # Trainer calls no compute_metrics on rows without labels, as of features whose answers are among the examples
         seen = Observing(trainer, metric, trainer.setup.phi, trainer.metric_inputs, trainer.ignore_keys)

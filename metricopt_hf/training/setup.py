@@ -16,7 +16,7 @@ from ..evaluation.metric import Metric
 from ..guides import AUTO, GUIDES, Guide
 from ..hub import ValueFunction
 from ..phi import PhiSpace
-from . import preflight
+from . import evaluated, preflight
 from .config import MetricOptConfig
 
 Phi = PhiSpace | Callable[[nn.Module], PhiSpace] | str | None
@@ -49,6 +49,11 @@ class Given:
         Raises:
             ConfigurationError: it cannot be had.
         """
+        name = self.metric or getattr(trainer.args, "metric_name_or_path", None)
+        if isinstance(name, str) and name.startswith(evaluated.PREFIX):
+            metric = evaluated.evaluated(trainer, name.removeprefix(evaluated.PREFIX), trainer.args.metric_timeout)
+            metric.greater_is_better = trainer.args.direction_of(metric.name) if directed else True
+            return metric
         processor = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
         return preflight.resolve_metric(
             self.metric, trainer.args, trainer.compute_metrics, trainer.eval_dataset, processor, directed

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from . import building
 from .bookkeeping import bookkeeping_kept
@@ -20,13 +21,18 @@ def take(trainer: Any, inputs: Any) -> Tensor:
     loss = seen.logged_loss(inputs) / trainer.current_gradient_accumulation_steps
     around.batches.append(inputs)
     if trainer.accelerator.sync_gradients:
+        starts = not phase.started
         with bookkeeping_kept(trainer):  # what a subclass keeps of losses and batches is of training
-            if not phase.started:
+            if starts:
                 phase.start(step, around.trained_seconds(step))
             batches = around.take_batches()
             phase.advance(step, lambda: torch.stack([seen.loss_gradient(batch) for batch in batches]).mean(0))
             if step + 1 == trainer.state.max_steps:
                 phase.finish(step + 1)
+        if starts:
+            _log(trainer, "start_score", phase.selection.candidates[0].score)
+        if phase.finished:
+            _log(trainer, "kept_score", phase.selection.chosen.score)
         around.hold(trainer.optimizer, trainer.accelerator.scaler)
     if is_overridden(trainer, "training_step"):  # which may look at gradients, such as adversarial training
         for parameter in trainer.model.parameters():
@@ -44,7 +50,13 @@ def finish(trainer: Any, step: int) -> bool:
         if not phase.finished and not best_is_loaded:
             with bookkeeping_kept(trainer):
                 phase.finish(step)
+            _log(trainer, "kept_score", phase.selection.chosen.score)
     return phase.started
+
+
+def _log(trainer: Any, name: str, score: float) -> None:
+    """An entry of its own, whatever `logging_steps` is, past a subclass's `log`, which may gather numbers and clear."""
+    Trainer.log(trainer, {f"metricopt/{name}": score})
 
 
 def _hold_still(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ class MetricOptTrainer(Trainer):
 
     Args:
         metric: what to optimise: an `evaluate` module, its name or path, a callable `EvalPrediction -> number or dict`,
+            "evaluate:eval_x" for a number that `evaluate()` itself returns, at a pass for each observation,
             a `Metric`, or a `ModelMetric` for a black box that wants the model. Default: `args.metric_command`,
             `args.metric_name_or_path`, else `compute_metrics` and `metric_for_best_model`;
             where neither names a metric (or only the loss), nothing is done.
@@ -219,7 +220,7 @@ class MetricOptTrainer(Trainer):
         """As of Trainer; where it lacks the metric that is optimised, that is among the numbers too."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         named = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        with self.metric_inputs.evaluating(named, self.args):
+        with self.metric_inputs.evaluating(named, self.args), reporting.with_metric(self, named):
             found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
         if (more := reporting.missing_score(self, named, metric_key_prefix, found)) is not None:
             found.update(more)

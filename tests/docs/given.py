@@ -13,6 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -41,9 +44,13 @@ def hub(folder: Path) -> dict[str, str]:
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
     config = T5Config(vocab_size=len(SPECIAL + WORDS), pad_token_id=0, eos_token_id=1, **sizes)
+    llama = LlamaConfig(vocab_size=len(SPECIAL + WORDS), pad_token_id=0, eos_token_id=1, num_key_value_heads=2, **SIZES)
+    bert = BertConfig(vocab_size=len(SPECIAL + WORDS), **SIZES)
     made = {
         "distilbert/distilbert-base-uncased": classifier(),
         "google-t5/t5-small": T5ForConditionalGeneration(config),
+        "Qwen/Qwen3-0.6B": LlamaForCausalLM(llama),
+        "sentence-transformers/all-MiniLM-L6-v2": BertModel(bert),
     }
     for name, model in made.items():
         for part in (model, tokenizer()):
@@ -75,6 +82,18 @@ def names() -> dict[str, Any]:
         ids = encode([row["text"] for row in reviews(count, seed)])["input_ids"]
         return Dataset.from_dict({"input_ids": ids, "labels": [[*row[:3], 1] for row in ids]})
 
+    def texts(count: int, seed: int) -> list[str]:
+        return [row["text"] for row in reviews(count, seed)]
+
+    def preferred(count: int, seed: int) -> Dataset:
+        rows = zip(texts(count, seed), texts(count, seed + 1), strict=True)
+        return Dataset.from_list([{"prompt": "", "chosen": f"good {a}", "rejected": f"bad {b}"} for a, b in rows])
+
+    def scored(count: int, seed: int) -> Dataset:
+        first, second = texts(count, seed), texts(count, seed + 1)
+        score = [len({*a.split()} & {*b.split()}) / 8 for a, b in zip(first, second, strict=True)]
+        return Dataset.from_dict({"sentence1": first, "sentence2": second, "score": score})
+
     def metric(prediction) -> float:
         """Accuracy."""
         return float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
@@ -89,6 +108,12 @@ def names() -> dict[str, Any]:
         "metric": metric,
         "translations": pairs(32, 6),
         "more_translations": pairs(16, 7),
+        "texts": Dataset.from_dict({"text": texts(32, 8)}),
+        "more_texts": Dataset.from_dict({"text": texts(16, 9)}),
+        "preferences": preferred(32, 10),
+        "more_preferences": preferred(16, 12),
+        "pairs": scored(32, 14),
+        "more_pairs": scored(16, 16),
     }
 
 
