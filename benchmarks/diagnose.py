@@ -1,10 +1,12 @@
-"""What `trainer.diagnose()` recommends before training, against what the committed runs then came to.
+"""What `trainer.diagnose()` says before training, against what bias and phi then came to.
 
     python -m benchmarks.diagnose            (make bench ARGS=diagnose)
     python -m benchmarks.diagnose --tasks bank_f1 dominoes --seeds 0
     python -m benchmarks.diagnose --smoke
 
-What is diagnosed already is not diagnosed again; the page is written from the records alone.
+A diagnosis gives two verdicts: does a bias pay, and does phi pay beyond it? The model that it speaks of is the
+pretrained one, so what came is measured from there too: the bias, and ten metric steps, on the report split. What is
+recorded already is not run again; the page is written from the records alone.
 """
 
 from __future__ import annotations
@@ -16,28 +18,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError
-from metricopt_hf.diagnosis import GUIDANCE, NOTHING, RECOMMENDATIONS, THRESHOLD, TOO_FEW
+from metricopt_hf.diagnosis import BIAS, NO, OPEN, PHI, YES
 
 from .bench_report import ROOT
-from .comparing import OURS, Result, Row, best, results_of
-from .measure import PLAIN, POST_HOC
+from .comparing import OURS, best, rows_of
+from .measure import PLAIN, POST_HOC, variants
+from .methods import RIVALS
 from .pages import page
 from .problem import Task, no_data
 from .records import RESULTS, context, key_of, read, rounded, write
 from .run import quiet
+from .statistics import Paired
 from .tables import interval, markdown
 from .tasks import tasks
-from .training import Budget, make_trainer
+from .training import Budget, make_trainer, train
 
-OUTCOMES = (NOTHING, THRESHOLD, GUIDANCE)
 DIAGNOSES, PAGE = RESULTS / "diagnoses", ROOT / "docs" / "results" / "diagnosis.md"
-METHOD = "diagnosis"  # in place of a method's name in a record
+METHOD, START = "diagnosis", "start"  # in place of a method's name in a record
+ASKED = {BIAS: "a bias", PHI: "phi beyond it"}
 SMOKE_TASKS = 2
 
 
@@ -46,9 +50,8 @@ class DiagnoseArguments:
     """What to diagnose, and with what to compare it."""
 
     tasks: list[str] = field(default_factory=list, metadata={"help": "Default: all."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds."})
-    results: str = field(default=str(RESULTS), metadata={"help": "Folder of the records of runs."})
-    diagnoses: str = field(default=str(DIAGNOSES), metadata={"help": "Folder of the diagnoses, a file per task."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of diagnoses."})
+    diagnoses: str = field(default=str(DIAGNOSES), metadata={"help": "Folder of the records, a file per task."})
     page: str = field(default=str(PAGE), metadata={"help": "The page to write."})
     smoke: bool = field(
         default=False,
@@ -56,123 +59,175 @@ class DiagnoseArguments:
     )
 
 
-def diagnosed(task: Task, seed: int, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a diagnosis.
+class Judged(NamedTuple):
+    """A verdict, and what came.
+
+    Attributes:
+        asked: of `ASKED`.
+        said: YES, NO or OPEN.
+        came: the gain on the report split.
+        worthwhile, error: of the diagnosis, in the metric's unit.
+    """
+
+    asked: str
+    said: str
+    came: Paired
+    worthwhile: float
+    error: float
+
+    @property
+    def paid(self) -> bool:
+        """Whether the gain's 95 % interval lies above zero."""
+        return self.came.low > 0
+
+    @property
+    def right(self) -> bool:
+        """YES: it paid. NO: not by twice what is worthwhile, which NO rules out. OPEN: the gain is within two errors."""
+        if self.said == YES:
+            return self.paid
+        if self.said == NO:
+            return not self.paid or self.came.mean < 2 * self.worthwhile
+        return abs(self.came.mean) <= 2 * self.error
+
+
+def made(task: Task, seed: int, method: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a diagnosis, or of what came.
 
     Args:
         known: what the caller knows: commit, versions.
     """
     problem = task.prepare(seed)
+    record = {"task": task.name, "method": method, "seed": seed, **known}
     with tempfile.TemporaryDirectory() as folder:
-        found = make_trainer(task, problem, seed, Budget(), folder, {}).diagnose()
-    return rounded(
-        {
-            "task": task.name,
-            "method": METHOD,
-            "seed": seed,
-            **known,
-            "recommendation": found.recommendation,
-            "examples": found.examples,
-            "examples_needed": found.examples_needed,
-            "scores": dict(found.scores),
-            "gains": {f"{of} - {over}": [gain.mean, gain.error] for (of, over), gain in found.gains.items()},
-            "calls": sum(found.ledger.calls.values()),
-            "passes": sum(found.ledger.passes.values()),
-            "seconds": found.seconds,
-        }
-    )
+        if method == OURS:
+            outcome = train(task, problem, seed, Budget(), folder, {})
+        elif method == START:
+            outcome = RIVALS[START].run(task, problem, seed, Budget(), folder, {})
+        else:
+            found = make_trainer(task, problem, seed, Budget(), folder, {}).diagnose()
+            return rounded(
+                {
+                    **record,
+                    "recommendation": found.recommendation,
+                    "verdicts": {name: found.verdict(name) for name in ASKED},
+                    "worthwhile": found.worthwhile,
+                    "examples": found.examples,
+                    "examples_needed": found.examples_needed,
+                    "scores": dict(found.scores),
+                    "gains": {f"{of} - {over}": [gain.mean, gain.error] for (of, over), gain in found.gains.items()},
+                    "calls": sum(found.ledger.calls.values()),
+                    "passes": sum(found.ledger.passes.values()),
+                    "seconds": found.seconds,
+                }
+            )
+    found = variants(task, problem, method, outcome)
+    return rounded({**record, "variants": {name: found[name] for name in (PLAIN, POST_HOC) if name in found}})
 
 
-def without_training(result: Result) -> Row | None:
-    """The start, or the start with a bias tuned, whichever the selection split prefers."""
-    return best(result.task, result.rows, (("start", variant) for variant in (PLAIN, POST_HOC)))
+def came_to(task: Task, records: Iterable[Mapping[str, Any]]) -> dict[str, Paired]:
+    """What a bias gave against the start, and phi against the better of both (by the selection split)."""
+    rows = rows_of(record for record in records if record["method"] != METHOD)
+    start, tuned, ours = (rows.get(key) for key in ((START, PLAIN), (START, POST_HOC), (OURS, PLAIN)))
+    cheap = best(task, rows, ((START, PLAIN), (START, POST_HOC)))
+    found = {
+        BIAS: None if start is None or tuned is None else tuned.minus(start, task.sign),
+        PHI: None if ours is None or cheap is None else ours.minus(cheap, task.sign),
+    }
+    return {asked: difference for asked, difference in found.items() if difference is not None}
 
 
-def outcome(result: Result) -> str | None:
-    """What the runs of a task came to, in the words of the diagnosis; None where too few of them were run.
-
-    Guidance paid if MetricOpt lies above what needs no training by its 95 % interval on the report split; else a
-    threshold sufficed if a bias lies above the start; else there was nothing to gain.
-    """
-    ours, cheap, sign = result.rows.get((OURS, PLAIN)), without_training(result), result.task.sign
-    difference = None if ours is None or cheap is None else ours.minus(cheap, sign)
-    if difference is None:
-        return None
-    if difference.low > 0:
-        return GUIDANCE
-    start, tuned = (result.rows.get(("start", variant)) for variant in (PLAIN, POST_HOC))
-    gained = None if start is None or tuned is None else tuned.minus(start, sign)
-    return THRESHOLD if gained is not None and gained.low > 0 else NOTHING
+def judged(task: Task, records: Sequence[Mapping[str, Any]]) -> list[Judged]:
+    """All verdicts on a task, where it is known what came."""
+    came, found = came_to(task, records), []
+    for record in records:
+        if record["method"] == METHOD:
+            gains = record["gains"]
+            errors = {BIAS: gains.get("bias - start"), PHI: gains.get("phi - bias", gains.get("phi - start"))}
+            for asked, difference in came.items():
+                if errors[asked] is not None:
+                    error = float("inf") if errors[asked][1] is None else errors[asked][1]
+                    found.append(Judged(asked, record["verdicts"][asked], difference, record["worthwhile"], error))
+    return found
 
 
-def confusion(pairs: Iterable[tuple[str, str]]) -> str:
-    """Counts of (recommendation, outcome)."""
-    counts = Counter(pairs)
-    table = [[said, *(counts[said, came] for came in OUTCOMES)] for said in RECOMMENDATIONS]
-    return markdown(["recommended", *(f"then: {came}" for came in OUTCOMES)], table)
+def confusion(verdicts: Iterable[Judged]) -> str:
+    """Counts of what was said and what came."""
+    counts = Counter((v.said, v.paid, v.right) for v in verdicts)
+    table = []
+    for said in (YES, NO, OPEN):
+        cells = (sum(n for (s, paid, _), n in counts.items() if s == said and paid == came) for came in (True, False))
+        right = sum(n for (s, _, right), n in counts.items() if s == said and right)
+        table.append([said, *cells, right])
+    return markdown(["said: pays?", "came: pays", "came: does not", "right"], table)
 
 
-def share_right(pairs: Sequence[tuple[str, str]]) -> str:
-    """How many recommendations came true, as a sentence."""
-    said = [(recommended, came) for recommended, came in pairs if recommended != TOO_FEW]
-    right = sum(recommended == came for recommended, came in said)
+def share_right(verdicts: Sequence[Judged]) -> str:
+    """How many verdicts came true, as a sentence."""
+    said, left = ([v for v in verdicts if (v.said == OPEN) == is_open] for is_open in (False, True))
     if not said:
-        return f"Of {len(pairs)} diagnoses none says what to do."
+        return f"Of {len(verdicts)} verdicts none says yes or no."
+    right = sum(v.right for v in said)
     return (
-        f"Of {len(pairs)} diagnoses, {len(said)} say what to do, and {right} of these are right "
-        f"({right / len(said):.0%}); the others say that there are too few examples to tell."
+        f"Of {len(verdicts)} verdicts, {len(said)} say yes or no, and {right} of these are right "
+        f"({right / len(said):.0%}); {len(left)} say that it cannot be told, and of {sum(v.right for v in left)} of "
+        "these that is so."
     )
 
 
-def diagnosis_page(diagnoses: Sequence[dict[str, Any]], results: Sequence[Result]) -> str:
+def diagnosis_page(records: Sequence[dict[str, Any]]) -> str:
     by_task: dict[str, list[dict]] = {}
-    for record in sorted(diagnoses, key=lambda record: record["seed"]):
+    for record in sorted(records, key=lambda record: record["seed"]):
         by_task.setdefault(record["task"], []).append(record)
-    found = {result.task.name: result for result in results}
-    pairs, table = [], []
+    verdicts, table = [], []
     for name, task in tasks().items():
-        if name not in by_task:
+        diagnoses = [record for record in by_task.get(name, ()) if record["method"] == METHOD]
+        if not diagnoses:
             continue
-        records, result = by_task[name], found.get(name)
-        came = None if result is None else outcome(result)
-        said = Counter(record["recommendation"] for record in records)
-        pairs += [(record["recommendation"], came) for record in records if came is not None]
-        cells = ["not run", "", ""]
-        if came is not None:
-            ours, others = result.rows[OURS, PLAIN], (without_training(result), result.rival)
-            cells = [came, *(interval(ours.minus(other, task.sign)) for other in others)]
-        gain = mean(r["gains"]["phi - bias" if "phi - bias" in r["gains"] else "phi - start"][0] for r in records)
-        said = "; ".join(f"{recommendation} ({count})" for recommendation, count in said.most_common())
-        table.append([f"`{name}`", task.kind, said, f"{gain:+.4f}", *cells])
+        found, came = judged(task, by_task[name]), came_to(task, by_task[name])
+        verdicts += found
+        for asked, title in ASKED.items():
+            said = Counter(record["verdicts"][asked] for record in diagnoses)
+            told = ", ".join(f"{verdict} {count}" for verdict, count in said.most_common())
+            rights = [v.right for v in found if v.asked == asked]
+            if asked in came:
+                table.append([f"`{name}`", title, told, interval(came[asked]), f"{sum(rights)} of {len(rights)}"])
+    diagnoses = [record for record in records if record["method"] == METHOD]
     seconds, passes = (mean(record[key] for record in diagnoses) for key in ("seconds", "passes"))
-    headers = ["task", "kind", "recommended (seeds)", "phi beyond a bias", "came to", "MetricOpt - no training"]
     return page(
         "# Diagnosis before training",
-        f"`trainer.diagnose()` on all tasks, against what the runs came to. {share_right(pairs)}",
-        confusion(pairs),
-        markdown([*headers, "MetricOpt - rival"], table),
-        'Recommended: on observation and selection, before any training. "phi beyond a bias": what phi reaches in its '
-        "linear surroundings more than a bias per logit (than the start, where a bias has no place), mean over the "
-        "seeds. Came to: guidance paid if MetricOpt lies above what needs no training (the start, or a bias tuned on "
-        "it, by the selection split) with its 95 % interval on the report split; else a threshold sufficed if a bias "
-        "lies above the start; else there was nothing to gain. The last column is not what the diagnosis speaks of: "
-        "the loss alone may reach as much as guidance does.",
-        f"A diagnosis takes {passes:.0f} forward passes and {seconds:.0f} s on average, on one thread. Written by "
-        "`python -m benchmarks.diagnose` from the records in `benchmarks/results/`; do not edit.",
+        f"`trainer.diagnose()` on the benchmark's tasks, against what came. {share_right(verdicts)}",
+        confusion(verdicts),
+        markdown(["task", "pays?", "said (seeds)", "came, on the report split", "right"], table),
+        "Said: on observation and selection, before any training. Came: what a bias per logit that was tuned on "
+        "observation gave against the pretrained model, and what ten metric steps from that model gave against the "
+        "better of these two (by the selection split); 95 % intervals over seeds and examples. "
+        'A "yes" is right if the interval lies above zero. A "no" says that there is less to have than twice what is '
+        'worthwhile, the metric\'s own standard error, and is right if that is so. "Cannot tell" is right if what came '
+        "is within two standard errors of the diagnosis. The loss alone may reach as much as phi does: the diagnosis "
+        "does not speak of it.",
+        f"A diagnosis takes {passes:.0f} forward passes and {seconds:.0f} s on average, on one thread beside other "
+        "work. Written by `python -m benchmarks.diagnose` from the records in `benchmarks/results/`; do not edit.",
     )
 
 
 def run(arguments: DiagnoseArguments, folder: Path) -> None:
-    """Diagnose what is not in the folder yet."""
+    """Make what is not in the folder yet; what came is run where a task lacks it altogether."""
     known_tasks = tasks(arguments.smoke)
     names = arguments.tasks or list(known_tasks)[: SMOKE_TASKS if arguments.smoke else None]
     if unknown := set(names) - set(known_tasks):
         raise ConfigurationError(f"--tasks {sorted(unknown)[0]}: there are {', '.join(known_tasks)}.")
     done = {key_of(record) for record in read(folder)}
-    left = [(name, seed) for name in names for seed in arguments.seeds if (name, METHOD, seed) not in done]
+    begun = {(task, method) for task, method, _ in done if method != METHOD}
+    left = [
+        (name, method, seed)
+        for seed in arguments.seeds
+        for name in names
+        for method in (METHOD, START, OURS)
+        if (name, method, seed) not in done and (name, method) not in begun
+    ]
     known = context()
-    for name, seed in tqdm(left, desc="diagnoses"):
-        write(diagnosed(known_tasks[name], seed, known), folder)
+    for name, method, seed in tqdm(left, desc="runs"):
+        write(made(known_tasks[name], seed, method, known), folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,11 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.smoke:
         with tempfile.TemporaryDirectory() as folder:
             run(arguments, Path(folder))
-            print(diagnosis_page(read(Path(folder)), []))  # runs of whole tasks are no match for parts of them
+            print(diagnosis_page(read(Path(folder))))
         return 0
-    results = results_of(read(Path(arguments.results)))
     run(arguments, Path(arguments.diagnoses))
-    Path(arguments.page).write_text(diagnosis_page(read(Path(arguments.diagnoses)), results), encoding="utf-8")
+    Path(arguments.page).write_text(diagnosis_page(read(Path(arguments.diagnoses))), encoding="utf-8")
     print(f"written: {arguments.page}")
     return 0
 
