@@ -19,14 +19,16 @@ from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError
 
+from . import protocol
 from .bench_report import ROOT
-from .comparing import Result, results_of
+from .by_loss import trained_first
+from .comparing import OURS, Result, results_of
 from .problem import no_data
 from .records import RESULTS, read
 from .run import quiet
 from .tables import methods_table
 from .tasks import tasks
-from .training import Budget, make_trainer
+from .training import make_trainer
 
 # Task -> name on the card, and what the card says of its data
 CARDS = {
@@ -82,13 +84,14 @@ def main(argv: list[str] | None = None) -> int:
     if no_data():
         return 2
     quiet()
-    known, results = tasks(), {result.task.name: result for result in results_of(read(Path(args.results)))}
+    fixed, known = protocol.load(), tasks()
+    results = {result.task.name: result for result in results_of(read(Path(args.results)))}
     with tempfile.TemporaryDirectory() as temporary:
         for task in tqdm([known[name] for name in args.tasks], desc="runs"):
             name, about = CARDS[task.name]
-            folder, problem = Path(temporary) / name, task.prepare(0)
-            changes = {"hub_model_id": f"user/{name}"}
-            trainer = make_trainer(task, problem, 0, Budget(), str(folder), changes)
+            folder, loss = Path(temporary) / name, fixed.config(OURS)["by_loss"]
+            problem, _, _ = trained_first(task, task.prepare(0), 0, fixed.budget, loss)
+            trainer = make_trainer(task, problem, 0, fixed.budget, str(folder), {"hub_model_id": f"user/{name}"})
             trainer.train()
             score = task.metric(problem.predict(trainer.model.eval(), problem.report))
             told = comparison(results[task.name]) if task.name in results else None

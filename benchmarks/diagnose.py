@@ -82,7 +82,7 @@ class Judged(NamedTuple):
 
     @property
     def right(self) -> bool:
-        """YES: it paid. NO: not by twice what is worthwhile, which NO rules out. OPEN: the gain is within two errors."""
+        """YES: it paid. NO: not by twice what is worthwhile, which NO rules out. OPEN: by two errors at most."""
         if self.said == YES:
             return self.paid
         if self.said == NO:
@@ -211,20 +211,14 @@ def diagnosis_page(records: Sequence[dict[str, Any]]) -> str:
 
 
 def run(arguments: DiagnoseArguments, folder: Path) -> None:
-    """Make what is not in the folder yet; what came is run where a task lacks it altogether."""
+    """Make what is not in the folder yet."""
     known_tasks = tasks(arguments.smoke)
     names = arguments.tasks or list(known_tasks)[: SMOKE_TASKS if arguments.smoke else None]
     if unknown := set(names) - set(known_tasks):
         raise ConfigurationError(f"--tasks {sorted(unknown)[0]}: there are {', '.join(known_tasks)}.")
     done = {key_of(record) for record in read(folder)}
-    begun = {(task, method) for task, method, _ in done if method != METHOD}
-    left = [
-        (name, method, seed)
-        for seed in arguments.seeds
-        for name in names
-        for method in (METHOD, START, OURS)
-        if (name, method, seed) not in done and (name, method) not in begun
-    ]
+    left = [(name, method, seed) for seed in arguments.seeds for name in names for method in (METHOD, START, OURS)]
+    left = [key for key in left if key not in done]
     known = context()
     for name, method, seed in tqdm(left, desc="runs"):
         write(made(known_tasks[name], seed, method, known), folder)

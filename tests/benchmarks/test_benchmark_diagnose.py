@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from benchmarks import comparing, diagnose, records
-from benchmarks.diagnose import GUIDANCE, NOTHING, THRESHOLD, TOO_FEW
+from benchmarks import diagnose, records
 from benchmarks.problem import data_root
 from benchmarks.tasks import tasks
 from metricopt_hf import ConfigurationError
+from metricopt_hf.diagnosis import NO, OPEN, YES
 
 NEEDED = ("a9a", "bank_marketing")
 needs_data = pytest.mark.skipif(not all((data_root() / name).is_dir() for name in NEEDED), reason="needs its data")
@@ -25,67 +25,82 @@ def run_of(method, seed, plain, tuned, task="bank_f1"):
     return {"task": task, "method": method, "seed": seed, "variants": variants}
 
 
-def runs(start, metricopt, loss_only=(0.5, 0.5)):
-    """Records of three methods over three seeds, by their scores (as they are, with a bias)."""
-    scores = {"start": start, "metricopt": metricopt, "loss_only": loss_only}
+def runs(start, metricopt):
+    """Records of two methods over three seeds, by their scores (as they are, with a bias)."""
+    scores = {"start": start, "metricopt": metricopt}
     return [run_of(method, seed, *pair) for method, pair in scores.items() for seed in range(3)]
 
 
-def result_of(lines):
-    (result,) = comparing.results_of(lines)
-    return result
+def said(bias, phi, worthwhile=0.02, error=0.01, seed=0):
+    gains = {name: [0.0, error] for name in ("bias - start", "phi - bias", "phi - start")}
+    verdicts = {"bias": bias, "phi": phi}
+    more = {"verdicts": verdicts, "worthwhile": worthwhile, "gains": gains, "seconds": 2.0, "passes": 8}
+    return {"task": "bank_f1", "method": "diagnosis", "seed": seed, **more}
 
 
 @pytest.mark.parametrize(
-    ("start", "metricopt", "came"),
+    ("start", "metricopt", "paid"),
     [
-        ((0.5, 0.5), (0.7, 0.7), GUIDANCE),
-        ((0.5, 0.7), (0.7, 0.7), THRESHOLD),
-        ((0.5, 0.7), (0.5, 0.8), THRESHOLD),  # MetricOpt as it comes out of a run
-        ((0.7, 0.7), (0.7, 0.7), NOTHING),
-        ((0.7, 0.6), (0.7, 0.65), NOTHING),  # selection does not choose a bias that harms
+        ((0.5, 0.5), (0.7, 0.7), [False, True]),
+        ((0.5, 0.7), (0.7, 0.7), [True, False]),
+        ((0.5, 0.7), (0.5, 0.8), [True, False]),  # MetricOpt as it comes out of a run
+        ((0.5, 0.7), (0.8, 0.8), [True, True]),
+        ((0.7, 0.6), (0.7, 0.65), [False, False]),  # selection does not choose a bias that harms
     ],
 )
-def test_what_runs_came_to(start, metricopt, came):
-    assert diagnose.outcome(result_of(runs(start, metricopt))) == came
+def test_what_runs_came_to(start, metricopt, paid):
+    found = diagnose.judged(BANK, [*runs(start, metricopt), said(YES, YES)])
+    assert [verdict.paid for verdict in found] == [verdict.right for verdict in found] == paid
 
 
-def test_too_few_runs_come_to_nothing_known():
-    assert diagnose.outcome(result_of([r for r in runs((0.5, 0.5), (0.7, 0.7)) if r["method"] != "metricopt"])) is None
+def test_without_runs_nothing_came():
+    lines = [line for line in runs((0.5, 0.5), (0.7, 0.7)) if line["method"] != "metricopt"]
+    assert set(diagnose.came_to(BANK, lines)) == {"bias"}
 
 
-def test_right_and_wrong_are_counted():
-    pairs = [(GUIDANCE, GUIDANCE), (GUIDANCE, NOTHING), (THRESHOLD, THRESHOLD), (TOO_FEW, NOTHING)]
-    assert "Of 4 diagnoses, 3 say what to do, and 2 of these are right (67%)" in diagnose.share_right(pairs)
-    lines = diagnose.confusion(pairs).splitlines()
-    cells = {[c.strip() for c in line.split("|")][1]: [c.strip() for c in line.split("|")][2:5] for line in lines[2:]}
-    assert cells == {
-        NOTHING: ["0", "0", "0"],
-        THRESHOLD: ["0", "1", "0"],
-        GUIDANCE: ["1", "0", "1"],
-        TOO_FEW: ["1", "0", "0"],
-    }
+@pytest.mark.parametrize(
+    ("verdict", "gain", "worthwhile", "error", "right"),
+    [
+        (YES, 0.1, 0.02, 0.01, True), (YES, 0.0, 0.02, 0.01, False),
+        (NO, 0.0, 0.02, 0.01, True), (NO, 0.1, 0.02, 0.01, False), (NO, 0.1, 0.06, 0.01, True),
+        (OPEN, 0.1, 0.02, 0.06, True), (OPEN, 0.1, 0.02, 0.04, False), (OPEN, 0.1, 0.02, None, True),
+    ],
+)  # fmt: skip
+def test_right_and_wrong(verdict, gain, worthwhile, error, right):
+    lines = runs((0.5, 0.5), (0.5 + gain, 0.5))
+    (found,) = (v for v in diagnose.judged(BANK, [*lines, said(NO, verdict, worthwhile, error)]) if v.asked == "phi")
+    assert found.right == right
+
+
+def test_the_page_counts_verdicts():
+    verdicts = [(YES, YES), (NO, NO), (OPEN, NO)]
+    lines = runs((0.5, 0.5), (0.7, 0.7)) + [said(*pair, seed=seed) for seed, pair in enumerate(verdicts)]
+    text = diagnose.diagnosis_page(lines)
+    assert "Of 6 verdicts, 5 say yes or no, and 2 of these are right (40%)" in text
+    assert "1 say that it cannot be told, and of 1 of these that is so" in text
+    rows = [[cell.strip() for cell in line.split("|")][1:5] for line in text.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row[0] in (YES, NO)] == [["yes", "1", "1", "1"], ["no", "2", "1", "1"]]
 
 
 @pytest.mark.slow
 @needs_data
-def test_two_tasks_at_small_sizes_are_diagnosed_once_and_compared(tmp_path, monkeypatch, capsys):
+def test_two_tasks_at_small_sizes_are_diagnosed_once_and_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnose, "tasks", lambda smoke=False: tasks(smoke=True))
     for line in runs((0.5, 0.5), (0.7, 0.7)):
-        records.write(line, tmp_path / "results")
-    options = ["--results", str(tmp_path / "results"), "--diagnoses", str(tmp_path / "diagnoses")]
-    options += ["--page", str(tmp_path / "page.md"), "--tasks", "bank_f1", "a9a_groups", "--seeds", "0"]
+        records.write(line, tmp_path / "diagnoses")
+    options = ["--diagnoses", str(tmp_path / "diagnoses"), "--page", str(tmp_path / "page.md")]
+    options += ["--tasks", "bank_f1", "a9a_groups", "--seeds", "0", "1"]
     assert diagnose.main(options) == 0
-    made = records.read(tmp_path / "diagnoses")
-    assert [(r["task"], r["seed"]) for r in made] == [("a9a_groups", 0), ("bank_f1", 0)]
+    made = [r for r in records.read(tmp_path / "diagnoses") if r["method"] == "diagnosis"]
+    assert [(r["task"], r["seed"]) for r in made] == [(t, s) for t in ("a9a_groups", "bank_f1") for s in (0, 1)]
     for record in made:
-        assert record["recommendation"] in diagnose.RECOMMENDATIONS
-        assert set(record["scores"]) == {"start", "bias", "phi"} and record["passes"] <= 46
+        assert set(record["verdicts"]) == {"bias", "phi"} and set(record["scores"]) == {"start", "bias", "phi"}
+        assert record["passes"] <= 46
     text = (tmp_path / "page.md").read_text()
-    assert "| `bank_f1`" in text and "not run" in next(line for line in text.splitlines() if "`a9a_groups`" in line)
-    assert "Of 1 diagnoses" in text
+    for task in ("bank_f1", "a9a_groups"):
+        assert f"| `{task}`" in text
 
-    monkeypatch.setattr(diagnose, "diagnosed", None)  # it is not asked again
+    monkeypatch.setattr(diagnose, "made", None)  # it is not asked again
     assert diagnose.main(options) == 0
     assert (tmp_path / "page.md").read_text() == text
 
