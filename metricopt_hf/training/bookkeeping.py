@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer
 
 COLLECTIONS = (dict, list, set, deque, defaultdict, Counter, OrderedDict)
+DATA = ("train_dataset", "eval_dataset", "eval_examples")  # may be lists of all rows, which no step changes
 PLAIN = (int, float, complex, str, bool, type(None), tuple)
 
 
@@ -19,7 +20,7 @@ def bookkeeping_kept(trainer: Trainer) -> Iterator[None]:
     """On leaving, numbers, texts, tensors and collections of the trainer are as before; each in itself."""
     attributes = vars(trainer)
     plain = {name: value for name, value in attributes.items() if isinstance(value, (*PLAIN, Tensor))}
-    undo = [undo_of(value) for value in attributes.values() if type(value) in COLLECTIONS]
+    undo = [undo_of(value) for name, value in attributes.items() if type(value) in COLLECTIONS and name not in DATA]
     tensors = [(value, value.detach().clone()) for value in plain.values() if isinstance(value, Tensor)]
     try:
         yield
