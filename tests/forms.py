@@ -4,13 +4,14 @@ import shutil
 
 import pytest
 import torch
-from helpers import Texts
+from helpers import Texts, tiny_bert
 from runs import text_trainer
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
-from metricopt_hf import MetricOptTrainer
+from metricopt_hf import MetricOptConfig, MetricOptTrainer
 
 STEPS, FIRST_PHASE = 8, 6  # of a run, and before its metric phase
+SAVES = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
 PHASE = {"metric_steps": STEPS - FIRST_PHASE, "metric_call_budget": 200, "phi_dim": 4, "guide": "pairs"}
 
 
@@ -32,6 +33,21 @@ def by_trainer(folder, form=AsItIs, trainer_kwargs=None, **kwargs):
     cls = type(form.__name__, (form, Trainer), {})
     kwargs = {"max_steps": STEPS, **kwargs}
     return text_trainer(folder, cls, config=TrainingArguments, trainer_kwargs=data, **kwargs)
+
+
+def plain_and_guided(folder, form=AsItIs, trainer_kwargs=None, model=tiny_bert, **kwargs):
+    """The same script with Trainer, which is trained, and guided."""
+    data = {"train_dataset": Texts(96, seed=1), "eval_dataset": Texts(48, seed=2)}
+    made = []
+    for cls, config in ((Trainer, TrainingArguments), (MetricOptTrainer, MetricOptConfig)):
+        settings = {"max_steps": STEPS, **PHASE, **kwargs}
+        given = {**data, **(trainer_kwargs or {})}
+        given["callbacks"] = [make() for make in given.get("callbacks", ())]
+        torch.manual_seed(0)
+        script = type(form.__name__, (form, cls), {})
+        made.append(text_trainer(folder / cls.__name__, script, model(), config, given, **settings))
+    made[0].train()
+    return made
 
 
 def assert_delivered(trainer):

@@ -194,9 +194,14 @@ class Evaluator:
         yield from self._shared(numbered, of)
 
     def _shared(self, numbered: Iterator[tuple[int, Any]], of: Callable[[int, Any], Any]) -> Iterator[tuple[int, Any]]:
-        """As many runs on every rank, as a sharded model needs: who has no batch left takes part with the last one."""
+        """As many runs on every rank, as a sharded model needs: who has no batch left takes part with the last one.
+
+        Raises:
+            RuntimeError: a run failed on another rank.
+        """
         mine: list[tuple[int, Any]] = []
         round_of: list[tuple[int, Any]] = []
+        failed: Exception | None = None
 
         def run(last: tuple[int, Any]) -> None:
             own = round_of[self.rank] if self.rank < len(round_of) else None
@@ -206,14 +211,24 @@ class Evaluator:
             round_of.clear()
 
         pair = None
-        for pair in numbered:
-            round_of.append(pair)
-            if len(round_of) == self.world_size:
+        try:
+            for pair in numbered:
+                round_of.append(pair)
+                if len(round_of) == self.world_size:
+                    run(pair)
+            if round_of:
                 run(pair)
-        if round_of:
-            run(pair)
+        except Exception as error:  # the others would wait for this rank's share
+            failed = error
         reshard(self.phi.model)
-        yield from sorted(gather_object(mine), key=lambda pair: pair[0])
+        if failed is not None:
+            mine.append((-1, f"{type(failed).__name__}: {failed}"))
+        made = sorted(gather_object(mine), key=lambda pair: pair[0])
+        if failed is not None:
+            raise failed
+        if problems := [problem for index, problem in made if index < 0]:
+            raise RuntimeError(f"On another rank: {problems[0]}")
+        yield from made
 
     def joined(self, outputs: Iterable[BatchOutput]) -> EvalPrediction:
         """Batches joined as Trainer joins them, or listed."""

@@ -123,8 +123,9 @@ def _pick(tree: Any, rows: np.ndarray, size: int) -> Any:
         return {key: _pick(value, rows, size) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         has_rows = [isinstance(x, np.ndarray) and x.ndim > 0 and len(x) == size for x in tree]
-        if len(tree) == size and not (any(has_rows) if isinstance(tree, tuple) else all(has_rows)):
-            # one entry per example, whatever it is; a tuple of arrays is what a model returns
+        of_lists = all(isinstance(x, list) and len(x) == size for x in tree)
+        if len(tree) == size and not (any(has_rows) or of_lists if isinstance(tree, tuple) else all(has_rows)):
+            # one entry per example, whatever it is; a tuple of arrays is what a model returns, one of lists its labels
             return [tree[i] for i in rows]
         return type(tree)(_pick(value, rows, size) for value in tree)
     return tree

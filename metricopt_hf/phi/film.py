@@ -8,13 +8,14 @@ bias = (1 + scale) * bias_0 + shift. The tuned model is an ordinary model at eve
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PhiError
+from .output_layer import is_auxiliary, output_layer
 from .space import PhiSpace, like, reshard, whole
 from .taps import Channels, Tap
 
@@ -117,36 +118,6 @@ def _last_block(names: list[str]) -> list[str]:
     return names[-2:]
 
 
-def _auxiliary(name: str) -> bool:
-    """Whether a module belongs to an auxiliary head, which serves the loss only (BEiT, UPerNet, torchvision)."""
-    return any(part.startswith("aux") for part in name.split("."))
-
-
-def _output_layer(model: nn.Module) -> str | None:
-    """Name of the layer that makes the logits, if the model ends in one.
-
-    The last linear layer with `config.num_labels` outputs, or such a convolution, as of segmentation, or, as of DETR
-    and YOLOS, a linear layer with one more for "no object". Box heads and auxiliary heads are left out. Else timm's
-    classifier, else the last layer that has parameters if it is linear or a convolution (a model that ends in a norm is
-    an encoder without logits).
-    """
-    owners = {
-        n: m for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False)) and not _auxiliary(n)
-    }
-    linear = {n: m.out_features for n, m in owners.items() if isinstance(m, nn.Linear) and "box" not in n}
-    convolutions = {n: m.out_channels for n, m in owners.items() if isinstance(m, nn.modules.conv._ConvNd)}
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    if num_labels is not None:
-        for layers, outputs in ((linear, num_labels), (convolutions, num_labels), (linear, num_labels + 1)):
-            if matching := [name for name, size in layers.items() if size == outputs]:
-                return matching[-1]
-    if callable(getattr(model, "get_classifier", None)):
-        classifier = model.get_classifier()
-        return next((n for n, m in owners.items() if m is classifier and n in linear | convolutions), None)
-    last = next(reversed(owners), None)
-    return last if last in linear | convolutions else None
-
-
 def _has(norm: nn.Module, part: str) -> bool:
     return getattr(norm, part, None) is not None
 
@@ -184,9 +155,8 @@ class FiLM(PhiSpace):
                 'norm layers would be lost. Use phi="adapter", which is the default for it; or merge the adapter first '
                 "(`model.merge_and_unload()`)."
             )
-        self._sites = self._find_sites(layers)
-        self._output_layer = self._find_output_layer(output_bias)
-        self.reset()
+        self._asked = layers, output_bias
+        self._find(())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -214,6 +184,36 @@ class FiLM(PhiSpace):
         reshard(self.model)
         self._origin = [whole(p.detach()).clone() for p in self.parameters]
         self._phi = torch.cat([torch.zeros(p.numel(), device=p.device) for p in self._origin])
+
+    def settle(self, moved: Callable[[], bool]) -> None:
+        """A head that makes no prediction, as that of another task, is left out, and others are looked for."""
+        unused: set[int] = set()
+        while still := {id(parameter) for parameter in self._idle(moved)} - unused:
+            unused |= still
+            try:
+                self._find(unused)
+            except PhiError:  # there are no others
+                return
+
+    def _idle(self, moved: Callable[[], bool]) -> Iterator[nn.Parameter]:
+        """Weights of norms that no prediction calls or is moved by, and an output bias that moves none."""
+        hosts = {f"{site.name}.weight".removeprefix("."): site.host for site in self._sites}
+        parts = list(self.split(torch.arange(self.dim)))
+        for name, (parameter, where) in zip(self.names, parts, strict=True):
+            host = hosts.get(name)
+            if host is None and name != self.output_bias:
+                continue
+            calls: list[int] = []
+            hook = None if host is None else host.register_forward_hook(lambda *_: calls.append(1))  # noqa: B023
+            with self.restored():
+                there = self.read()
+                there[where] += torch.linspace(1, 2, len(where)).to(there)
+                self.write(there)
+                idle = not moved()
+            if hook is not None:
+                hook.remove()
+            if idle and not calls:
+                yield parameter
 
     def read(self) -> Tensor:
         return self._phi.clone()
@@ -276,10 +276,22 @@ class FiLM(PhiSpace):
             ]
         super().load_state_dict(state)
 
-    def _find_sites(self, layers: str | None) -> list[_Site]:
+    def _find(self, unused: Collection[int]) -> None:
+        """Choose the layers.
+
+        Args:
+            unused: ids of parameters of others.
+        """
+        layers, output_bias = self._asked
+        self._sites = self._find_sites(layers, unused)
+        self._output_layer = self._find_output_layer(output_bias, unused)
+        self.reset()
+
+    def _find_sites(self, layers: str | None, unused: Collection[int]) -> list[_Site]:
         norms = _norm_layers(self.model)
         if layers is None:
-            chosen = _last_block([name for name in norms if not _auxiliary(name)])
+            left = {name: norm for name, norm in norms.items() if id(norm.weight) not in unused}
+            chosen = _last_block([name for name in left if not is_auxiliary(name)])
         else:
             try:
                 chosen = [name for name in norms if re.search(layers, name)]
@@ -305,11 +317,11 @@ class FiLM(PhiSpace):
             raise PhiError(self._no_site_message(layers, list(norms)))
         return sites
 
-    def _find_output_layer(self, output_bias: bool | str) -> str | None:
+    def _find_output_layer(self, output_bias: bool | str, unused: Collection[int]) -> str | None:
         """Name of the layer whose bias is in phi; None where there is none."""
         if not output_bias:
             return None
-        layer = _output_layer(self.model)
+        layer = output_layer(self.model, unused)
         bias = None if layer is None else self.model.get_submodule(layer).bias
         if bias is not None:
             return layer

@@ -89,6 +89,13 @@ class PhiSpace(ABC):
     def reset(self) -> None:  # noqa: B027, a space without an origin of its own has nothing to do
         """Take the model's present weights for phi's origin, from which `read` and `write` count."""
 
+    def settle(self, moved: Callable[[], bool]) -> None:  # noqa: B027, a space that was named part by part stays so
+        """Before a run: leave out what makes no prediction.
+
+        Args:
+            moved: whether the model predicts something else than where it is now.
+        """
+
     def read(self) -> Tensor:
         """phi: [dim] float32, a copy."""
         return torch.cat([whole(p.detach()).reshape(-1).float() for p in self.parameters])
@@ -230,6 +237,10 @@ class Union(PhiSpace):
     def reset(self) -> None:
         for part in self.parts:
             part.reset()
+
+    def settle(self, moved: Callable[[], bool]) -> None:
+        for part in self.parts:
+            part.settle(moved)
 
     def read(self) -> Tensor:
         return torch.cat([part.read() for part in self.parts])

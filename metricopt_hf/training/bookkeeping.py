@@ -17,14 +17,22 @@ PLAIN = (int, float, complex, str, bool, type(None), tuple)
 
 @contextmanager
 def bookkeeping_kept(trainer: Trainer) -> Iterator[None]:
-    """On leaving, numbers, texts, tensors and collections of the trainer are as before; each in itself."""
+    """On leaving, numbers, texts, tensors and collections of the trainer are as before; each in itself.
+
+    Inside, the trainer logs nothing, whatever its subclass logs in its loss.
+    """
     attributes = vars(trainer)
+    log = attributes.get("log")
     plain = {name: value for name, value in attributes.items() if isinstance(value, (*PLAIN, Tensor))}
     undo = [undo_of(value) for name, value in attributes.items() if type(value) in COLLECTIONS and name not in DATA]
     tensors = [(value, value.detach().clone()) for value in plain.values() if isinstance(value, Tensor)]
+    attributes["log"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
+        attributes["log"] = log
+        if log is None:
+            del attributes["log"]
         for name, value in plain.items():
             if attributes.get(name) is not value:
                 attributes[name] = value

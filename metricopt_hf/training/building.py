@@ -165,7 +165,8 @@ def _tell_of_places(trainer: Any, setup: Setup, run: MetricPhase, score: float) 
 
 def settings_of(trainer: Any) -> dict[str, Any]:
     """What a run that resumes must have in common with the one that saved, as JSON values."""
-    args, setup = trainer.args, trainer.setup
+    args, setup = trainer.args, trainer.settled()
+    sets = setup.observation, setup.selection
     names = [name for name, _ in setup.phi.description["parameters"]]
     return {
         "phi": f"{setup.phi.description['kind']} on {', '.join(names)}",
@@ -173,10 +174,15 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "metric": setup.metric.name,
         "greater_is_better": setup.metric.greater_is_better,
         "metric_constraints": args.metric_constraints,
+        "metric_inputs": args.metric_inputs,
+        "metric_kwargs": str(args.to_dict()["metric_kwargs"]),
+        "metric_call_budget": args.metric_call_budget,
         "phi_dim": args.phi_dim,
+        "phi_learning_rate": args.phi_learning_rate,
         "observe": args.observe,
         "seed": args.seed,
         "observation_size": args.observation_size,
+        "rows of observation and selection": [len(part) if hasattr(part, "__len__") else None for part in sets],
         "value_weight": str(args.value_weight),
     }
 

@@ -5,6 +5,7 @@ Batches, losses and predictions are made by what Trainer, or its subclass, makes
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,14 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..errors import ConfigurationError
 from ..evaluation import data
-from ..evaluation.evaluator import BatchOutput, Evaluator, undisturbed
+from ..evaluation.evaluator import BatchOutput, Evaluator, agreed, undisturbed
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..evaluation.model_metric import ModelEvaluator
@@ -85,8 +87,7 @@ class Observing:
     def predict(self, batch: Any) -> BatchOutput:
         """What the trainer's `prediction_step` says of a batch. It waits for no other rank."""
         trainer, wanted = self.trainer, self.trainer.args.include_for_metrics
-        with self._alone(), bookkeeping_kept(trainer):
-            loss, logits, labels = trainer.prediction_step(trainer.model, batch, False, ignore_keys=self.ignore_keys)
+        loss, logits, labels = self._step(batch)
         self.unlabelled = batch if labels is None else None
         if trainer.preprocess_logits_for_metrics is not None:
             logits = trainer.preprocess_logits_for_metrics(logits, labels)
@@ -97,6 +98,41 @@ class Observing:
             main_input = batch[getattr(trainer.model, "main_input_name", "input_ids")]
             inputs = trainer._prepare_input(batch if trainer.args.batch_eval_metrics else main_input)
         return BatchOutput(logits, labels, losses, inputs)
+
+    def _step(self, batch: Any) -> tuple[Any, Any, Any]:
+        """Loss, logits and labels of a batch."""
+        trainer = self.trainer
+        with self._alone(), bookkeeping_kept(trainer):
+            return trainer.prediction_step(trainer.model, batch, False, ignore_keys=self.ignore_keys)
+
+    def movement(self, dataset: Any) -> Callable[[], bool]:
+        """Says whether the model predicts something else of the first batch than it does now; the same on every rank.
+
+        Where that cannot be told, as of generated text, it says yes.
+        """
+        args, batch, before = self.trainer.args, [], []
+
+        def outputs() -> list[Tensor]:
+            with undisturbed(self.trainer.model):
+                if not batch:
+                    batch.append(next(iter(self.batches_of(dataset)())))
+                leaves = tree_flatten(self._step(copy.deepcopy(batch[0]))[1])[0]
+            return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+        def moved() -> bool:
+            try:
+                if not before:
+                    before.extend(outputs())
+                    return True
+                return not all(map(torch.equal, before, outputs()))
+            except Exception:  # what is amiss is told by the first call of the metric
+                return True
+
+        def said() -> bool:
+            return agreed(args.process_index, args.world_size, moved)
+
+        said()
+        return said
 
     def loss(self, batch: Any) -> Tensor:
         """The training loss of a batch, by the trainer's `compute_loss`, differentiable."""
@@ -127,9 +163,12 @@ class Observing:
         trainer = self.trainer
         generator = torch.Generator().manual_seed(trainer.args.seed)
         rows = []
-        with undisturbed(trainer.model), bookkeeping_kept(trainer):
-            for batch in self.train_batches(count, generator):
-                rows.append(self.phi.gradient(lambda batch=batch: self.loss(batch)).cpu())
+        try:
+            with undisturbed(trainer.model), bookkeeping_kept(trainer):
+                for batch in self.train_batches(count, generator):
+                    rows.append(self.phi.gradient(lambda batch=batch: self.loss(batch)).cpu())
+        except Exception as error:  # such as of torchvision's detectors, which have losses in train mode only
+            logger.warning(f"The loss has no gradient in eval mode, so coordinates of phi are drawn at random: {error}")
         return torch.stack(rows) if rows else torch.zeros(0, self.phi.dim)
 
     @contextmanager

@@ -18,6 +18,7 @@ from ..hub import ValueFunction
 from ..phi import PhiSpace
 from . import evaluated, preflight
 from .config import MetricOptConfig
+from .observing import Observing
 
 Phi = PhiSpace | Callable[[nn.Module], PhiSpace] | str | None
 
@@ -132,5 +133,7 @@ class Setup:
         value_function = preflight.load_value_function(given.value_function, trainer.args)
         given.guide_name(trainer.args)
         phi = given.resolve_phi(trainer.model, trainer.args)
+        if metric.of_predictions:
+            phi.settle(Observing(trainer, metric, phi, trainer.metric_inputs).movement(sets[0]))
         preflight.check_value_function(value_function, phi, metric)
         return cls(metric, *sets, phi, value_function)

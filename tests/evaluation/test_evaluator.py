@@ -276,6 +276,18 @@ def test_batches_are_shared_among_the_ranks_and_all_run_equally_often(monkeypatc
     assert np.allclose(last.predictions, evaluator(model=model).predictions().predictions, atol=1e-6)
 
 
+def test_what_fails_on_one_rank_fails_on_all(monkeypatch):
+    fake_ranks(monkeypatch, 2)
+
+    def predict(batch):
+        raise ValueError("no derivatives here")
+
+    with pytest.raises(ValueError, match="no derivatives"):
+        evaluator(predict=predict, rank=0, world_size=2).predictions()
+    with pytest.raises(RuntimeError, match="On another rank: ValueError: no derivatives"):
+        evaluator(rank=1, world_size=2).predictions()
+
+
 def test_calls_are_shared_out_and_come_back_in_order(monkeypatch):
     fake_ranks(monkeypatch, 3)
     for rank in range(3):

@@ -90,3 +90,12 @@ def test_of_a_batch_with_two_rows_two_outputs_are_no_rows():
     whole = EvalPrediction((np.zeros((2, 3)), np.zeros(7)), np.arange(2))
     part = take_rows(whole, np.array([1]))
     assert isinstance(part.predictions, tuple) and [len(p) for p in part.predictions] == [1, 7]
+
+
+def test_of_a_batch_with_as_many_images_as_columns_both_columns_stay():
+    """Of instance segmentation, in which a column of labels is a list of an array per image."""
+    for size in (2, 3):
+        masks, classes = ([np.full((i + 1, 4, 4), i) for i in range(size)], [np.arange(i + 1) for i in range(size)])
+        whole = EvalPrediction([(np.zeros((size, 4)), np.zeros((size, 3)))], [(masks, classes)])
+        ((some_masks, some_classes),) = take_rows(whole, np.array([1]), concat=False).label_ids
+        assert [x.shape for x in some_masks] == [(2, 4, 4)] and [x.tolist() for x in some_classes] == [[0, 1]]

@@ -26,7 +26,7 @@ def same_on_all_ranks(value):
     assert all(v == values[0] for v in values), values
 
 
-def run(name, resume=None, metric=None, **kwargs):
+def run(name, resume=None, metric=None, model=None, **kwargs):
     sizes = []
 
     def counted(prediction):
@@ -47,7 +47,7 @@ def run(name, resume=None, metric=None, **kwargs):
         **kwargs,
     }
     trainer = MetricOptTrainer(
-        tiny_bert(),
+        model or tiny_bert(),
         MetricOptConfig(os.path.join(FOLDER, f"{name}-{RANKS}"), **settings),
         train_dataset=Texts(160, seed=1),
         observation_dataset=Texts(41, seed=3),
@@ -89,6 +89,18 @@ class Batchwise:
             return {"accuracy": score}
 
 
+def detached_on_the_last_rank():
+    """A model whose outputs have no derivatives there."""
+    model = tiny_bert()
+
+    def detach(module, args, output):
+        return output if module.training else type(output)(**{k: v.detach() for k, v in output.items()})
+
+    if dist.get_rank() == RANKS - 1:
+        model.register_forward_hook(detach)
+    return model
+
+
 def run_defaults():
     """An ordinary model and default arguments: Trainer averages tokens across the ranks; a checkpoint each step."""
     folder = os.path.join(FOLDER, f"defaults-{RANKS}")
@@ -126,6 +138,8 @@ if __name__ == "__main__":
     for step in (2, 4):
         run(f"resumed{step}", os.path.join(FOLDER, f"whole-{RANKS}", f"checkpoint-{step}"), max_steps=6, metric_steps=3)
     run_defaults()
+    detached = run("detached", model=detached_on_the_last_rank(), max_steps=1, metric_steps=1)
+    assert detached.phase.linearizer.way == "differences"
     dist.barrier()
     print(f"all asserts held on {RANKS} ranks", flush=True)
     dist.destroy_process_group()

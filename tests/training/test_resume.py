@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_equal_weights, tiny_bert, weights
+from helpers import Texts, assert_equal_weights, tiny_bert, weights
 from runs import text_trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from metricopt_hf import CheckpointError
-from metricopt_hf.training import checkpoint
+from metricopt_hf.training import building, checkpoint
 
 RUN = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6, "metric_steps": 3}
 
@@ -96,6 +96,21 @@ def test_a_file_that_is_not_what_was_saved_is_named_with_the_checkpoint_before(f
     checkpoint.check(last)
 
 
+def test_a_digit_of_a_json_file_is_noticed(folder):
+    """The manifest's own too: a hash, a name, or a setting that a run has."""
+    ours, last = building.settings_of(make(folder)), folder / "checkpoint-5"
+    for path in sorted(last.glob("*.json")):
+        content = path.read_text()
+        digits = [i for i, letter in enumerate(content) if letter.isdigit()]
+        assert len(digits) > 3
+        for i in digits[:: 1 + len(digits) // 60]:
+            path.write_text(content[:i] + str((int(content[i]) + 1) % 10) + content[i + 1 :])
+            with pytest.raises(CheckpointError):
+                checkpoint.check_settings(last, checkpoint.check(last), ours)
+        path.write_text(content)
+    checkpoint.check_settings(last, checkpoint.check(last), ours)
+
+
 def test_a_resume_looks_before_it_loads(folder):
     other = folder / "checkpoint-4" / "trainer_state.json"
     shutil.copy(folder / "checkpoint-3" / "trainer_state.json", other)  # as whole as its own, of another step
@@ -117,7 +132,10 @@ def test_a_resume_looks_before_it_loads(folder):
         ({"observation_size": 10}, "observation_size=None"),
         ({"metric_constraints": "probability>=0.1"}, "metric_constraints=None"),
         ({"greater_is_better": False}, "greater_is_better=True"),
-        ({"metric_constraints": None, "guide": "shuffled"}, "guide='auto', this one has guide='shuffled'"),
+        ({"metric_call_budget": 90}, "metric_call_budget=300"),
+        ({"phi_learning_rate": 2.0}, "phi_learning_rate=1.0"),
+        ({"metric_kwargs": {"average": "macro"}}, "metric_kwargs='None', this one has .*average"),
+        ({"trainer_kwargs": {"eval_dataset": Texts(40, seed=2)}}, r"selection=\[24, 24\], .*\[20, 20\]"),
         ({"metric_steps": 2}, "began at step 3; in this run it begins at 4, and step 5 lies behind"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
