@@ -5,9 +5,8 @@
     python -m benchmarks.constraints --smoke
 
 Bank marketing, the MLP of `benchmarks.tabular`, recall with precision at least at a bound. Rivals: a threshold, which
-is a bias tuned with the constraint first, on the observation split or, as it needs no selection, on both splits; and a
-penalty, recall less so many times what precision lacks, as one number for the same guides. What follows a metric is
-selected on the same split, the penalty by its own number.
+is a bias tuned on the penalised metric, on the observation split or, as it needs no selection, on both splits; and the
+same run with shuffled values.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from transformers import EvalPrediction, HfArgumentParser
 from examples.comparison.report import mean_and_error
 from examples.comparison.study import Start
 from metricopt_hf import Ledger, Metric, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.experimental import constrained
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 from . import tabular
@@ -40,15 +40,13 @@ from .tasks import TABULAR, TABULAR_SMOKE
 from .training import SILENT
 
 PAGE = ROOT / "docs" / "results" / "constraints.md"
-PENALTY = 10.0  # of recall, for each unit of precision that is lacking
 MEASURED = ("selection", "report")
 LOSS_ONLY = "loss only"
-# title -> (whether the constraint is one, or a penalty, changes)
-METHODS: dict[str, tuple[bool, Mapping]] = {
-    LOSS_ONLY: (True, {"follows_metric": False}),
-    "penalty in one number": (False, {}),
-    "control: shuffled": (True, {"guide": "shuffled"}),
-    "constraints": (True, {}),
+# title -> changes
+METHODS: dict[str, Mapping] = {
+    LOSS_ONLY: {"follows_metric": False},
+    "control: shuffled": {"guide": "shuffled"},
+    "constraints": {},
 }
 
 
@@ -85,19 +83,7 @@ def numbers(prediction: EvalPrediction) -> dict[str, float]:
     return {"recall": hits / max(1, int(labels.sum())), "precision": hits / found if found else 1.0}
 
 
-def metric(bound: float, constrained: bool) -> Metric:
-    if constrained:
-        return Metric(numbers, "recall")
-
-    def penalised(prediction: EvalPrediction) -> float:
-        values = numbers(prediction)
-        return values["recall"] - PENALTY * max(0.0, bound - values["precision"])
-
-    return Metric(penalised, "penalised recall")
-
-
 def trainer_of(title: str, problem: Problem, seed: int, args: ConstraintsArguments, folder: str) -> MetricOptTrainer:
-    constrained, changes = METHODS[title]
     config = MetricOptConfig(
         folder,
         max_steps=args.max_steps,
@@ -105,13 +91,12 @@ def trainer_of(title: str, problem: Problem, seed: int, args: ConstraintsArgumen
         per_device_train_batch_size=64,
         per_device_eval_batch_size=problem.eval_batch,
         metric_steps=args.max_steps,
-        metric_constraints=f"precision>={args.bound}" if constrained else None,
         greater_is_better=True,
         seed=seed,
         **SILENT,
     )
-    options = {"metric": metric(args.bound, constrained), "phi": problem.phi}
-    trainer = Start(problem.model, config, problem, options).trainer(**changes)
+    options = {"metric": constrained(Metric(numbers, "recall"), f"precision>={args.bound}"), "phi": problem.phi}
+    trainer = Start(problem.model, config, problem, options).trainer(**METHODS[title])
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -138,7 +123,7 @@ def outputs_of(model: torch.nn.Module, problem: Problem) -> dict[str, EvalPredic
 def with_threshold(
     outputs: Mapping[str, EvalPrediction], trainer: MetricOptTrainer, known: EvalPrediction | None = None
 ) -> dict[str, EvalPrediction]:
-    """With the bias that is best on `known`, by default the observation split, the constraint first."""
+    """With the bias that is best on `known`, by default the observation split, for the penalised metric."""
     bias = tune_bias(trainer.metric, outputs["observation"] if known is None else known, Ledger())
     return {name: add_bias(output, bias) for name, output in outputs.items()}
 
@@ -192,8 +177,8 @@ def text(rows: Sequence[Row], args: ConstraintsArguments) -> str:
         "Written by `python -m benchmarks.constraints`; do not edit.",
         f"Bank marketing, MLP, {len(args.seeds)} seeds, ± standard error over them; {args.max_steps} steps. "
         '"Holds": in how many seeds precision reaches the bound. A recall counts only where it does. The threshold is '
-        "a bias tuned on the observation split (of both: on selection too), the constraint first; the penalty is "
-        f"{PENALTY:g} times what precision lacks. On the report split a precision has a standard error of about "
+        "a bias tuned on the observation split (of both: on selection too), for the same penalised metric. On the "
+        "report split a precision has a standard error of about "
         f"{noise:.3f} by the choice of its rows alone. Seconds are processor time.",
         table(rows, args.bound),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from metricopt_hf.training.plan import CALLS, CLASSES, MOST_CLASSES, PREDICTIONS
+from metricopt_hf.phase.plan import CALLS, CLASSES, MOST_CLASSES, PREDICTIONS
 
 from . import protocol
 from .measure import POST_HOC_CALLS

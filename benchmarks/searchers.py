@@ -14,10 +14,10 @@ from transformers.trainer_utils import set_seed
 
 from metricopt_hf import Ledger, MetricOptConfig
 from metricopt_hf.evaluation.evaluator import Evaluator
-from metricopt_hf.evaluation.linearizer import Linearizer
+from metricopt_hf.linear.linearizer import Linearizer
+from metricopt_hf.phase.plan import default_calls
+from metricopt_hf.phase.selection import Selection
 from metricopt_hf.phi import Coordinates, PhiSpace
-from metricopt_hf.training.plan import default_calls
-from metricopt_hf.training.selection import Selection
 
 from .looks import evaluator, frozen_phi
 from .problem import Problem, Task

@@ -17,7 +17,7 @@ from .guides import Guide, GuideContext
 from .hub import ValueFunction
 from .phi import FiLM, PhiSpace, Subset
 from .training.config import MetricOptConfig
-from .training.result import RunResult
+from .training.reporting import RunResult
 from .training.seq2seq import MetricOptSeq2SeqConfig, MetricOptSeq2SeqTrainer
 from .training.trainer import MetricOptTrainer
 

@@ -155,7 +155,7 @@ class Diagnosis:
 
 
 def scored(
-    merit: Callable[[EvalPrediction], float],
+    score: Callable[[EvalPrediction], float],
     predictions: Mapping[Candidate, EvalPrediction],
     num_rows: int,
     take: Callable[[EvalPrediction, np.ndarray], EvalPrediction] | None,
@@ -164,7 +164,7 @@ def scored(
     """The metric of candidates on one fold, none of whose rows they were fitted to.
 
     Args:
-        merit: greater is better; nan where the metric fails.
+        score: greater is better; nan where the metric fails.
         predictions: of the fold, "start" among them.
         num_rows: of the fold.
         take: (prediction, sorted rows) -> that of some rows; None: the metric makes sense on all rows only.
@@ -173,12 +173,12 @@ def scored(
     generator, half = np.random.default_rng(seed), num_rows // 2
     count = HALVES if take is not None and num_rows >= FEWEST_ROWS else 0
     orders = [generator.permutation(num_rows) for _ in range(count)]
-    whole = {name: merit(prediction) for name, prediction in predictions.items()}
+    whole = {name: score(prediction) for name, prediction in predictions.items()}
     halves = {
-        name: np.array([merit(take(prediction, np.sort(order[:half]))) for order in orders])
+        name: np.array([score(take(prediction, np.sort(order[:half]))) for order in orders])
         for name, prediction in predictions.items()
     }
-    others = np.array([merit(take(predictions[START], np.sort(order[half:]))) for order in orders[:SUMMED]])
+    others = np.array([score(take(predictions[START], np.sort(order[half:]))) for order in orders[:SUMMED]])
     if count and whole[START] and np.allclose(halves[START][:SUMMED] + others, whole[START]):
         halves = {name: 2 * values for name, values in halves.items()}  # a sum over rows, not a mean
     return Scores(whole, halves)

@@ -1,9 +1,9 @@
-"""The errors that this library raises: one base, few children, each also of the builtin kind that callers expect."""
+"""The errors that this library raises: one base, and few children, each also a builtin error that callers expect."""
 
 import reprlib
 from typing import Any
 
-MOST_CHARACTERS = 300  # of somebody else's value or message in one of ours
+MOST_CHARACTERS = 300  # of a foreign value or message that one of our messages quotes
 _short = reprlib.Repr()
 _short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = _short.maxarray = 12
 _short.maxstring = _short.maxother = _short.maxlong = MOST_CHARACTERS
@@ -34,11 +34,11 @@ class ValueFunctionError(MetricOptError, ValueError):
 
 
 class HubError(MetricOptError, OSError):
-    """A push to the Hub failed. What was to be pushed is still where the message says."""
+    """A push to the Hub failed. The message says where the files still are."""
 
 
 def brief(value: Any) -> str:
-    """What `value` says of itself, in a line that is short and can be printed, whatever its `__repr__` does.
+    """A short, printable line that shows `value`, whatever its `__repr__` does.
 
     An exception is shown as its message. Any value will do: a list of millions, a number of 5,000 digits, an object
     that raises.

@@ -1,4 +1,4 @@
-"""What only some parts need, and is installed with an extra."""
+"""Optional dependencies, which an extra installs."""
 
 from __future__ import annotations
 

@@ -1,24 +1,29 @@
-"""What needs no training: a bias per logit, searched on predictions that are there already.
+"""Post-hoc tuning without training: a bias per logit, searched on given predictions.
 
-The cheap rival of every method that tunes a model for its metric. For classification it moves the decision thresholds,
-and where loss and metric disagree about nothing else, it suffices.
+It is the cheap rival of every method that tunes a model for its metric. For classification it moves the decision
+thresholds; where loss and metric disagree about nothing else, it suffices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from time import perf_counter
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
 from .errors import ConfigurationError, MetricError
+from .evaluation.evaluator import Evaluator, agreed
 from .evaluation.ledger import Ledger
 from .evaluation.metric import Metric
 
 # The first step, in standard deviations of the logits: wide, because a metric of decisions is flat close by.
 FIRST_STEP = 2.0
 HALVINGS = 6
+TOLERANCE = 1e-2  # of the logits, relative to the bias, for the rounding of half precision
 
 
 def tune_bias(
@@ -32,8 +37,7 @@ def tune_bias(
 
     Each logit's bias in turn is moved up, else down, by a step if that improves the metric; after a sweep without any
     improvement the step is halved. No forward pass is needed, but every trial is a metric call like any other, charged
-    to "post-hoc". Missed constraints are penalised, as in selection. It fits the split it is given:
-    measure it on another one.
+    to "post-hoc". It fits the split it is given: measure it on another one.
 
     Args:
         metric: the black box; a call that fails is no improvement.
@@ -41,7 +45,7 @@ def tune_bias(
             (a model's tuple of outputs: its first), or [n] one logit.
         ledger: charged with the calls.
         max_calls: the most metric calls to make.
-        complete: what the metric is given instead of predictions; see `Metric.__call__`.
+        complete: maps predictions to the metric's input; see `Metric.__call__`.
 
     Returns:
         [classes] float64, to be given to `add_bias`; [1] for one logit.
@@ -65,7 +69,7 @@ def tune_bias(
         calls += 1
         try:
             with ledger.charge("post-hoc"):
-                return metric.merit(metric(add_bias(prediction, candidate), complete))
+                return metric.sign * metric(add_bias(prediction, candidate), complete)
         except MetricError:
             return -np.inf
 
@@ -111,6 +115,42 @@ def _logits(prediction: EvalPrediction | PredictionOutput) -> np.ndarray:
 
 
 def logits_of(prediction: EvalPrediction | PredictionOutput) -> np.ndarray:
-    """What a bias is added to: the predictions, or, of a model's tuple of outputs, the first."""
+    """The logits: the predictions, or the first of a model's tuple of outputs."""
     predictions = prediction.predictions
     return np.asarray(predictions[0] if isinstance(predictions, (tuple, list)) else predictions)
+
+
+def with_tuned_bias(evaluator: Evaluator, point: Tensor) -> Tensor | None:
+    """phi [d] with its output bias tuned from `point` on; None where phi holds none, or it moves no logit as it should.
+
+    Args:
+        evaluator: the metric on the observation set.
+    """
+    where = evaluator.phi.output_bias_slice
+    if where is None or not evaluator.metric.of_predictions or not evaluator.concat or evaluator.metric.batchwise:
+        return None
+    with evaluator.phi.restored():
+        prediction = _predictions(evaluator, point)
+        before = logits_of(prediction)
+        if before.ndim != 2 or before.shape[-1] != where.stop - where.start:
+            return None
+        ledger = Ledger()
+        bias, spent = agreed(
+            evaluator.rank,
+            evaluator.world_size,
+            lambda: (tune_bias(evaluator.metric, prediction, ledger, complete=evaluator.complete), ledger.state_dict()),
+        )
+        evaluator.ledger.add("post-hoc", spent["calls"]["post-hoc"], spent["seconds"]["post-hoc"])
+        tuned = point.clone()
+        tuned[where] += torch.as_tensor(bias, dtype=point.dtype, device=point.device)
+        off = np.abs(logits_of(_predictions(evaluator, tuned)) - before - bias).max(initial=0.0)
+    return tuned if off <= TOLERANCE * max(1.0, np.abs(bias).max(initial=0.0)) else None
+
+
+def _predictions(evaluator: Evaluator, point: Tensor) -> EvalPrediction:
+    """Predictions of the observation set at a phi."""
+    start = perf_counter()
+    evaluator.phi.write(point)
+    prediction = evaluator.predictions()
+    evaluator.ledger.add("post-hoc", 0, perf_counter() - start, passes=1)
+    return prediction

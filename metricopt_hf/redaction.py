@@ -1,7 +1,7 @@
-"""What may be shown, logged or pushed of values, texts and command lines: the same with secrets replaced by <NAME>.
+"""Values, texts and command lines without their secrets, to be shown, logged or pushed: <NAME> stands for a secret.
 
-A secret is recognised by its name (an option `--token`, a header, a key of a dict, a variable) or by its form (`hf_...`
-or a password in a URL). One that has neither, such as a bare password among the words of a command, is not.
+We recognise a secret by its name (an option `--token`, a header, a key of a dict, a variable) or by its form (`hf_...`,
+a password in a URL). A secret without either, such as a bare password among the words of a command, is not found.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 _NAMES = r"(?:key|token|secret|password|passwd|pwd|credentials?|auth|authorization|bearer|cookie)s?"
-# Names, or the ends of names, of values that are nobody else's business.
+# Names, or ends of names, of secret values.
 SECRET_NAME = re.compile(rf"{_NAMES}$", re.I)
-# What such values look like, wherever they stand in a text.
+# Forms of secret values, anywhere in a text.
 SECRET_VALUE = re.compile(
     r"(?<![A-Za-z0-9_-])(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[a-z]-|AKIA|AIza|eyJ)[^\s\"'&;,|<>()\[\]{}\\]{8,}",
     re.I,
 )
-# (what stays, what is replaced): user and password of a URL; a bearer token; a private key
+# (the part that stays, the part that is replaced): user and password of a URL; a bearer token; a private key
 _PARTS = (
     re.compile(r"(\b\w+://)([^/\s:@]*:[^/\s]+(?=@))"),
     re.compile(r"(\bhttps?://)([^/\s@\"'<>]+(?=@))", re.I),
@@ -40,14 +40,14 @@ _NAMED = re.compile(
 _HEADER = re.compile(
     r"(?P<name>(?:proxy-)?authorization|(?:set-)?cookie)(?P<between>\s*:\s*)(?P<value>[^\s\"'][^\"'\n]*)", re.I
 )
-# The words of a command line as they stand there: quotes and escapes belong to a word, blanks do not.
+# The words of a command line, with their quotes and escapes.
 _WORD = re.compile(r"(?:[^\s'\"\\]|\\.|\\$|'[^']*'|\"(?:\\.|[^\"\\])*\"|['\"].*\Z)+", re.S)
 # Options that are given "user:password".
 _USER_OPTIONS = ("-u", "--user", "-U", "--proxy-user")
 
 
 def without_secrets(value: Any, name: str = "") -> Any:
-    """`value`, to be shown: what is named, or looks, like a secret is replaced by <NAME>, at any depth, in keys too.
+    """A copy of `value` to be shown: <NAME> replaces secrets at any depth, in keys too.
 
     numpy's numbers and arrays become Python's, and sets become lists, so that the result can be written as JSON.
 
@@ -80,7 +80,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
 
 
 def text_without_secrets(text: str) -> str:
-    """A text with the secrets in it replaced: headers, URLs, JSON, assignments, and tokens of known forms.
+    """A text without its secrets: headers, URLs, JSON, assignments, and tokens of known forms.
 
     Example:
         >>> text_without_secrets("GET https://me:pw@h.org/?token=abc&page=2 with Authorization: Basic abc")
@@ -94,8 +94,8 @@ def text_without_secrets(text: str) -> str:
 
 
 def command_without_secrets(command: str) -> str:
-    """A command line with the secrets among its words replaced: values of options, variables, headers, URLs, tokens;
-    in commands within quotes (`sh -c '...'`) too. The other words stay as they were written.
+    """A command line without its secrets: values of options, variables, headers, URLs and tokens, also in a quoted
+    command (`sh -c '...'`). The other words stay as they were written.
 
     Example:
         >>> command_without_secrets("score.py --token 'a b' --key=abc {model}")
@@ -111,9 +111,9 @@ def command_without_secrets(command: str) -> str:
 
 
 def shareable(args: Any) -> Any:
-    """A copy of training arguments that is used as they are, and pickled (by `torch.save`) without their secrets.
+    """A copy of training arguments whose pickle (`torch.save`) holds no secrets.
 
-    Tokens and passwords are None in the pickle; of fields that hold words or keyword arguments, what logs show stays.
+    In the pickle, tokens and passwords are None, and commands and keyword arguments are as logs show them.
     """
     hidden = copy.copy(args)
     hidden.__dict__.update(getattr(args, "_shown", {}))
@@ -126,7 +126,7 @@ def shareable(args: Any) -> Any:
 
 
 def _word_without_secrets(word: str, option: str) -> str:
-    """Of one word of a command, unquoted; `option` is the word before it, if that is one."""
+    """One unquoted word of a command without its secrets; `option` is the option in front of it, or ""."""
     if SECRET_NAME.search(option):
         return _placeholder(option)
     if option in _USER_OPTIONS and re.match(r"[^:/\s{]+:.", word):
@@ -146,12 +146,12 @@ def _unquoted(word: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """In quotes if it has blanks; <NAME> needs none to be read by people."""
+    """The word in quotes if it has blanks; <NAME> stays without."""
     return shlex.quote(word) if re.search(r"\s", word) else word
 
 
 def _option(item: Any) -> str:
-    """The name of an option, if this item of a list is one, so that the next item is its value."""
+    """Name of the option, if this item of a list is one (the next item is then its value); else ""."""
     return item.lstrip("-") if isinstance(item, str) and item.startswith("-") and "=" not in item else ""
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from metricopt_hf import FiLM, GuideContext, Ledger, Metric
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
 from metricopt_hf.evaluation.ledger import Faults
-from metricopt_hf.evaluation.linearizer import Linearizer
-from metricopt_hf.evaluation.local_metric import LocalMetric
-from metricopt_hf.evaluation.trajectory import Trajectory
+from metricopt_hf.linear.linearizer import Linearizer
+from metricopt_hf.linear.local_metric import LocalMetric
+from metricopt_hf.value import Trajectory
 
 ROWS, FEATURES, CLASSES, DIM = 60, 4, 2, 6
 SPREAD = 0.3
@@ -70,7 +70,7 @@ class Local:
         self.coordinates = self.linearizer.coordinates()
         self.predictions = self.evaluator.predictions()
         self.linearization = self.linearizer.linearize(self.coordinates.basis, self.predictions)
-        self.value = self.evaluator.metric.merit(self.evaluator.metric(self.predictions))
+        self.value = self.evaluator.metric.sign * self.evaluator.metric(self.predictions)
 
     def metric(self) -> LocalMetric:
         linear = self.linearization if self.linearised else None

@@ -26,7 +26,6 @@ from .report import (
     MethodRun,
     compare,
     comparison_table,
-    constraints_note,
     details_of,
     plot_groups,
     plot_run,
@@ -145,10 +144,6 @@ def rows_of(
         return MethodRun(title, trainer.args.seed, scores, by_group=groups, **values)
 
     details = dict(details)
-    if metric.constraints and title != PRETRAINED:
-        details["constraints"] = {
-            name: [asdict(check) for check in trainer.check_constraints(rows, name)] for name, rows in splits.items()
-        }
     rows = [row(title, outputs, calls=calls, seconds=seconds, details=details)]
     if class_bias and metric.of_predictions:
         ledger, start = Ledger(), perf_counter()
@@ -157,12 +152,6 @@ def rows_of(
         tuned = {name: add_bias(output, bias) for name, output in outputs.items()}
         calls = {**calls, "post-hoc": calls.get("post-hoc", 0) + ledger.calls["post-hoc"]}
         rows.append(row(title + WITH_BIAS, tuned, calls=calls, seconds=seconds, details={"bias": bias}))
-        if metric.constraints:
-            rows[-1].details["constraints"] = {
-                name: [asdict(check) for check in metric.checks(score.values)]
-                for name, score in rows[-1].scores.items()
-                if np.isfinite(score)
-            }
     return rows
 
 
@@ -217,7 +206,6 @@ def summary(runs: Sequence[MethodRun], trainer: MetricOptTrainer) -> str:
         f"\n{metric.name} ({'greater' if metric.greater_is_better else 'smaller'} is better)\n\n"
         f"{comparison_table(in_order(runs), REFERENCE, MEASURED, metric.greater_is_better)}\n\n"
         f"{table_note(len({run.seed for run in runs}))}"
-        f"{constraints_note(in_order(runs), MEASURED[1:])}"
     )
 
 

@@ -177,29 +177,6 @@ def table_note(num_seeds: int) -> str:
     return note
 
 
-def constraints_note(runs: Sequence[MethodRun], splits: Sequence[str]) -> str:
-    """Under a table: in how many seeds each method's constraints held, and what the numbers were, with their noise.
-
-    Nothing where runs had no constraints. A score counts only where they hold, so these lines come before the scores.
-
-    Args:
-        runs: with `details["constraints"]`: split -> the fields of a `ConstraintCheck` for each constraint.
-        splits: of which it is told.
-    """
-    lines = []
-    for method in dict.fromkeys(run.method for run in runs):
-        mine = [run.details["constraints"] for run in runs if run.method == method and "constraints" in run.details]
-        for index in range(len(mine[0][splits[0]]) if mine else 0):
-            told = []
-            for split in splits:
-                checks = [found[split][index] for found in mine]
-                value, noise = (float(np.mean([check[name] for check in checks])) for name in ("value", "noise"))
-                noise = "" if math.isnan(noise) else f" ± {noise:.3f} of a run's rows"
-                told.append(f"{split} in {sum(c['holds'] for c in checks)} of {len(checks)} ({value:.3f}{noise})")
-            lines.append(f"{method}: {mine[0][splits[0]][index]['constraint']} holds on {', on '.join(told)}.")
-    return "\n\n" + "\n".join(lines) if lines else ""
-
-
 def details_of(trainer: MetricOptTrainer) -> dict[str, Any]:
     """The last run of a trainer as JSON values; empty where it has no metric."""
     result = trainer.result

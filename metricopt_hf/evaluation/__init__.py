@@ -1,1 +1,1 @@
-"""From phi to a number: the metric, the model's predictions, and the observations made of both."""
+"""The metric at a phi, by a forward pass: the data, the model's predictions, the black box, and its ledger."""

@@ -29,13 +29,13 @@ def explain_labels(
     forward: Callable | None = None,
     whole: Collection[str] = (),
 ) -> str | None:
-    """What is wrong with the label columns of a batch, and what to type; None if nothing is.
+    """The faults of the label columns of a batch, with the line to type; None without faults.
 
     Args:
         label_names: as of the config.
         batch: as the collator made it.
         dataset: from which it was made: a `datasets.Dataset`, or any that gives its rows as dicts.
-        forward: of the model; a column that it does not take may be one of labels.
+        forward: the model's; a column that it does not take may be one of labels.
         whole: those of `label_names` that must be whole numbers, such as groups.
 
     Example:
@@ -92,7 +92,7 @@ def forgotten_columns(label_names: Sequence[str], dataset: Any, forward: Callabl
 
 
 def kinds(data: Any) -> dict[str, str]:
-    """Column -> what it holds, of a batch, of a data set's features or of its first row; empty where nothing says."""
+    """Column -> kind of its values, from a batch, a data set's features or its first row; empty if unknown."""
     if isinstance(data, Mapping):
         return {name: _kind(value) for name, value in data.items()}
     if isinstance(features := getattr(data, "features", None), Mapping):
@@ -122,7 +122,7 @@ def _kind(value: Any) -> str:
 
 
 def _kind_of_feature(feature: Any) -> str:
-    """Of a feature of `datasets`; a `ClassLabel` is whole numbers, whatever its names."""
+    """The kind of a feature of `datasets`; a `ClassLabel` holds whole numbers."""
     while getattr(feature, "feature", None) is not None:  # lists
         feature = feature.feature
     dtype = str(getattr(feature, "dtype", ""))
@@ -153,18 +153,18 @@ def _missing(
     in_data: Mapping[str, str],
     taken: set[str] | None,
 ) -> str:
-    """Of a column that neither a batch nor the data set has."""
+    """The message about a column that neither a batch nor the data set has."""
     columns = list(dict.fromkeys([*in_data, *in_batch]))
     named = ", ".join(columns[:MOST_NAMED]) + (", ..." if len(columns) > MOST_NAMED else "")
-    told = f"There is no column {name!r}, which label_names={list(label_names)} names: the columns are {named}."
+    missing = f"There is no column {name!r}, which label_names={list(label_names)} names: the columns are {named}."
     free = [c for c in columns if c not in label_names and in_batch.get(c, in_data.get(c)) in (WHOLE, FLOATS, TEXTS)]
     close = difflib.get_close_matches(name, free, 1)
     if not close:
         close = [c for c in free if taken is not None and c not in taken][:1]
     if close:
         names = [close[0] if other == name else other for other in label_names]
-        return f"{told} If {close[0]!r} is meant, say label_names={names}."
-    return f"{told} Add it to the data set, or name another column: label_names=[...]."
+        return f"{missing} If {close[0]!r} is meant, say label_names={names}."
+    return f"{missing} Add it to the data set, or name another column: label_names=[...]."
 
 
 def _encoding(name: str, dataset: Any) -> str:

@@ -1,11 +1,10 @@
-"""Which data the guidance sees: the splits, and batches of them as Trainer would make them."""
+"""The data of the metric phase: the splits, and their batches as Trainer would make them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ def cut(dataset: Any, size: int | None, seed: int, label_name: str = "labels") -
     parts = (order[:size], order[size : 2 * size]) if labels is None else _stratified(order, labels, 2, size)
     if labels is not None:
         for name, rows in zip(("observation", "selection"), parts, strict=True):
-            _tell_missing(labels, rows, f"the {name} set that was cut from eval_dataset")
+            _warn_of_missing(labels, rows, f"the {name} set that was cut from eval_dataset")
     return take(dataset, parts[0]), take(dataset, parts[1])
 
 
@@ -103,13 +102,13 @@ def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int) ->
     return [rows[np.argsort(place[rows])] for rows in (dealt[i::count] for i in range(count))]
 
 
-def _tell_missing(labels: np.ndarray, rows: np.ndarray, what: str) -> None:
+def _warn_of_missing(labels: np.ndarray, rows: np.ndarray, what: str) -> None:
     missing = np.setdiff1d(labels, labels[rows])
     if len(missing):
         named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         logger.warning(
-            f"Class {named} is missing in {what}: of classes with so few examples a metric per class may have no "
-            "value. Pass observation_dataset and selection_dataset that hold all classes."
+            f"Class {named} is missing in {what}: a metric per class may have no value for a class with so few "
+            "examples. Pass observation_dataset and selection_dataset that hold all classes."
         )
 
 
@@ -132,15 +131,15 @@ def places(dataset: Any) -> np.ndarray:
 
 
 def is_part(dataset: Any) -> bool:
-    """Whether it was taken from another."""
+    """Whether a data set is a part that `take` made."""
     return hasattr(dataset, "_metricopt_places")
 
 
 def examples_of(features: Any, examples: Any) -> Any:
-    """The `examples` from which `features`, a part of a set, were made; see `CompletingTrainer`.
+    """The `examples` from which `features`, a part of a set, were made.
 
     Raises:
-        ConfigurationError: nothing says which they are.
+        ConfigurationError: the features do not identify them.
     """
     if "example_id" in getattr(features, "column_names", ()) and "id" in getattr(examples, "column_names", ()):
         wanted = set(features["example_id"])
@@ -176,17 +175,14 @@ class InOrder:
 def random_batches(
     dataset: Any, batch_size: int, count: int, collate: Callable, generator: torch.Generator
 ) -> Iterator[Any]:
-    """`count` batches drawn at random; of an iterable data set the first `count`, from a fresh iteration."""
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        yield from islice(DataLoader(dataset, batch_size, collate_fn=collate), count)
-        return
+    """`count` batches of a data set with random access, drawn at random."""
     for _ in range(count):
         rows = torch.randint(len(dataset), (min(batch_size, len(dataset)),), generator=generator)
         yield collate([dataset[int(i)] for i in rows])
 
 
 def reordered(prediction: EvalPrediction, order: int) -> EvalPrediction:
-    """The same rows, sorted by their labels (0), or shuffled, with `order` as the seed."""
+    """A prediction with its rows sorted by label (order 0), or shuffled with `order` as the seed."""
     labels = rows = prediction.label_ids
     while isinstance(rows, (tuple, list)) and len(rows):
         rows = rows[0]

@@ -1,4 +1,4 @@
-"""Which way a metric is better, if its user did not say: by its name, or by the text of its `evaluate` module."""
+"""The direction of a metric whose user gave none: by its name, or by the description of its `evaluate` module."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WORDS = {"true": True, "false": False}  # as of a JSON or YAML file that quotes
 
 
 class Assumed(int):
-    """A direction that nobody gave, as Trainer assumes one: it counts as a bool, and copies of a config know it."""
+    """A direction that Trainer assumed. It counts as a bool, and copies of the config know that nobody gave it."""
 
     __slots__ = ()
 

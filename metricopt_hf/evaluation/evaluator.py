@@ -33,7 +33,7 @@ NOTHING = (
 
 
 class BatchOutput(NamedTuple):
-    """What the model says of one batch: tensors or nested tuples of them; `loss` [batch], `inputs` on demand."""
+    """The model's outputs for one batch: tensors or nested tuples of them; `loss` [batch], `inputs` on demand."""
 
     logits: Any
     labels: Any
@@ -43,7 +43,7 @@ class BatchOutput(NamedTuple):
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; on leaving, every RNG and every module's mode is what it was."""
+    """Eval mode and no gradients inside; on leaving, every RNG and every module's mode is as before."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type != "cpu"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -65,7 +65,7 @@ class Evaluator:
     On several ranks each predicts a share of the batches and all get all of them; the first calls the metric.
 
     Args:
-        phi: what is moved, and put back.
+        phi: the numbers that are tuned.
         predict: batch -> `BatchOutput`; runs the model. It must not wait for other ranks.
         batches: makes a fresh iteration over the data set's collated batches, always in the same order. If it has
             `batch_sizes`, these say how many examples each of them has; see `rows`.
@@ -75,12 +75,12 @@ class Evaluator:
             prefix's outputs.
         concat: whether batches are joined, as with Trainer's `eval_do_concat_batches`; else the metric sees lists.
         rank, world_size: this process, and how many there are.
-        complete: what the metric is given instead of the predictions; see `Metric.__call__`.
+        complete: maps predictions to the metric's input; see `Metric.__call__`.
         accumulation_steps: batches after which predictions are moved to the CPU, as with Trainer's
             `eval_accumulation_steps`; None: all at once at the end.
 
     Attributes:
-        call_seconds: that the last metric call took, without the pass.
+        call_seconds: duration of the last metric call, without the pass.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Evaluator:
         self._prefix: PrefixCache | None = None
 
     def freeze(self, moved: Callable[[], AbstractContextManager]) -> None:
-        """From now on nothing outside phi changes: replay the rest (see `PrefixCache`).
+        """Nothing outside phi changes from now on: replay the modules before phi (see `PrefixCache`).
 
         Args:
             moved: context inside which phi is another one.
@@ -129,7 +129,7 @@ class Evaluator:
         """The metric at the present phi, charged to `purpose`; the same on every rank.
 
         Args:
-            complete: what the metric is given instead of the predictions, other than the usual `complete`.
+            complete: another map to the metric's input than the usual `complete`.
 
         Raises:
             MetricError: see `Metric`.
@@ -194,7 +194,7 @@ class Evaluator:
         yield from self._shared(numbered, of)
 
     def _shared(self, numbered: Iterator[tuple[int, Any]], of: Callable[[int, Any], Any]) -> Iterator[tuple[int, Any]]:
-        """As many runs on every rank, as a sharded model needs: who has no batch left takes part with the last one.
+        """As many runs on every rank, as a sharded model needs: a rank without a batch left repeats the last one.
 
         Raises:
             RuntimeError: a run failed on another rank.
@@ -281,7 +281,7 @@ class Evaluator:
 
 
 def agreed(rank: int, world_size: int, compute: Callable[[], T]) -> T:
-    """What `compute` gives on the first rank, on every rank.
+    """The result of `compute` on the first rank, on every rank.
 
     Raises:
         MetricError: it raised one there; the same on every rank.

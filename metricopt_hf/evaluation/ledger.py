@@ -1,4 +1,4 @@
-"""What the metric has cost (calls, forward passes and seconds by purpose), and how often it has failed."""
+"""The cost of the metric (calls, forward passes and seconds by purpose), and its failures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MOST_IN_A_ROW = 8  # failed calls, after which the metric is not asked any more
 class Ledger:
     """Counts metric calls, forward passes over a whole set, and their seconds, by purpose.
 
-    Purposes: "check" (before training, that the metric works), "observe" (what the guidance learns from), "noise" (how
-    far the metric is off by the choice of rows), "select" (choosing the best phi), "offline" and
-    "post-hoc" (before and after training, by the user or a benchmark).
+    Purposes: "check" (before training: does the metric work?), "observe" (the guides learn from these), "noise" (the
+    metric's standard error by the choice of rows), "select" (the choice among candidates), "offline" and "post-hoc"
+    (before and after training, by the user or a benchmark).
 
     Args:
         budget: the most calls of purpose "observe" that a run may make; None for no bound.
@@ -78,11 +78,11 @@ class Ledger:
 
 
 class Faults:
-    """Counts calls that fail or answer nothing usable, and says when to give up. None of them ends a run.
+    """Counts failed calls, and says when to give the metric up. No failed call ends a run.
 
     Attributes:
         total: failed calls.
-        in_a_row: the same since the last call that did not fail.
+        in_a_row: failed calls since the last call that succeeded.
     """
 
     def __init__(self) -> None:
@@ -97,8 +97,8 @@ class Faults:
         """Count calls that failed, and those beside them that did not.
 
         Args:
-            same_rows: whether all were made on one random half of the rows, of which a class may be missing: then they
-                count as one failure in a row.
+            same_rows: whether all calls saw the same random half of the rows, which may lack a class: then they count
+                as one failure in a row.
         """
         self.total += len(errors)
         self.in_a_row = 0 if succeeded else self.in_a_row + (min(1, len(errors)) if same_rows else len(errors))

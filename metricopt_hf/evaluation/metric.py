@@ -1,8 +1,8 @@
 """Metric: the user's black box, called with predictions and labels, answering one finite number.
 
-Nobody looks inside. What comes out is checked, what goes in is a copy, and what a call changes elsewhere (see
-`world_kept`) is put back. So a metric that changes its inputs, prints, or reseeds cannot disturb the run, and
-whatever it answers or raises, a call ends in one finite number or in a `MetricError`.
+A call gets a copy of the predictions, and its result is checked. Global state that it changes is put back (see
+`world_kept`). So a metric that changes its inputs or reseeds cannot disturb the run, and a call ends in one finite
+number or in a `MetricError`, whatever the metric returns or raises.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,10 +22,8 @@ import torch
 from transformers import EvalPrediction
 
 from ..errors import MetricError, brief
-from .answer import Constraint, ConstraintCheck, plain, score_of, shortfall, values_of, weights_of
+from .answer import plain, score_of
 from .direction import given
-
-PENALTY = 20.0  # of a constraint's relative shortfall, in units of the score
 
 # Global state that a metric may change unnoticed: how to read it, and how to set it.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
@@ -35,11 +33,6 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
-    *(
-        (lambda device=device: _autocast(device), lambda state, device=device: _set_autocast(device, state))
-        for device in ("cpu", "cuda")
-    ),
-    (lambda: _autocast_nesting(), lambda depth: _set_autocast_nesting(depth)),
     (np.geterr, lambda errors: np.seterr(**errors)),
     (lambda: list(warnings.filters), lambda filters: (warnings.resetwarnings(), warnings.filters.extend(filters))),
     *(
@@ -53,35 +46,12 @@ def _set_cudnn(name: str, value: bool) -> None:
     setattr(torch.backends.cudnn, name, value)
 
 
-def _autocast(device: str) -> tuple[bool, torch.dtype]:
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-
-def _set_autocast(device: str, state: tuple[bool, torch.dtype]) -> None:
-    torch.set_autocast_enabled(device, state[0])
-    torch.set_autocast_dtype(device, state[1])
-
-
-def _autocast_nesting() -> int:
-    """How many autocast contexts are open: with the last of them the copies of weights that they share go."""
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
-
-
-def _set_autocast_nesting(depth: int) -> None:
-    while _autocast_nesting() > depth:
-        torch.autocast_decrement_nesting()
-    while _autocast_nesting() < depth:
-        torch.autocast_increment_nesting()
-    torch.clear_autocast_cache()
-
-
 _kept = threading.local()  # whether a context of `world_kept` is open
 
 
 @contextmanager
 def world_kept() -> Iterator[None]:
-    """On leaving, random states, torch's and numpy's settings, warning filters and working directory are as before.
+    """On leaving, random states, settings of torch and numpy, warning filters and working directory are as before.
 
     Inside of another one random states are left alone: behind many calls in a row they are put back once.
     """
@@ -137,9 +107,6 @@ class Metric:
 
     `of_predictions`: whether it is a function of predictions, so that it can be asked about others than the model's.
 
-    Attributes:
-        constraints: on other numbers of the dict, which come before the metric's own (`metric_constraints`).
-
     Example:
         >>> import numpy as np
         >>> accuracy = Metric(lambda p: {"accuracy": (p.predictions.argmax(-1) == p.label_ids).mean()}, "accuracy")
@@ -161,41 +128,7 @@ class Metric:
         self.function, self.name, self.timeout = function, str(name), plain(timeout)
         self.greater_is_better = bool(given(greater_is_better))
         self.exact, self.batchwise = exact, batchwise
-        self.constraints: tuple[Constraint, ...] = ()
         self._abandoned: threading.Thread | None = None
-        self._unit: float | None = None  # size of the first score
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Of the numbers that scores bring along: those of the constraints, in their order, then the sum's."""
-        return (*(constraint.key for constraint in self.constraints), *weights_of(self.name))
-
-    def merit(self, score: float) -> float:
-        """By which scores are compared: greater is better, and what misses constraints is penalised.
-
-        The penalty is `PENALTY` times the shortfall (see `Constraint`), in units of the first score that was asked for,
-        so that a bound missed by a hundredth costs as much as a fifth of the score.
-        """
-        if self._unit is None:
-            self._unit = abs(float(score)) or 1.0
-        return self.sign * float(score) - PENALTY * self._unit * self.shortfall(score)
-
-    def shortfall(self, score: float) -> float:
-        """By how much a score's values miss the constraints, see `Constraint`; 0 where all hold."""
-        return shortfall(self.constraints, values_of(score)[: len(self.constraints)])
-
-    def checks(self, values: Sequence[float], errors: Sequence[float] | None = None) -> tuple[ConstraintCheck, ...]:
-        """Which constraints hold.
-
-        Args:
-            values: [m] of `keys`, as a score brings them along.
-            errors: [m] their standard errors, where they are known.
-        """
-        errors = [float("nan")] * len(values) if errors is None else errors
-        return tuple(
-            ConstraintCheck(str(constraint), float(value), constraint.shortfall(value) == 0, float(error))
-            for constraint, value, error in zip(self.constraints, values, errors, strict=False)
-        )
 
     @property
     def sign(self) -> int:
@@ -210,11 +143,11 @@ class Metric:
         The function is given a copy with `of_metricopt` True, by which it knows these calls from Trainer's own.
 
         Args:
-            complete: what is made of the copy first; its errors are the metric's.
+            complete: maps a copy of it to the metric's input; its errors are the metric's.
 
         Raises:
             MetricError: it raised (`SystemExit` too, but not `KeyboardInterrupt`), timed out, or answered something
-                that is not one finite number; or the model predicted nothing but nan, of which no answer is right.
+                that is not one finite number; or the model predicted nothing but nan.
         """
         return self._call(_as_tensors(prediction) if self.batchwise else prediction, complete, last=True)
 
@@ -228,7 +161,7 @@ class Metric:
                 batch = following
             return self._call(batch, last=True)
         except MetricError:
-            with suppress(MetricError):  # what it has gathered must not count with the next set
+            with suppress(MetricError):  # the gathered batches must not count with the next set
                 self._call(batch, last=True)
             raise
 
@@ -251,11 +184,11 @@ class Metric:
         return self._answer(ask, last)
 
     def _answer(self, ask: Callable[[], Any], last: bool = True) -> float:
-        """What is made of what `ask` returns or raises; nan where more batches are to follow."""
+        """The score in the result of `ask`; nan where more batches follow."""
         try:
             with world_kept():
                 result = ask() if self.timeout is None else self._call_apart(ask)
-                return score_of(result, self.name, self.exact, self.keys) if last else float("nan")
+                return score_of(result, self.name, self.exact) if last else float("nan")
         except (MetricError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a scoring script that calls sys.exit() must not end the run
@@ -295,7 +228,7 @@ class Metric:
 
 
 def _copied(prediction: EvalPrediction) -> EvalPrediction:
-    """With arrays of its own; the usual ones are copied without `deepcopy`, which takes as long as a simple metric."""
+    """A copy. Arrays are copied without `deepcopy`, which takes as long as a simple metric."""
     fields = ("predictions", "label_ids", "inputs", "losses")
     made = EvalPrediction(**{name: _copy_of(getattr(prediction, name, None)) for name in fields})
     for name, value in getattr(prediction, "__dict__", {}).items():
@@ -313,7 +246,7 @@ def _copy_of(value: Any) -> Any:
 
 
 def _nothing_finite(predictions: Any) -> bool:
-    """Whether there are predictions and none is finite; of several arrays the first, the logits, is looked at."""
+    """Whether none of the predictions is finite; of several arrays, the first (the logits) counts."""
     while isinstance(predictions, (tuple, list)) and len(predictions):
         predictions = predictions[0]
     if isinstance(predictions, np.ndarray) and predictions.dtype.kind == "f" and predictions.size:
@@ -329,7 +262,7 @@ def takes_batches(compute_metrics: Callable) -> bool:
 
 
 def _as_tensors(prediction: EvalPrediction) -> EvalPrediction:
-    """As Trainer gives batches; the whole set, or one already."""
+    """Predictions as tensors, as Trainer gives batches."""
     fields = ("predictions", "label_ids", "inputs", "losses")
     values = {name: getattr(prediction, name, None) for name in fields}
     return EvalPrediction(

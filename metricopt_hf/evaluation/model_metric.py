@@ -1,8 +1,7 @@
-"""Black boxes that want the model itself: what it comes to once it is exported, rounded, or on another machine.
+"""Black boxes that want the model itself: its quality once it is exported, rounded, or on another machine.
 
-Such a number is no function of predictions that could be interpolated, so every observation of it is a real one. What
-the black box is given is a copy of the model, plain and in eval mode: it may round its weights or take it apart, and
-the model in training does not notice.
+Such a number is no function of predictions, so nothing is linearised: every observation runs the black box. It gets a
+copy of the model in eval mode, which it may round or take apart without any effect on the model in training.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class ModelMetric(Metric):
         function: `nn.Module -> number or dict`. It gets a copy of the model as it would be saved now, in eval mode,
             where the model is, and without gradients. With a second parameter, it gets the data set too: the
             observation set, the selection set, or the one that `evaluate` is called with. One that takes the model
-            alone answers the same number on all of these, so what is selected is then not held out.
+            alone returns the same number for all of these, so the selection is not held out.
         name: see `Metric`, as for the rest.
 
     Example:
@@ -89,8 +88,8 @@ class CommandMetric(ModelMetric):
     the training script dies, all processes that it has started are killed; `processes` says which are out of reach.
 
     Environment variables with names of secrets (HF_TOKEN, WANDB_API_KEY, ...) are not passed on, unless the command
-    names them: `env PASS=OPENAI_API_KEY python judge.py {model}` is given OPENAI_API_KEY. It is no sandbox: the command
-    can read the files of its user, a stored token among them.
+    names them: `env PASS=OPENAI_API_KEY python judge.py {model}` is given OPENAI_API_KEY. This is no sandbox: the
+    command can read the files of its user, a stored token among them.
 
     Args:
         command: such as "python score.py {model}": `{model}` is the folder; where it says `{split}`, that is
@@ -135,24 +134,24 @@ class CommandMetric(ModelMetric):
                     status = processes.run(words, environment, folder, out, err, self.timeout)
                 except subprocess.TimeoutExpired:
                     raise self._too_slow() from None
-                told, complaint = _last_line(out), _last_line(err)
+                answer, complaint = _last_line(out), _last_line(err)
         if status:
             raise MetricError(
                 f"The metric {self.name!r} failed: {_shown(words[0])} ended with exit status {status}"
                 + (f" and said {_shown(complaint)}." if complaint else ".")
                 + (f" It was not given {', '.join(withheld)}; it is, if metric_command names it." if withheld else "")
             )
-        if told is None:
+        if answer is None:
             raise MetricError(
                 f"The last line that the command of the metric {self.name!r} printed is longer than {LONGEST_LINE} "
                 "bytes. Print a number, or a JSON object of a few numbers by name, on a line of its own."
             )
         try:
-            return json.loads(told)
+            return json.loads(answer)
         except (ValueError, RecursionError):
             raise MetricError(
                 f"The last line that the command of the metric {self.name!r} printed must be a number, or a JSON "
-                f"object of numbers by name; it was {_shown(told)}."
+                f"object of numbers by name; it was {_shown(answer)}."
             ) from None
 
 
@@ -203,12 +202,12 @@ def score_of_model(
     except MetricError as error:
         outcome = error
 
-    def told() -> float:
+    def own() -> float:
         if isinstance(outcome, MetricError):
             raise outcome
         return outcome
 
-    return agreed(rank, world_size, told)
+    return agreed(rank, world_size, own)
 
 
 def words_of(command: str) -> list[str]:
@@ -230,17 +229,17 @@ def words_of(command: str) -> list[str]:
 
 
 def _takes_two(function: Callable) -> bool:
-    """Whether it must be given a second argument."""
+    """Whether a function requires a second argument."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # of some builtins nothing can be told
+    except (TypeError, ValueError):  # some builtins have no signature
         return False
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return sum(p.default is p.empty for p in positional) > 1
 
 
 def _save(model: nn.Module, folder: str) -> None:
-    """As `Trainer.save_model` would: what transformers reads again, else `model.safetensors`."""
+    """Save as `Trainer.save_model` does: in the form of transformers, else as `model.safetensors`."""
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder)
     else:
@@ -249,14 +248,14 @@ def _save(model: nn.Module, folder: str) -> None:
 
 
 def _environment(command: str) -> tuple[dict[str, str], list[str]]:
-    """The environment of a command, and the names of variables that it is not given, since they are secrets' names."""
+    """The environment of a command, and the variables that are withheld because of their names."""
     named = re.findall(r"\w+", command)
     withheld = [n for n in os.environ if SECRET_NAME.search(n) and n not in (*FOLDERS, *named)]
     return {name: value for name, value in os.environ.items() if name not in withheld}, sorted(withheld)
 
 
 def _shown(text: str) -> str:
-    """A command, or what it said, for a message: short and without secrets."""
+    """A command, or its output, for a message: short and without secrets."""
     return brief(command_without_secrets(text[:2000]))
 
 

@@ -6,6 +6,7 @@ run makes a thousand calls (see `DirectModule`).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -170,43 +171,26 @@ class DirectModule:
     """An `evaluate` module whose `compute` takes the short way where that gives the same.
 
     The first calls are made both ways. If a result differs, or the short way raises, `compute` makes all calls.
-
-    Example:
-        >>> import evaluate
-        >>> from metricopt_hf.metrics import path
-        >>> module = DirectModule(evaluate.load(path("worst_class_recall")))
-        >>> for _ in range(TRIED):
-        ...     result = module.compute(predictions=[0, 1, 1], references=[0, 1, 0])
-        >>> result, module.is_direct
-        ({'worst_class_recall': 0.5}, True)
     """
 
     def __init__(self, module: evaluate.EvaluationModule):
-        self.module, self._left = module, TRIED
+        self.module = module
         # where inputs may have several forms, the first one's types
         self._features = module.features[0] if isinstance(module.features, list) else module.features
-        self._refused = not callable(getattr(module, "_compute", None))
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether the short way is taken by now."""
-        return not self._refused and self._left == 0
+        # calls that are still made both ways; inf: all are made the long way
+        self._left = TRIED if callable(getattr(module, "_compute", None)) else math.inf
 
     def compute(self, **arguments: Any) -> Any:
-        """As `module.compute`."""
-        if self._refused:
-            return self.module.compute(**arguments)
+        """The result of `module.compute`."""
         if self._left == 0:
             return self._direct(arguments)
         result = self.module.compute(**arguments)
-        try:
-            same = _equal(self._direct(arguments), result)
-        except Exception:
-            same = False
-        if same:
-            self._left -= 1
-        else:
-            self._refused = True
+        if self._left < math.inf:
+            try:
+                same = _equal(self._direct(arguments), result)
+            except Exception:
+                same = False
+            self._left = self._left - 1 if same else math.inf
         return result
 
     def _direct(self, arguments: dict[str, Any]) -> Any:

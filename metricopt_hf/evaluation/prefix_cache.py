@@ -1,9 +1,8 @@
 """PrefixCache: a frozen network's work in front of phi is done once per batch and replayed.
 
-While phi is tuned everything else stands still, so whatever the model computes before it first touches phi is the same
-for every phi. Which modules those are is found by one forward pass; what they return is kept, and on the next pass they
-return it instead of computing. Whether that is right for a model is not assumed but tried, at another phi, against the
-full forward pass; where it is not, nothing is cached.
+While phi is tuned everything else is frozen, so the model computes the same for every phi before it first touches phi.
+One forward pass finds the modules of this prefix; their outputs are kept, and in the next pass the modules return them
+instead of computing. A trial at another phi compares replayed and full passes; where they differ, nothing is cached.
 
 We compare the model's raw outputs (class decisions would hide errors) and the predictions computed from them (a hook
 may have captured a frozen layer).
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 # one call of one module in a forward pass: (module name, how many-th call of it)
 Call = tuple[str, int]
-# what it returned, and whether the numbers in it, and not only their shape, are used behind the prefix
+# the output, and whether the modules behind the prefix use its numbers, or only its shape
 Kept = tuple[Any, bool]
 # runs the model on a batch and returns a result
 Run = Callable[[Any], Any]
@@ -35,7 +34,7 @@ def nbytes(tree: Any) -> int:
     if isinstance(tree, (list, tuple)):
         return sum(map(nbytes, tree))
     if isinstance(tree, Tensor):
-        return tree.nbytes if all(tree.stride()) else tree.element_size()  # of an expanded number only that
+        return tree.nbytes if all(tree.stride()) else tree.element_size()  # an expanded number takes one
     return getattr(tree, "nbytes", 0)
 
 
@@ -52,8 +51,8 @@ def _free_bytes(device: torch.device) -> float:
 
 
 def _placed(tensor: Tensor) -> Tensor:
-    """Where it is kept: on its device as long as half of what is free there stays free, else where it is brought there
-    from without the host's waiting."""
+    """The tensor where it is kept: on its device if that leaves half of the free memory there free, else in pinned
+    memory."""
     if 2 * tensor.nbytes <= _free_bytes(tensor.device):
         return tensor
     kept = tensor.cpu()
@@ -69,10 +68,10 @@ class PrefixCache:
     """Replays what `model` computes before it first touches phi, batch by batch.
 
     Args:
-        model: in eval mode whenever `forward` is called; its parameters outside phi must not change any more.
+        model: in eval mode whenever `forward` is called; its parameters outside phi are frozen.
         phi_names: parameters of phi.
         max_bytes: memory for kept outputs; batches that find no room are computed in full.
-        moved: context inside which phi is another one; used once, to try whether replaying is right.
+        moved: context with another phi inside; used once, for the trial.
     """
 
     def __init__(
@@ -91,12 +90,12 @@ class PrefixCache:
         self._frozen = {name: module for name, module in model.named_modules() if name not in holders}
         self._calls: tuple[Call, ...] | None = None  # the prefix, in order; None: not tried yet, (): not cached
         self._needed: set[Call] = set()
-        self._kept: dict[int, dict[Call, Kept]] = {}  # by batch; nothing where replaying would be wrong or too large
-        self._passes: dict[int, int] = {}  # by batch, how often the model was called
+        self._kept: dict[int, dict[Call, Kept]] = {}  # by batch; empty where replaying is wrong or too large
+        self._passes: dict[int, int] = {}  # by batch: calls of the model
 
     @property
     def active(self) -> bool:
-        """Whether replaying was tried and found right."""
+        """Whether a trial has found replayed passes equal to full ones."""
         return bool(self._calls)
 
     def forward(self, index: int, run: Run, batches: Sequence[Any]) -> Any:
@@ -116,7 +115,7 @@ class PrefixCache:
             result, outputs = self._record(lambda: run(batches[index]))
         self._kept[index], self._passes[index], expected = {}, len(returned), [*returned, result]
         size = nbytes([outputs.get(call) for call in self._needed])
-        # a batch may take another way through the model, or use what the batch that was tried did not
+        # a batch may take another path through the model, or use outputs that the batch of the trial did not
         if size <= self._room and tuple(outputs) == self._calls:
             kept = self._select(outputs, self._needed)
             if self._right(kept, lambda: run(batches[index]), expected):
@@ -134,7 +133,7 @@ class PrefixCache:
             with self._returned() as returned:
                 result = run(batches[0])
             expected = [*returned, result]
-            run(batches[-1])  # what modules leave behind on themselves is now another batch's
+            run(batches[-1])  # overwrites what modules store on themselves with another batch's
 
             def right(needed: set[Call]) -> bool:
                 return self._right(self._select(outputs, needed), lambda: run(batches[0]), expected)
@@ -147,7 +146,7 @@ class PrefixCache:
         self._calls = tuple(outputs)
 
     def _right(self, kept: dict[Call, Kept], run: Callable[[], Any], expected: list[Any]) -> bool:
-        """Whether the model's passes and `run` itself return what is expected of them, with `kept` replayed."""
+        """Whether the model's passes and `run` itself return the expected outputs, with `kept` replayed."""
         try:
             with self._returned() as returned, self._replayed(kept):
                 result = run()
@@ -157,7 +156,7 @@ class PrefixCache:
 
     @contextmanager
     def _returned(self) -> Iterator[list[Any]]:
-        """What the model returns inside, call by call."""
+        """The outputs that the model returns inside, call by call."""
         returned: list[Any] = []
         handle = self.model.register_forward_hook(lambda module, args, output: returned.append(output))
         try:
@@ -173,7 +172,7 @@ class PrefixCache:
         }
 
     def _record(self, run: Callable[[], Any]) -> tuple[Any, dict[Call, Any]]:
-        """Run, and copy what the outermost frozen modules return before phi is first touched."""
+        """Run, and copy the outputs of the outermost frozen modules before phi is first touched."""
         outputs: dict[Call, Any] = {}
         seen: Counter[str] = Counter()
         depth, touched = 0, False
@@ -206,7 +205,7 @@ class PrefixCache:
 
     @contextmanager
     def _replayed(self, kept: dict[Call, Kept]) -> Iterator[None]:
-        """Inside, each of the prefix's modules returns what is kept of it, call by call, and then computes again."""
+        """Inside, each module of the prefix returns its kept outputs, call by call, and then computes again."""
         device = next(self.model.parameters()).device
         outputs: dict[str, list[Kept]] = defaultdict(list)
         for (name, _), answer in kept.items():

@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import BinaryIO
 
 MARK = "METRICOPT_COMMAND"  # a variable; a command that runs commands of its own hands on both marks
-MOST_SCANS = 20  # of all processes: one that was just forked may be missed by the first
+MOST_SCANS = 20  # of all processes: the first may miss one that was just forked
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
     """The exit status of a command. Whatever happens, its processes have been killed when this returns or raises.
 
     Args:
-        environment: of the command.
+        environment: variables of the command.
         folder: a temporary folder of the call, removed if this process dies meanwhile.
         timeout: seconds, None for no limit.
 
@@ -111,8 +111,8 @@ def _start_watcher(mark: str, folder: str) -> subprocess.Popen | None:
 
 def watch(mark: str, folder: str) -> None:
     """Wait for the end of the caller, who holds the other end of stdin, and clean up behind it."""
-    told = sys.stdin.buffer.read().split()  # the group, as soon as the caller knows it
-    kill_all(int(told[0]) if told else None, mark)
+    line = sys.stdin.buffer.read().split()  # the process group, as soon as the caller knows it
+    kill_all(int(line[0]) if line else None, mark)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -27,7 +27,7 @@ class Bridge(nn.Module):
     the input. (In the authors' code the distance moves the input too, towards where the approximator is right; measured
     on sorting, that drew the hard output to a constant.) Each example's distance is weighed by the length of the task's
     gradient at its output: so both gradients follow every scale that the loss is given, by gradient accumulation,
-    gradient scalers or several ranks, of which the module is not told. (The paper's weight is the same for all
+    gradient scalers or several ranks, without the module's knowledge. (The paper's weight is the same for all
     examples.)
 
     Args:

@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.linearization import Linearization
-from ..evaluation.local_metric import LocalMetric
 from ..guides import Guide, GuideContext
 from ..guides.pairs import observed_pairs
+from ..linear.linearization import Linearization
+from ..linear.local_metric import LocalMetric
 from .labels import labels_of
 from .set_network import expected, features, set_network
 
-PAIRS = 8  # in an update
-UPDATES = 4  # the latest, which are fitted to
-FIRST_STEPS, WARM_STEPS = 100, 20  # of the optimizer, in the first fit and in those that go on from it
+PAIRS = 8  # per update
+UPDATES = 4  # latest updates in a fit
+FIRST_STEPS, WARM_STEPS = 100, 20  # optimizer steps of the first fit, and of later ones, which start from it
 LEARNING_RATE, WEIGHT_DECAY = 3e-3, 1e-2
-LEVEL_WEIGHT = 0.1  # of an update's mean value, against the differences in it, which say where to go
+LEVEL_WEIGHT = 0.1  # weight of an update's mean value, against the differences in it, which give the direction
 
 
 class BridgeGuide(Guide):
     """Follows the gradient of the metric that a network expects of the outputs and labels.
 
-    What the metric knows beside these, such as groups, it does not see.
+    It does not see other columns that the metric reads, such as groups.
 
     Args:
         count: the most antithetic pairs in an update, of two metric calls each.
@@ -42,7 +42,7 @@ class BridgeGuide(Guide):
         super().start(context)
         self.network: nn.ModuleDict | None = None
         self.updates: list[tuple[Tensor, Tensor]] = []  # [calls, rows, features] and their standardised values [calls]
-        self.level, self.scale = 0.0, 0.0  # of the values; scale 0: nothing was learned
+        self.level, self.scale = 0.0, 0.0  # mean and spread of the first values; scale 0: none yet
         self.linear: Linearization | None = None
 
     def applies(self, metric: LocalMetric) -> bool:
@@ -82,13 +82,6 @@ class BridgeGuide(Guide):
         outputs = self.linear.decisions.at(z).requires_grad_()
         (slope,) = torch.autograd.grad(expected(self.network, features(self.linear, outputs)), outputs)
         return self.linear.decisions.pull(slope)
-
-    def predict(self, z: Tensor) -> float | None:
-        if self.network is None or self.linear is None:
-            return None
-        with torch.no_grad():
-            found = expected(self.network, features(self.linear, self.linear.decisions.at(z)))
-        return self.level + self.scale * float(found)
 
     def state_dict(self) -> dict[str, Any]:
         if self.network is None:

@@ -6,15 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.linearization import Linearization, LinearLeaf
-
-
-def logits_of(outputs: Tensor) -> Tensor:
-    """[rows, classes], differentiable; of one logit per row the logits 0 and that."""
-    if outputs.dim() == 2 and outputs.shape[1] > 1:
-        return outputs
-    one = outputs.reshape(-1)
-    return torch.stack([torch.zeros_like(one), one], 1)
+from ..guides.row_moves import two_sided
+from ..linear.linearization import Linearization, LinearLeaf
 
 
 def labels_of(linear: Linearization | None) -> Tensor | None:
@@ -35,4 +28,4 @@ def classes_of(linear: Linearization | None) -> Tensor | None:
 
 def num_classes(leaf: LinearLeaf) -> int:
     """How many classes the outputs have as logits."""
-    return logits_of(leaf.outputs[:1]).shape[1]
+    return two_sided(leaf.outputs[:1]).shape[1]

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.linearization import Linearization
-from ..evaluation.local_metric import LocalMetric
 from ..guides import Guide, GuideContext
 from ..guides.blend import unit
 from ..guides.pairs import slope_of
-from .labels import classes_of, logits_of, num_classes
+from ..guides.row_moves import two_sided
+from ..linear.linearization import Linearization
+from ..linear.local_metric import LocalMetric
+from .labels import classes_of, num_classes
 
-PAIRS = 8  # in an update
-PERTURBATION, STEP = 0.3, 0.3  # of Phi: of each entry, and of all of them together in an update
+PAIRS = 8  # per update
+PERTURBATION, STEP = 0.3, 0.3  # standard deviation on each entry of Phi; length of an update of Phi
 MOST_CLASSES = 100  # Phi has half their square
 
 
@@ -85,7 +86,7 @@ def aligned_loss(outputs: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
     Args:
         outputs: [rows] or [rows, c] logits. labels: [rows]. matrix: [c, c] Phi.
     """
-    return -torch.sigmoid((matrix[labels] * logits_of(outputs).log_softmax(1)).sum(1)).mean()
+    return -torch.sigmoid((matrix[labels] * two_sided(outputs).log_softmax(1)).sum(1)).mean()
 
 
 def descent(linear: Linearization, z: Tensor, matrix: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..evaluation.linearization import Linearization
-from .labels import classes_of, labels_of, logits_of, num_classes
+from ..guides.row_moves import two_sided
+from ..linear.linearization import Linearization
+from .labels import classes_of, labels_of, num_classes
 
 HIDDEN = 32
 
@@ -20,7 +21,7 @@ def features(linear: Linearization, outputs: Tensor) -> Tensor:
     """[rows, features] of outputs and the labels of their rows, smooth in the outputs."""
     labels = classes_of(linear)
     if labels is not None:
-        logits, own = logits_of(outputs), F.one_hot(labels, num_classes(linear.decisions)).bool()
+        logits, own = two_sided(outputs), F.one_hot(labels, num_classes(linear.decisions)).bool()
         margin = logits[own] - logits.masked_fill(own, -torch.inf).logsumexp(1)
         return torch.cat([logits.softmax(1), own.float(), torch.tanh(torch.stack([2 * margin, margin / 2], 1))], 1)
     numbers = []
@@ -31,7 +32,7 @@ def features(linear: Linearization, outputs: Tensor) -> Tensor:
 
 
 def set_network(width: int, generator: torch.Generator) -> nn.ModuleDict:
-    """A network from sets of rows with so many features to a number, drawn from `generator`."""
+    """A network from sets of rows, [rows, width], to a number, with weights drawn from `generator`."""
     sizes = ((width, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, 1))
     layers = [torch.nn.utils.skip_init(nn.Linear, *size) for size in sizes]
     with torch.no_grad():

@@ -25,8 +25,8 @@ __all__ = [
     "from_spec",
 ]
 
-AUTO = "auto"  # pairs and row moves, each step judged by what the model then scores
-# what `--guide` names
+AUTO = "auto"  # pairs and row moves, each step judged by the score of the model behind it
+# the names that `--guide` takes
 GUIDES: dict[str, Callable[[], Guide]] = {
     "pairs": PairsGuide,
     "rows": RowMovesGuide,

@@ -1,8 +1,8 @@
 """Guide: which way the metric improves, in compact coordinates. The one extension point of the trainer.
 
 A guide goes through `start` once a run; then, for each update, `fit` and `gradient`. It makes metric calls through the
-`LocalMetric` that it is given, and knows nothing of budgets, devices, trust or selection: how far it is followed is not
-its own to say. Every guide, ours, the controls and yours, is judged by what the model then scores.
+`LocalMetric` that it gets, and knows nothing of budgets, devices, trust or selection: the phase decides how far to
+follow it. Every guide, ours, the controls and yours, is judged by the score of the model behind its step.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.local_metric import LocalMetric
+from ..linear.local_metric import LocalMetric
 from ..value import ValueNetwork
 
 
 @dataclass(frozen=True)
 class GuideContext:
-    """What a guide is given at the start of a metric phase.
+    """The context of a guide, which it gets at the start of a metric phase.
 
     Attributes:
         dim: k, the number of coordinates.
@@ -43,7 +43,7 @@ class Guide(ABC):
         self.context = context
 
     def applies(self, metric: LocalMetric) -> bool:
-        """Whether the guide has something to say of this metric and these predictions; asked once, at the start."""
+        """Whether the guide works for this metric and these predictions; called once, at the start."""
         return True
 
     @abstractmethod
@@ -54,13 +54,9 @@ class Guide(ABC):
     def gradient(self, z: Tensor) -> Tensor:
         """A direction, [k], in which the metric improves at z. Its length is ignored."""
 
-    def predict(self, z: Tensor) -> float | None:
-        """The metric expected at z, as `LocalMetric.values` counts it; None where the guide knows a direction alone."""
-        return None
-
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned: nested dicts of tensors and numbers, without the context."""
+        """The guide's knowledge as nested dicts of tensors and numbers, without the context."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027, a guide may remember nothing
-        """After a `start`: go on with what `state_dict` gave."""
+        """After a `start`: go on with a state of `state_dict`."""

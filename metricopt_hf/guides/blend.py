@@ -30,7 +30,7 @@ def blended(ascent: Tensor, loss_gradient: Tensor | None, value_weight: float) -
 
 
 def unit(vector: Tensor) -> Tensor:
-    """The same with length 1; zeros where it has none, or is not finite."""
+    """The vector with length 1; zeros where it is zero or not finite."""
     norm = torch.linalg.vector_norm(vector.double())
     if not torch.isfinite(norm) or norm == 0:
         return torch.zeros_like(vector)

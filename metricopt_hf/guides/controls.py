@@ -1,11 +1,11 @@
-"""Controls: guides that know nothing. What they reach is not due to the metric."""
+"""Controls: guides that know nothing. The gains that they reach are not due to the metric."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..evaluation.local_metric import LocalMetric
+from ..linear.local_metric import LocalMetric
 from .base import Guide, GuideContext
 from .pairs import PairsGuide, observed_pairs, slope_of
 

@@ -1,8 +1,8 @@
 """Pairs: the slope of the metric, from antithetic perturbations of the coordinates.
 
 The simplest value function: locally linear, V(z) = slope . z, fitted by least squares to pairs of calls at z + e and
-z - e (SPSA; Spall, 1992; evolution strategies). It needs nothing but a number for each set of predictions, so that it
-serves rankings and regressions as well as decisions.
+z - e (SPSA; Spall, 1992; evolution strategies). It needs only a number for each set of predictions, and so serves
+rankings and regressions as well as decisions.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.local_metric import LocalMetric
+from ..linear.local_metric import LocalMetric
 from .base import Guide
 
-PAIRS = 8  # in an update
+PAIRS = 8  # per update
 
 
 class PairsGuide(Guide):
@@ -48,6 +48,6 @@ def observed_pairs(metric: LocalMetric, z: Tensor, count: int) -> tuple[np.ndarr
 
 
 def slope_of(values: np.ndarray, offsets: Tensor) -> Tensor:
-    """[k] from what `observed_pairs` gives; values that are nan say nothing."""
+    """Slope, [k], from the results of `observed_pairs`; values that are nan are left out."""
     differences = values[: len(offsets)] - values[len(offsets) :]
     return torch.as_tensor(np.nan_to_num(differences), dtype=torch.float32) @ offsets

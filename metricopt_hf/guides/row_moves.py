@@ -1,9 +1,9 @@
-"""Row moves: what each row's decision is worth to the metric, from calls in which one row alone is decided otherwise.
+"""Row moves: the worth of each row's decision to the metric, from calls in which one row alone is decided otherwise.
 
 The value function V(z) = sum over rows i and classes c of worth[i, c] * softmax(outputs_i(z))_c is differentiable, and
 on a linearization its gradient needs no further call. Such calls recover labels from the black box: for an accuracy,
-the class that raises the metric is the label. So this guide uses the metric as a labelled set would be used; it knows
-of each row what the metric tells of it, and reads no label itself.
+the class that raises the metric is the label. So this guide uses the metric like a labelled set, although it reads no
+label itself.
 
 Nearest to it are metric-optimised example weights (Zhao et al., ICML 2019) and FWEG (Hiranandani et al., ICML 2021):
 they elicit weights of training examples, or of groups of them, from a black-box metric; here every observed row has its
@@ -20,17 +20,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from transformers import EvalPrediction
 
-from ..evaluation.linearization import Linearization
-from ..evaluation.local_metric import LocalMetric
+from ..linear.linearization import Linearization
+from ..linear.local_metric import LocalMetric
 from .base import Guide, GuideContext
 
 NOISE = 0.3  # on the logits, so that decisions near the boundary count with either side
-DECAY = 0.9  # of what earlier updates have found
-KNOWN = 1e-3  # of a count that decays: less is as good as nothing
+DECAY = 0.9  # factor on the findings of earlier updates
+KNOWN = 1e-3  # a count that has decayed below this is as good as none
 
 
 class RowMovesGuide(Guide):
-    """Follows the gradient of what the rows' decisions are worth.
+    """Follows the gradient of the worth of the rows' decisions.
 
     Rows with the same labels and the same decision are exchangeable for a metric that looks at nothing else, so that
     one call serves them all.
@@ -39,17 +39,17 @@ class RowMovesGuide(Guide):
     def start(self, context: GuideContext) -> None:
         super().start(context)
         self.worth: np.ndarray | None = None  # [rows, classes] sums of effects
-        self.count: np.ndarray | None = None  # [rows, classes] of how many
+        self.count: np.ndarray | None = None  # [rows, classes] number of effects in each sum
         self.linear: Linearization | None = None
-        self.kinds = np.zeros(0, int)  # of the rows of `linear`: the same where labels are
+        self.kinds = np.zeros(0, int)  # of the rows of `linear`: equal for equal labels
         self.paid = 0.0  # updates for which calls were made in advance
 
     def applies(self, metric: LocalMetric) -> bool:
-        """Whether the metric is one of decisions: it is the same if the logits are replaced by their order's top."""
+        """Whether the metric is one of decisions: it stays the same if one-hot decisions replace the logits."""
         linear = metric.linearization
         if linear is None or metric.on_all_rows or linear.decisions is None or not _labels(linear.centre):
             return False
-        logits = _two_sided(linear.decisions.outputs)
+        logits = two_sided(linear.decisions.outputs)
         decided = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float() * 2 - 1
         as_they_are, decided = metric.values_of(
             lambda i: _planted(linear, (logits, decided)[i]), 2
@@ -57,14 +57,14 @@ class RowMovesGuide(Guide):
         return bool(np.isclose(as_they_are, decided))
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:
-        """Where all moves take more calls than an update may make, they are made in one update for several."""
+        """Learn from row moves. If these take more calls than an update may make, one update makes them for several."""
         if self.linear is not metric.linearization:
             self.linear, self.kinds, self.paid = metric.linearization, _kinds(metric.linearization.centre), 0.0
         if self.paid >= 1:
             self.paid -= 1
             return
         metric.halve()
-        logits = _two_sided(self.linear.decisions.at(z))
+        logits = two_sided(self.linear.decisions.at(z))
         if self.worth is None or self.worth.shape != logits.shape:
             self.worth, self.count = np.zeros(logits.shape), np.zeros(logits.shape)
         seen = logits[torch.as_tensor(metric.rows)]
@@ -77,8 +77,8 @@ class RowMovesGuide(Guide):
         self.count[metric.rows] += known
 
     def _effects(self, metric: LocalMetric, logits: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
-        """([rows, classes] by how much the metric changes if a row alone is decided so, [rows, classes] whether that is
-        known, how many calls would tell all)."""
+        """([rows, classes] change of the metric if that row alone is decided so, [rows, classes] whether it is known,
+        calls that would find all of them)."""
         rows, classes = metric.rows, logits.shape[1]
         decisions = logits.argmax(1).numpy()
         keys = self.kinds[rows] * classes + decisions
@@ -88,7 +88,7 @@ class RowMovesGuide(Guide):
         if calls > metric.remaining:
             drawn = torch.randperm(len(moves), generator=self.context.generator).numpy()
             count = np.array([self.count[rows[row], other] for row, other in moves])
-            known = count / np.repeat(sizes, classes - 1)  # first what is known least, of most rows
+            known = count / np.repeat(sizes, classes - 1)  # first the moves that are known least, of most rows
             most = max(1, int(metric.remaining) - 1)
             moves = [moves[i] for i in drawn[np.argsort(known[drawn], kind="stable")][:most]]
 
@@ -106,7 +106,7 @@ class RowMovesGuide(Guide):
         for (row, other), change in zip(moves, np.nan_to_num(values[1:] - values[0]), strict=True):
             effects[place[row], other] = change
             known[place[row], other] = 1
-        known[np.arange(len(first)), decisions[first]] = 1  # as it is, nothing changes
+        known[np.arange(len(first)), decisions[first]] = 1  # its own decision changes nothing
         return effects[kind], known[kind], calls
 
     def gradient(self, z: Tensor) -> Tensor:
@@ -121,8 +121,8 @@ class RowMovesGuide(Guide):
         leaf = self.linear.decisions
         outputs = leaf.at(z)
         target = torch.nn.functional.one_hot(best.indices, worth.shape[1]).float()
-        # of cross-entropy towards each row's best class, weighted by what that class is worth
-        slope = (target - _two_sided(outputs).softmax(1)) * (weight / weight.sum().clamp_min(1e-30))[:, None]
+        # gradient of the cross-entropy towards each row's best class, weighted by the worth of that class
+        slope = (target - two_sided(outputs).softmax(1)) * (weight / weight.sum().clamp_min(1e-30))[:, None]
         return leaf.pull(slope if outputs.dim() == 2 and outputs.shape[1] > 1 else slope[:, 1].reshape(outputs.shape))
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,8 +135,8 @@ class RowMovesGuide(Guide):
             self.worth, self.count = state["worth"].numpy(), state["count"].numpy()
 
 
-def _two_sided(outputs: Tensor) -> Tensor:
-    """[rows, classes]; of one logit per row, the logits 0 and that."""
+def two_sided(outputs: Tensor) -> Tensor:
+    """Logits, [rows, classes]; of one logit per row, 0 and that logit."""
     if outputs.dim() == 2 and outputs.shape[1] > 1:
         return outputs
     one = outputs.reshape(-1)
@@ -144,7 +144,7 @@ def _two_sided(outputs: Tensor) -> Tensor:
 
 
 def _planted(linear: Linearization, logits: Tensor) -> EvalPrediction:
-    """Predictions with these logits, [rows, classes] as `_two_sided` has them."""
+    """Predictions with these logits, [rows, classes] as `two_sided` has them."""
     ((position, leaf),) = linear.leaves.items()
     outputs = leaf.outputs
     if not (outputs.dim() == 2 and outputs.shape[1] > 1):

@@ -1,4 +1,4 @@
-"""Cards: what people read about a value function or a tuned model, filled from templates with measured figures."""
+"""Cards of value functions and tuned models: templates, filled with measured figures."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ MARKER = "<!-- Made by metricopt_hf. Remove this line to keep your own words whe
 RAW = {"comparison", "training_results", "start_link"}
 # Fields that stand between quotes, or as a name, in code.
 CODE = {"repo", "model_class"}
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.A)  # what can be a link to the Hub
-# Of a signature, what a card shows in other words, or not at all
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.A)  # names that can be linked on the Hub
+# Fields of a signature that a card shows in other words, or not at all
 SHOWN_OTHERWISE = {"origin", "basis"}
-# All but what is never markup in a line of Markdown or HTML: it is written as entities.
+# Characters that may be markup in a line of Markdown or HTML: they are written as entities.
 _SAFE = re.compile(r"[^\w ,.:;%()=+'/-]|_(?![^\W_])|(?<![^\W_])_|(?<=/)/|(?<=:)/|(?<=www)\.|(?<=[\w.])@", re.I)
 
 
 def plain(value: Any) -> Any:
-    """The same, with every text in it (keys too) escaped: a card shows it as it is, and makes no heading or link of it.
+    """A copy whose texts (keys too) are escaped, so that a card shows them and makes no heading or link of them.
 
     Example:
         >>> plain("worst_class_recall (top-5)"), plain("# <b>https://x.org</b>")
@@ -85,8 +85,8 @@ def write(
 
     Args:
         repo: the name by which it is loaded.
-        observed: what its run observed, "predictions" or "scores"; None: it is not known.
-        comparison: Markdown on what it was good for, such as a table of methods.
+        observed: "predictions" or "scores", whichever its run observed; None if unknown.
+        comparison: Markdown on its use, such as a table of methods.
         task, dataset: the Hub's names of both, (type, name) of the data set.
         license: the Hub's name of it.
     """
@@ -113,9 +113,9 @@ def write(
         "num_members": value_function.num_members,
         "hidden_size": value_function.hidden_size,
         "num_observations": len(scores),
-        "lowest": scores.min() if len(scores) else None,
-        "highest": scores.max() if len(scores) else None,
-        "seconds": float(observations.costs.sum()),
+        "lowest": float(scores.min()) if len(scores) else None,
+        "highest": float(scores.max()) if len(scores) else None,
+        "seconds": float(observations.seconds.sum()),
         "observed": observed,
         "comparison": comparison,
     }

@@ -31,7 +31,7 @@ T = TypeVar("T")
 SUBFOLDER = "value_function"
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, or pass token=..."
-# A push that the Hub could not take at this moment is tried again after so many seconds.
+# Seconds before each new attempt at a push that failed for the moment.
 WAITS = (1.0, 4.0)
 
 
@@ -93,11 +93,11 @@ def _why_not_fetched(error: Exception, name: str, revision: str | None) -> str:
 
 
 def push(upload: Callable[[], T], repo: str, kept: str) -> T:
-    """Call `upload`, and again if the Hub or the network failed for a moment.
+    """Call `upload`, and again if the Hub or the network fails for a moment.
 
     Args:
         repo: the destination, for messages.
-        kept: what holds everything that was to be pushed, for messages.
+        kept: where the files still are, for messages.
 
     Raises:
         HubError: it failed for good; what to do about it, and where the files are.
@@ -131,13 +131,13 @@ def why_not_pushed(error: BaseException, repo: str, kept: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error, and what it was raised from, in a line."""
+    """A line with an error and its cause."""
     errors = [f"{type(e).__name__}: {' '.join(str(e).split())[:200]}" for e in chain(error)]
     return " from ".join(errors[:2])
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and what it was raised from."""
+    """An error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""ValueFunction: a value network with what others need to use it, saved, loaded and pushed."""
+"""ValueFunction: a value network with its signature and observations, saved, loaded and pushed."""
 
 from __future__ import annotations
 
@@ -7,33 +7,30 @@ import os
 import tempfile
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
 from ..errors import ValueFunctionError
-from ..evaluation.trajectory import Trajectory
 from ..phi import Coordinates
-from ..value import Signature, ValueNetwork, serialization
+from ..value import Signature, Trajectory, ValueNetwork, serialization
 from . import cards, client
 
 logger = logging.getLogger(__name__)
 
 
 class ValueFunction(ValueNetwork):
-    """A value network, the signature of what it predicts, and the observations that it was fitted to.
+    """A value network, its signature, and the observations that it was fitted to.
 
-    It has the names of `PyTorchModelHubMixin`, which it is not: that loads what fits, falls back to pickle and never
-    renews a card, while a stranger's file must be whole and as it says (`value/serialization.py`).
+    Its methods have the names of `PyTorchModelHubMixin`, but it is none: the mixin loads any tensors that fit, falls
+    back to pickle and never renews a card, while here a stranger's files are checked (`value/serialization.py`).
 
     Args:
         num_coordinates, hidden_size, num_members: see `ValueNetwork`.
 
     Attributes:
-        signature: which coordinates of which phi its inputs z are, and the metric; None for one that was never part of
-            a run.
-        observations: what it was fitted to.
+        signature: the meaning of its inputs z, and the metric; None if it was never part of a run.
+        observations: the points and scores that it was fitted to.
     """
 
     def __init__(self, num_coordinates: int, hidden_size: int = 32, num_members: int = 6):
@@ -43,7 +40,7 @@ class ValueFunction(ValueNetwork):
 
     @classmethod
     def of(cls, network: ValueNetwork, signature: Signature | None, observations: Trajectory) -> ValueFunction:
-        """A copy of a network, with what others need to use it."""
+        """A copy of a network, with signature and observations."""
         value_function = cls(network.num_coordinates, network.hidden_size, network.num_members)
         value_function.load_state_dict(network.state_dict())
         value_function.signature, value_function.observations = signature, observations
@@ -58,9 +55,9 @@ class ValueFunction(ValueNetwork):
         origin, basis = self.signature.origin.to(phi.device), self.signature.basis.to(phi.device)
         coordinates = Coordinates(origin, basis, self.signature.coordinates)
         if len(self.observations):
-            z, known = coordinates.encode(phi).cpu().numpy(), self.observations.z
-            low, high = known.min(0), known.max(0)
-            away = float((np.maximum(low - z, z - high) / np.maximum(high - low, 1e-8)).max())
+            z, known = coordinates.encode(phi).cpu(), self.observations.z
+            low, high = known.amin(0), known.amax(0)
+            away = float((torch.maximum(low - z, z - high) / (high - low).clamp_min(1e-8)).max())
             if away > 1:
                 logger.warning(
                     f"This run starts {away:.1f} times the observed range away from all that the value function given "
@@ -87,7 +84,7 @@ class ValueFunction(ValueNetwork):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
     ) -> ValueFunction:
-        """Read a value function from a folder or from the Hub. No code is run, and nothing is read that is not whole.
+        """Read a value function from a folder or from the Hub. No code is run, and damaged files are refused.
 
         Args:
             name_or_path: its folder or repository, or that of a model which was pushed together with it.
@@ -96,13 +93,13 @@ class ValueFunction(ValueNetwork):
             cache_dir, local_files_only: as for all downloads from the Hub.
 
         Raises:
-            ValueFunctionError: what is wrong with it, or why it cannot be loaded, and what to do.
+            ValueFunctionError: it is damaged or cannot be loaded; the message says why, and what to do.
         """
         folder = client.fetch(name_or_path, revision, token, cache_dir, local_files_only)
         sizes, state, signature, observations = serialization.read(folder, str(name_or_path))
         value_function = cls(**sizes)
         value_function.load_state_dict(state)
-        points = torch.as_tensor(observations.z[-64:]) if len(observations) else value_function.z_mean
+        points = observations.z[-64:] if len(observations) else value_function.z_mean
         answers = (*value_function.predict(points), value_function.gradient(points))
         if not all(answer.isfinite().all() for answer in answers):  # finite weights can overflow
             raise ValueFunctionError(

@@ -1,4 +1,4 @@
-"""phi: the few numbers of a model that are tuned for the metric, and the compact coordinates in which they are seen."""
+"""phi: the few numbers of a model that are tuned for the metric, and their compact coordinates."""
 
 from torch import nn
 

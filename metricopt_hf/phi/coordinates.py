@@ -1,4 +1,4 @@
-"""Compact coordinates z of phi: phi = origin + basis z. A value function sees z; what is tuned moves in them.
+"""Compact coordinates z of phi: phi = origin + basis z. A value function sees z, and phi moves in them.
 
 On some hundred raw parameters a value function fitted to a thousand observations predicts little; in the directions
 that move the model's decisions most it does. Those are the leading eigenvectors of J^T J, J being the derivatives of

@@ -1,7 +1,7 @@
 """PhiSpace: a few numbers of a model as one flat vector phi, read, written, and differentiated row by row.
 
 Extension point. A new space says which parameters it writes (`names`), how phi becomes their values (`read`, `write`),
-and, if its outputs are to be linearised by backward passes, how a row's derivatives are had (`tap`).
+and, if its outputs are to be linearised by backward passes, where a row's derivatives come from (`taps`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """FSDP2 leaves some parameters whole behind a pass without a backward: what is written to those is lost."""
+    """Shard parameters again that FSDP2 leaves whole after a pass without a backward: writes to those would be lost."""
     if isinstance(model, FSDPModule):
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -77,13 +77,13 @@ class PhiSpace(ABC):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What makes two phi comparable, as JSON values: the kind, and [name, shape] of every parameter in order."""
+        """The kind of phi, and [name, shape] of every parameter in order, as JSON values; equal for comparable phi."""
         parameters = [[n, list(p.shape)] for n, p in zip(self.names, self.parameters, strict=True)]
         return {"kind": type(self).__name__, "parameters": parameters}
 
     @property
     def output_bias_slice(self) -> slice | None:
-        """Where in phi the bias of the layer that makes the logits stands; None where that is not known."""
+        """Place in phi of the bias of the layer that makes the logits; None if unknown."""
         return None
 
     def reset(self) -> None:  # noqa: B027, a space without an origin of its own has nothing to do
@@ -162,12 +162,12 @@ class PhiSpace(ABC):
         return torch.cat([whole(g.detach()).reshape(-1).float() for g in gradients])
 
     def taps(self) -> Sequence[Tap] | None:
-        """For each part of phi, in order, how a row's derivatives are had; None: they are not (see `linearize`)."""
+        """Taps for a row's derivatives by each part of phi, in order; None: differences are taken instead."""
         return None
 
     @property
     def is_shared(self) -> bool:
-        """Whether several modules hold one of the parameters, so that the derivatives of one of them are not all."""
+        """Whether several modules hold one of the parameters, so that one module's derivatives are incomplete."""
         owners: dict[int, set[int]] = {id(parameter): set() for parameter in self.parameters}
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
@@ -177,7 +177,7 @@ class PhiSpace(ABC):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """On leaving, whatever happened inside, phi is what it was and its parameters are the same bit for bit."""
+        """On leaving, phi and its parameters are as before, bit for bit."""
         parameters = self.parameters
         phi, before = self.read(), [p.detach().clone() for p in parameters]
         try:
@@ -190,11 +190,11 @@ class PhiSpace(ABC):
                     parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has to be put back, beside the model's own weights, to continue exactly."""
+        """The state that an exact resume needs beside the model's own weights."""
         return {"phi": self.read().cpu()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state_dict` gave.
+        """Load a state of `state_dict`.
 
         Raises:
             PhiError: it is of another phi.
@@ -266,6 +266,6 @@ class Union(PhiSpace):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if set(state) != set(self.state_dict()):
-            super().load_state_dict(state)  # refuses it, and says what it holds
+            super().load_state_dict(state)  # raises, and names its entries
         for i, part in enumerate(self.parts):
             part.load_state_dict({n.partition(".")[2]: v for n, v in state.items() if n.startswith(f"{i}.")})

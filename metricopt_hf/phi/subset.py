@@ -48,7 +48,7 @@ class Subset(PhiSpace):
         return self._names
 
     def taps(self) -> Sequence[Tap] | None:
-        """Of linear layers, a LoRA adapter's included; None where another layer's parameters are among them."""
+        """Taps of linear layers, a LoRA adapter's included; None where phi holds parameters of another layer."""
         if self.is_shared:
             return None
         found: list[Tap] = []

@@ -1,6 +1,6 @@
 """Taps: derivatives of every row's outputs by a layer's parameters, from one backward pass for all rows.
 
-The outputs of a row depend on a layer's weights through what the layer does to that row alone. So each row is given its
+The outputs of a row depend on a layer's weights through the layer's output for that row alone. So each row gets its
 own perturbation of the layer's output, a leaf of zeros, and the gradient of the sum over rows of one output holds, row
 by row, that output's derivatives.
 """
@@ -30,7 +30,7 @@ class Tap(ABC):
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.leaves: list[Tensor] = []  # of the forward pass since `clear`
+        self.leaves: list[Tensor] = []  # made by the forward pass since `clear`
         self.in_backward = False  # activation checkpointing calls the module again in a backward pass
 
     def clear(self) -> None:
@@ -56,7 +56,7 @@ class Tap(ABC):
 
     @abstractmethod
     def perturbed(self, output: Tensor) -> Tensor:
-        """`output` plus what is zero at the leaves."""
+        """`output` plus a term that is zero at the leaves."""
 
     @abstractmethod
     def derivatives(self, gradients: Sequence[Tensor | None]) -> Tensor:

@@ -17,14 +17,14 @@ from ..errors import CheckpointError, MetricError
 from ..evaluation import data
 from ..evaluation.columns import explain_labels, forgotten_columns
 from ..evaluation.ledger import Ledger
+from ..phase.phase import MetricPhase
+from ..phase.plan import PhasePlan
+from ..phase.selection import Selection
 from ..value import ValueNetwork
 from . import checkpoint, preflight
 from .observing import Observing
-from .overrides import is_overridden
-from .phase import MetricPhase
-from .plan import PhasePlan
-from .selection import Selection
 from .setup import Setup
+from .subclasses import is_overridden
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +36,13 @@ POST_PROCESS = (
 )
 
 
-def observing(trainer: Any, setup: Setup) -> Observing:
-    """What the guidance sees of a trainer's data, loss and predictions."""
-    return Observing(trainer, setup.metric, setup.phi, trainer.metric_inputs, trainer.ignore_keys)
-
-
 def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:
     """The metric phase of a run.
 
     Args:
         steps: its optimizer steps.
     """
-    args, seen, ledger = trainer.args, observing(trainer, setup), Ledger()
+    args, seen, ledger = trainer.args, Observing(trainer, setup.metric, setup.phi), Ledger()
     plan = PhasePlan.from_args(args, steps, setup.metric.of_predictions)
     selects = setup.selection is not None or not setup.metric.of_predictions
     selector = seen.evaluator(setup.selection, ledger, "selection") if selects else None
@@ -80,7 +75,7 @@ def phase(trainer: Any, setup: Setup, steps: int) -> MetricPhase:
 
 
 def optimizer_over(trainer: Trainer, parameter: Tensor, rate: float) -> Optimizer:
-    """One of the class that the user chose, over the coordinates of phi; Adam where that class wants a model."""
+    """An optimizer of the user's class over the coordinates of phi; Adam where that class wants a model."""
     try:
         cls, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         options = {k: value for k, value in options.items() if k not in ("lr", "params", "model", "optimizer_dict")}
@@ -93,7 +88,7 @@ def check_metric(trainer: Any, setup: Setup, run: MetricPhase) -> None:
     """The metric's first call, before any training time is spent.
 
     Raises:
-        MetricError: it fails; the message says what it was given, and what may be missing.
+        MetricError: it fails; the message shows its input, and a column that may be missing.
     """
     evaluator, metric = run.evaluator, setup.metric
     before = evaluator.ledger.seconds["check"]
@@ -109,9 +104,8 @@ def check_metric(trainer: Any, setup: Setup, run: MetricPhase) -> None:
             + "\nThis was the first call of the metric, on the observation set, before training; nothing was trained. "
             f"The metric is called with {asked} and must return one finite number, or a dict that holds one."
         ) from error
-    metric.merit(score)  # its unit, for penalties
     if metric.of_predictions and prediction is not None:
-        _tell_of_places(trainer, setup, run, float(score))
+        _warn_of_places(trainer, setup, run, float(score))
     direction = "greater" if metric.greater_is_better else "smaller"
     logger.info(
         f"{metric.name} before training: {score:.4f} on the observation set ({direction} is better; "
@@ -120,7 +114,7 @@ def check_metric(trainer: Any, setup: Setup, run: MetricPhase) -> None:
 
 
 def _label_hint(trainer: Any, setup: Setup, predict: Any, error: str) -> str | None:
-    """What is wrong with the label columns, where predictions came without, or without one that the metric wants."""
+    """The faults of the label columns, where predictions lack labels, or one that the metric wants."""
     seen = getattr(predict, "__self__", None)
     batch, forward = None if seen is None else seen.unlabelled, getattr(trainer.model, "forward", None)
     if batch is None:
@@ -136,14 +130,14 @@ def _override_hint(trainer: Any) -> str | None:
     return None if overridden is None else POST_PROCESS.format(overridden)
 
 
-def _tell_of_places(trainer: Any, setup: Setup, run: MetricPhase, score: float) -> None:
-    """Warn of a metric that looks rows up by their place, where it is given parts of `eval_dataset`: in another order
-    of the rows it answers another number than `score`."""
+def _warn_of_places(trainer: Any, setup: Setup, run: MetricPhase, score: float) -> None:
+    """Warn of a metric that looks rows up by their place but gets parts of `eval_dataset`: in another order of the rows
+    it returns another number than `score`."""
     evaluator = run.evaluator
     if trainer.metric_inputs.completes or not data.is_part(setup.observation) or evaluator.metric.batchwise:
         return
     try:
-        for order in range(3):  # of a coarse metric one may come out the same by chance
+        for order in range(3):  # a coarse metric may have the same value by chance
             other = evaluator.evaluate("check", partial(data.reordered, order=order))
             if np.isclose(other, score):
                 continue
@@ -164,7 +158,7 @@ def _tell_of_places(trainer: Any, setup: Setup, run: MetricPhase, score: float) 
 
 
 def settings_of(trainer: Any) -> dict[str, Any]:
-    """What a run that resumes must have in common with the one that saved, as JSON values."""
+    """The settings that a run must share with the one whose checkpoint it resumes, as JSON values."""
     args, setup = trainer.args, trainer.settled()
     sets = setup.observation, setup.selection
     names = [name for name, _ in setup.phi.description["parameters"]]
@@ -173,7 +167,6 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "guide": trainer.given.guide_name(args),
         "metric": setup.metric.name,
         "greater_is_better": setup.metric.greater_is_better,
-        "metric_constraints": args.metric_constraints,
         "metric_inputs": args.metric_inputs,
         "metric_kwargs": str(args.to_dict()["metric_kwargs"]),
         "metric_call_budget": args.metric_call_budget,
@@ -198,7 +191,7 @@ def state_of(trainer: Any) -> dict[str, Any]:
 
 
 def resume(trainer: Any, folder: str, start: int) -> None:
-    """Put back what `state_of` gave, behind model, optimizer and schedule.
+    """Load the state that `state_of` saved, after model, optimizer and schedule.
 
     Args:
         start: the first metric step of this run.
@@ -225,6 +218,6 @@ def resume(trainer: Any, folder: str, start: int) -> None:
         raise CheckpointError(
             f"{folder} was saved in a metric phase that began at step {saved['start_step']}; in this run it begins at "
             f"{start}, and step {trainer.state.global_step} lies behind. Resume with the same max_steps or "
-            "num_train_epochs, or with so many more that the steps before the metric phase go on; or begin a new run "
+            "num_train_epochs, or with enough more to stay before the metric phase; or begin a new run "
             "from its weights."
         )

@@ -29,8 +29,8 @@ from ..value.serialization import replace_file
 logger = logging.getLogger(__name__)
 
 STATE_FILE, MANIFEST_FILE = "metricopt_state.pt", "metricopt_manifest.json"
-FORMAT_VERSION = 4  # of both files; 4: torch.save, all files hashed
-PARTS = "*/*.distcp"  # of model and optimizer, where FSDP2 saves them as they are shared out
+FORMAT_VERSION = 5  # of both files; 5: observations are one tensor
+PARTS = "*/*.distcp"  # the shards of model and optimizer under FSDP2
 OF_A_RANK = re.compile(r"rng_state_\d+\.pth")  # other ranks may not have written theirs yet
 
 
@@ -57,7 +57,7 @@ def complete(folder: str | os.PathLike, settings: dict[str, Any]) -> None:
     """Write the manifest, when all else is there.
 
     Args:
-        settings: what a run that resumes must have in common, as JSON values.
+        settings: those that a resuming run must share, as JSON values.
     """
     folder = Path(folder)
     every = sorted(path for path in [*folder.iterdir(), *folder.glob(PARTS)] if path.is_file())
@@ -71,16 +71,16 @@ def complete(folder: str | os.PathLike, settings: dict[str, Any]) -> None:
 
 
 def resumed(asked: str | bool | None, output_dir: str) -> dict[str, Any] | None:
-    """Settings of the checkpoint that a run resumes from, which is whole; None where there is none.
+    """Settings of the checkpoint that a run resumes from, after a check of its files; None where there is none.
 
     Args:
-        asked: as `Trainer.train` is: its folder, True for the last one, else nothing.
+        asked: the argument of `Trainer.train`: a folder, True for the last one, else nothing.
 
     Raises:
         CheckpointError: see `check`.
     """
     folder = get_last_checkpoint(output_dir) if asked is True else asked
-    return check(folder) if folder else None  # Trainer says what is missing
+    return check(folder) if folder else None  # without a folder, Trainer raises
 
 
 def check(folder: str | os.PathLike) -> dict[str, Any]:
@@ -110,14 +110,14 @@ def check(folder: str | os.PathLike) -> dict[str, Any]:
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder} is not whole: {name} is missing. {_before(folder)}")
             if _digest(folder / name) != digest:
-                raise CheckpointError(f"{folder} is damaged: {name} is not what was saved. {_before(folder)}")
+                raise CheckpointError(f"{folder} is damaged: {name} is not as it was saved. {_before(folder)}")
         if TRAINER_STATE_NAME not in document["files"]:
             raise CheckpointError(f"{folder} lacks {TRAINER_STATE_NAME}. {_before(folder)}")
         return document["settings"]
 
 
 def check_settings(folder: str | os.PathLike, saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Is the run that saved this one?
+    """Compare the settings of the run that saved with those of this one.
 
     Raises:
         CheckpointError: names the setting that differs.
@@ -132,7 +132,7 @@ def check_settings(folder: str | os.PathLike, saved: dict[str, Any], ours: dict[
 
 
 def _digest(path: Path) -> str:
-    """A hash that keeps up with a disk."""
+    """A fast hash of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(2**22):
@@ -172,7 +172,7 @@ def readable(folder: str | os.PathLike | None) -> Iterator[None]:
 
 
 def _before(folder: Path) -> str:
-    """The remedy: the last checkpoint in front of this one."""
+    """The remedy: the last checkpoint before this one."""
 
     def step(path: Path) -> int:
         number = path.name.removeprefix("checkpoint-")

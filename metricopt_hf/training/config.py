@@ -1,4 +1,4 @@
-"""MetricOptConfig: TrainingArguments and the numbers of the guidance."""
+"""MetricOptConfig: TrainingArguments and the numbers of the metric phase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..errors import ConfigurationError, brief
-from ..evaluation import answer, direction
+from ..evaluation import direction
 from ..evaluation.answer import plain
 from ..evaluation.model_metric import words_of
 from ..evaluation.modules import INPUTS
@@ -24,12 +24,15 @@ logger = logging.getLogger(__name__)
 
 OBSERVE = ("predictions", "predictions_on_all_rows", "scores")
 
-# fields that there were once -> what to do instead
+# former fields -> what to do instead
 GONE = {
     "metric_key": "of several numbers that compute_metrics returns, metric_for_best_model names one; of any other "
     "function, metric=Metric(function, name) does",
+    "metric_constraints": "it is experimental: from metricopt_hf.experimental import constrained, and pass "
+    'metric=constrained(Metric(function, name), "precision>=0.6")',
+    "value_function_name_or_path": "it is an argument of the trainer: MetricOptTrainer(..., value_function=name)",
     "metric_on_all_rows": 'say observe="predictions_on_all_rows"',
-    "phi_coordinates": "it is an argument of the trainer now: MetricOptTrainer(..., coordinates=...)",
+    "phi_coordinates": "a run finds its coordinates itself, or starts from those of a value function",
     "metric_start_ratio": "metric_steps says how many of the last optimizer steps follow the metric (10 by default)",
     "forward_pass_budget": "a metric step makes a few passes, however many calls: metric_steps says how many steps",
     "tune_output_bias": "a tuned bias is always among the candidates, and the selection split says whether it is kept",
@@ -46,7 +49,7 @@ GONE = {
 }
 
 def _number(least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], bool]:
-    """Whether it is a finite number from `least` (above: beyond it) to below `most`."""
+    """A check for finite numbers from `least` (`above`: greater than it) to below `most`."""
 
     def fine(value: Any) -> bool:
         if not isinstance(value, Real) or isinstance(value, bool):
@@ -57,7 +60,7 @@ def _number(least: float, most: float = math.inf, above: bool = False) -> Callab
 
 
 def _whole(least: int, most: int = 2**63) -> Callable[[Any], bool]:
-    """Whether it is a whole number, of a type for them, from `least` to below `most`."""
+    """A check for whole numbers, of an integer type, from `least` to below `most`."""
     return lambda value: isinstance(value, Integral) and _number(least, most)(value)
 
 
@@ -69,11 +72,10 @@ def _one_of(names: Collection[str]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in names
 
 
-# field -> whether a value will do, and what it must be
+# field -> (check, what the value must be)
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (_whole(0, 2**32), "a whole number from 0 to 4294967295"),
     "metric_command": (_unset(lambda value: isinstance(value, str)), 'a command line, "python score.py {model}"'),
-    "metric_constraints": (_unset(lambda value: isinstance(value, str)), 'text, such as "precision>=0.6, ece<=0.05"'),
     "metric_kwargs": (_unset(lambda value: isinstance(value, dict)), 'JSON, such as \'{"average": "macro"}\''),
     "phi": (
         lambda value: isinstance(value, str) and bool(value),
@@ -101,11 +103,10 @@ class MetricOptConfig(TrainingArguments):
 
     Without a metric (see `MetricOptTrainer`) these do nothing:
 
-    - the metric: `metric_name_or_path`, `metric_inputs`, `metric_kwargs`, `metric_timeout`, `metric_command`,
-      `metric_constraints`
-    - the metric phase, and what is tuned in it: `metric_steps`, `phi`, `phi_dim`, `phi_learning_rate`
+    - the metric: `metric_name_or_path`, `metric_inputs`, `metric_kwargs`, `metric_timeout`, `metric_command`
+    - the metric phase, and phi, which it tunes: `metric_steps`, `phi`, `phi_dim`, `phi_learning_rate`
     - observations: `observe`, `metric_call_budget`, `observation_size`
-    - guidance: `guide`, `value_weight`, `value_function_name_or_path`
+    - guidance: `guide`, `value_weight`
 
     Raises:
         ConfigurationError: a value is out of its range, or there is no such field any more.
@@ -141,13 +142,6 @@ class MetricOptConfig(TrainingArguments):
             "help": 'A command that is the metric, such as "python score.py {model}": the model is saved into a '
             "folder, the command run on it without a shell, and the last line that it prints is the number. {split}, "
             "if it stands there, is observation, selection, or the prefix of evaluate()'s metrics."
-        },
-    )
-    metric_constraints: str | None = field(
-        default=None,
-        metadata={
-            "help": 'Experimental. What must hold before the metric counts, of other numbers of the same dict: '
-            '"precision>=0.6, ece<=0.05". What misses a bound is penalised.'
         },
     )
     metric_steps: int | None = field(
@@ -207,12 +201,6 @@ class MetricOptConfig(TrainingArguments):
             "inf: the loss has no say in the metric phase."
         },
     )
-    value_function_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "A value function to start from: a folder, or a name on the Hub. It is for the same model and phi."
-        },
-    )
     observation_size: int | None = field(
         default=None,
         metadata={
@@ -243,16 +231,16 @@ class MetricOptConfig(TrainingArguments):
             self.greater_is_better = direction.by_name(self.metric_for_best_model)
         super().__post_init__()
         if self._given_direction is None and self.greater_is_better is not None:
-            self.greater_is_better = direction.Assumed(self.greater_is_better)  # told apart in `replace(args, ...)`
+            # so that `replace(args, ...)` sees the difference
+            self.greater_is_better = direction.Assumed(self.greater_is_better)
         for name, (fine, expected) in CHECKS.items():
             if not fine(value := getattr(self, name)):
                 raise ConfigurationError(f"{name}={brief(without_secrets(value))} must be {expected}.")
-        answer.parse(self.metric_constraints)
         if self.metric_command is not None:
             words_of(self.metric_command)
 
     def __str__(self) -> str:
-        """As of `TrainingArguments`, which hides tokens; secrets of the metric are hidden too."""
+        """The text of `TrainingArguments`, which hides tokens, without secrets of the metric."""
         shown = copy.copy(self)
         shown.__dict__.update(self._shown)
         return super(MetricOptConfig, shown).__str__()
@@ -260,13 +248,13 @@ class MetricOptConfig(TrainingArguments):
     __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
-        """As of `TrainingArguments`, for logs and files; secrets of the metric are hidden too, and a direction that was
-        not given is None."""
+        """The dict of `TrainingArguments`, for logs and files, without secrets of the metric; a direction that nobody
+        gave is None."""
         return {**super().to_dict(), "greater_is_better": self._given_direction, **self._shown}
 
     @property
     def _shown(self) -> dict[str, Any]:
-        """What stands in logs and files in place of fields that may hold secrets."""
+        """Fields that may hold secrets, as logs and files show them."""
         command = self.metric_command
         return {
             "metric_kwargs": without_secrets(self.metric_kwargs),
@@ -274,15 +262,15 @@ class MetricOptConfig(TrainingArguments):
         }
 
     def direction_of(self, name: str, description: str = "") -> bool:
-        """Whether greater values of a metric are better: as given, else by its description or its name, and said aloud.
+        """Whether greater values of a metric are better: as given, else by its description or name, with a warning.
 
         Raises:
-            ConfigurationError: neither says.
+            ConfigurationError: neither tells.
         """
         if self._given_direction is not None:
             return self._given_direction
-        told = direction.by_description(description)
-        greater = direction.by_name(name) if told is None else told
+        described = direction.by_description(description)
+        greater = direction.by_name(name) if described is None else described
         if greater is None:
             raise ConfigurationError(
                 f"Nothing says which way the metric {name!r} is better: set greater_is_better=True, if a greater value "
@@ -290,6 +278,6 @@ class MetricOptConfig(TrainingArguments):
             )
         logger.warning(
             f"greater_is_better is not set: taking {'greater' if greater else 'smaller'} values of {name} for better, "
-            f"as its {'name' if told is None else 'description'} says. Set it to be sure."
+            f"as its {'name' if described is None else 'description'} says. Set it to be sure."
         )
         return greater

@@ -20,17 +20,17 @@ from ..diagnosis import BIAS, PHI, START, Diagnosis, Scores, judged, scored
 from ..errors import ConfigurationError, MetricError
 from ..evaluation.evaluator import Evaluator, agreed
 from ..evaluation.ledger import Faults, Ledger
-from ..evaluation.linearization import Linearization
-from ..evaluation.linearizer import Linearizer, NotLinearizable
-from ..evaluation.local_metric import LocalMetric
-from ..evaluation.rows import take_rows
-from ..evaluation.trajectory import Trajectory
 from ..guides import AUTO, GuideContext, from_spec
+from ..linear.linearization import Linearization
+from ..linear.linearizer import Linearizer, NotLinearizable
+from ..linear.local_metric import LocalMetric
+from ..linear.rows import take_rows
+from ..phase.ascent import ascend
+from ..phase.plan import PhasePlan
 from ..phi import Coordinates
 from ..posthoc import add_bias, logits_of, tune_bias
-from .ascent import ascend
+from ..value import Trajectory
 from .observing import Observing
-from .plan import PhasePlan
 from .setup import Setup
 
 UPDATES = 40  # of phi, on one linearization
@@ -44,10 +44,10 @@ class _Fold(NamedTuple):
     coordinates: Coordinates
     value: float
 
-    def merit(self, prediction: EvalPrediction) -> float:
+    def score(self, prediction: EvalPrediction) -> float:
         """The metric of its rows, greater is better; nan where it fails."""
         try:
-            return self.evaluator.metric.merit(self.evaluator.score(prediction, "select"))
+            return self.evaluator.metric.sign * self.evaluator.score(prediction, "select")
         except MetricError:
             return float("nan")
 
@@ -92,7 +92,7 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None, since: flo
                     "Train a short run instead, and print its result."
                 ) from error
             ledger.add("observe", 0, 0.0, linearizer.passes(prediction, coordinates.dim))
-            folds.append(_Fold(evaluator, linear, coordinates, metric.merit(score)))
+            folds.append(_Fold(evaluator, linear, coordinates, metric.sign * score))
             bar.update()
         found: list[Scores] = []
         for fitted, held_out in (folds, folds[::-1]):
@@ -116,7 +116,7 @@ def _ascended(fold: _Fold, plan: PhasePlan, generator: torch.Generator) -> Tenso
             continue
         rate = plan.learning_rate(dim) / 2
         z = ascend(guide, local, UPDATES, rate, lambda parameter, rate: torch.optim.Adam([parameter], rate))
-        value = agreed(evaluator.rank, evaluator.world_size, partial(fold.merit, fold.linear.at(z)))
+        value = agreed(evaluator.rank, evaluator.world_size, partial(fold.score, fold.linear.at(z)))
         if value > best_value:
             best, best_value = z, value
     return best
@@ -136,7 +136,7 @@ def _scored(fitted: _Fold, held_out: _Fold, z: Tensor, plan: PhasePlan) -> Score
     def take(prediction: EvalPrediction, rows: np.ndarray) -> EvalPrediction:
         return take_rows(prediction, rows, evaluator.concat, linear.batch_sizes)
 
-    compute = partial(scored, held_out.merit, predictions, linear.num_rows, take if on_part else None, plan.seed)
+    compute = partial(scored, held_out.score, predictions, linear.num_rows, take if on_part else None, plan.seed)
     return agreed(evaluator.rank, evaluator.world_size, compute)
 
 

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from ..evaluation.evaluator import undisturbed
 from ..evaluation.model_metric import ModelMetric
-from .bookkeeping import bookkeeping_kept
+from .subclasses import bookkeeping_kept
 
 PREFIX = "evaluate:"  # of such a metric's name, as in "evaluate:eval_accuracy"
 

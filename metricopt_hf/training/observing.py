@@ -1,6 +1,6 @@
 """Observing: a trainer's own data, loss and predictions, as the guidance sees them.
 
-Batches, losses and predictions are made by what Trainer, or its subclass, makes them by.
+Batches, losses and predictions come from the methods of Trainer, or of its subclass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
+from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..errors import ConfigurationError
@@ -28,9 +28,7 @@ from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..evaluation.model_metric import ModelEvaluator
 from ..phi import PhiSpace
-from .bookkeeping import bookkeeping_kept
-from .inputs import MetricInputs
-from .overrides import is_overridden
+from .subclasses import bookkeeping_kept, is_overridden
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +41,19 @@ class Observing:
     """Makes evaluators, batches and gradients for a trainer.
 
     Args:
-        trainer: whose data, loss and predictions they are of.
-        metric, phi: of the run.
-        inputs: what the metric is given beside predictions and labels.
-        ignore_keys: of the model's outputs, which predictions leave out.
+        trainer: the source of data, loss and predictions.
+        metric, phi: those of the run.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        metric: Metric,
-        phi: PhiSpace,
-        inputs: MetricInputs,
-        ignore_keys: list[str] | None = None,
-    ):
-        self.trainer, self.metric, self.phi, self.inputs, self.ignore_keys = trainer, metric, phi, inputs, ignore_keys
+    def __init__(self, trainer: Any, metric: Metric, phi: PhiSpace):
+        self.trainer, self.metric, self.phi = trainer, metric, phi
         self.unlabelled: Any = None  # the last batch that was predicted, if it had no labels
 
     def evaluator(self, dataset: Any, ledger: Ledger, split: str = "observation") -> Evaluator:
         """The metric on a data set.
 
         Args:
-            split: what the set is called, for a metric that wants to know.
+            split: name of the set, for a metric that wants it.
         """
         args = self.trainer.args
         make = Evaluator
@@ -80,12 +69,12 @@ class Observing:
             args.eval_do_concat_batches,
             args.process_index,
             args.world_size,
-            self.inputs.completing(dataset),
+            self.trainer.metric_inputs.completing(dataset),
             args.eval_accumulation_steps,
         )
 
     def predict(self, batch: Any) -> BatchOutput:
-        """What the trainer's `prediction_step` says of a batch. It waits for no other rank."""
+        """The outputs of the trainer's `prediction_step` for a batch. It waits for no other rank."""
         trainer, wanted = self.trainer, self.trainer.args.include_for_metrics
         loss, logits, labels = self._step(batch)
         self.unlabelled = batch if labels is None else None
@@ -103,7 +92,7 @@ class Observing:
         """Loss, logits and labels of a batch."""
         trainer = self.trainer
         with self._alone(), bookkeeping_kept(trainer):
-            return trainer.prediction_step(trainer.model, batch, False, ignore_keys=self.ignore_keys)
+            return trainer.prediction_step(trainer.model, batch, False, ignore_keys=trainer.ignore_keys)
 
     def movement(self, dataset: Any) -> Callable[[], bool]:
         """Says whether the model predicts something else of the first batch than it does now; the same on every rank.
@@ -144,7 +133,7 @@ class Observing:
         """The loss of a batch without gradients; nan where the model has none in eval mode."""
         trainer = self.trainer
         with undisturbed(trainer.model):
-            trainer.model.training = True  # of the model alone, for a subclass that keeps its numbers by that
+            trainer.model.training = True  # the root alone, by which subclasses tell training from evaluation
             try:
                 return self.loss(batch).detach()
             except Exception as error:  # such as torchvision's detectors, which have losses in train mode only
@@ -173,7 +162,7 @@ class Observing:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Inside, Trainer's loss counts this rank's labels only: to count all, it would wait for the other ranks."""
+        """Inside, Trainer's loss counts the labels of this rank only, and so does not wait for other ranks."""
         args = self.trainer.args
         across, args.average_tokens_across_devices = args.average_tokens_across_devices, False
         try:
@@ -191,10 +180,10 @@ class Observing:
         return data.InOrder(*columns, num_workers=self.trainer.args.dataloader_num_workers)
 
     def _own_eval_batches(self, part: Any) -> Iterator[Any]:
-        """Of `get_eval_dataloader`, where that is overridden; every rank gets all of them.
+        """Batches of an overridden `get_eval_dataloader`; every rank gets all of them.
 
         Raises:
-            ConfigurationError: they are not of the part that was asked for.
+            ConfigurationError: the loader is not one of this part.
         """
         loader = _whole(self.trainer.get_eval_dataloader(part), self.trainer.args.world_size)
         asked, rows = _length(part), _length(getattr(loader, "dataset", None))
@@ -207,7 +196,7 @@ class Observing:
         yield from loader
 
     def train_batches(self, count: int, generator: torch.Generator) -> Iterator[Any]:
-        """Of the training set, at random; where it has no rows to draw, or a loader of its own, that one's first."""
+        """Random batches of the training set; the first ones, if it has no random access or a loader of its own."""
         trainer = self.trainer
         dataset = trainer.train_dataset
         has_rows = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
@@ -252,3 +241,70 @@ def _whole(loader: DataLoader, world_size: int) -> Any:
             "or run on one rank."
         )
     return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
+
+
+INDICES = "indices"  # in `include_for_metrics`
+
+
+class MetricInputs:
+    """Completes predictions by the rows' places in the data set, and by post-processing.
+
+    Args:
+        trainer: its `post_process_function`, `eval_examples` and `include_for_metrics` are read at each use, since a
+            subclass may set them after its `super().__init__`.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self._evaluated: Any = None  # the data set that `evaluate` is about
+
+    @property
+    def indices(self) -> bool:
+        """Whether the metric gets `indices`, [n] int64: the place of each prediction's row in the data set."""
+        return INDICES in self.trainer.args.include_for_metrics
+
+    @property
+    def completes(self) -> bool:
+        """Whether predictions are completed at all."""
+        return self.trainer.post_process_function is not None or self.indices
+
+    @contextmanager
+    def evaluating(self, dataset: Any, args: TrainingArguments) -> Iterator[None]:
+        """Inside, `evaluate` predicts that data set, in its order where the metric gets indices."""
+        strategy = args.train_sampling_strategy
+        if self.completes and strategy == "group_by_length":  # Trainer groups by length in evaluation too
+            args.train_sampling_strategy = "random"
+        self._evaluated = None if isinstance(dataset, dict) else dataset
+        try:
+            yield
+        finally:
+            self._evaluated, args.train_sampling_strategy = None, strategy
+
+    def completing(self, dataset: Any) -> Callable[[EvalPrediction], EvalPrediction] | None:
+        """Completes predictions on a data set; None where nothing is added."""
+        return partial(self.complete, dataset) if self.completes else None
+
+    def complete(self, dataset: Any, prediction: EvalPrediction) -> EvalPrediction:
+        """The metric's input for predictions on a data set."""
+        if self.indices:
+            prediction.indices = data.places(dataset)
+        trainer = self.trainer
+        if trainer.post_process_function is None:
+            return prediction
+        examples = dataset if trainer.eval_examples is None else data.examples_of(dataset, trainer.eval_examples)
+        whole = trainer.whole_output
+        made = prediction.predictions if whole is None else whole(prediction, dataset)
+        return trainer.post_process_function(examples, dataset, made)
+
+    def wrapped(self, compute_metrics: Callable | None) -> Callable | None:
+        """A `compute_metrics` for Trainer's `evaluate` that gets completed predictions too."""
+        if compute_metrics is None or not self.completes:
+            return compute_metrics
+
+        def completed(prediction: EvalPrediction, **kwargs: Any) -> Any:
+            if self._evaluated is not None:
+                prediction = self.complete(self._evaluated, prediction)
+            return compute_metrics(prediction, **kwargs)
+
+        completed.__wrapped__ = compute_metrics
+        return completed

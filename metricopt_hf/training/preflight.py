@@ -1,8 +1,7 @@
-"""What is settled before any training: which metric, on which data, and whether this run can be guided at all."""
+"""Before any training: which metric, on which data, and whether this run can be guided at all."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import os
@@ -16,19 +15,18 @@ from transformers import Trainer, TrainingArguments
 
 from ..errors import ConfigurationError, ValueFunctionError
 from ..evaluation import data, modules
-from ..evaluation.answer import parse
 from ..evaluation.metric import Metric, takes_batches
 from ..evaluation.model_metric import CommandMetric
 from ..hub import ValueFunction
+from ..phase.plan import DEFAULT_STEPS
 from ..phi import PhiSpace
 from .config import MetricOptConfig
-from .overrides import is_overridden, without_super
-from .plan import DEFAULT_STEPS
+from .subclasses import is_overridden, without_super
 
 logger = logging.getLogger(__name__)
 
 UNSUPPORTED = {
-    DistributedType.DEEPSPEED: "its engine keeps a copy of the weights, which would be saved instead of what is tuned",
+    DistributedType.DEEPSPEED: "its engine keeps a copy of the weights, which would be saved instead of the tuned ones",
 }
 
 
@@ -48,8 +46,8 @@ def require_metric(guided: bool) -> None:
         )
 
 
-def tell_unguided(args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> None:
-    """Warn of a run that is Trainer's own although it has something of a metric."""
+def warn_of_no_guidance(args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> None:
+    """Warn of a run without guidance that has one of the two parts of a metric."""
     name, why = metric_name(args, eval_dataset), None
     if compute_metrics is not None:
         why = "compute_metrics is given, but metric_for_best_model names none of its metrics"
@@ -70,7 +68,7 @@ def resolve_metric(
     processor: Any = None,
     directed: bool = True,
 ) -> Metric:
-    """The metric that `names_metric` speaks of, with its constraints.
+    """The metric to optimise; `names_metric` says whether there is one.
 
     Args:
         processor: saved beside the model, for a command.
@@ -85,7 +83,6 @@ def resolve_metric(
             f"MetricOptTrainer needs its arguments as MetricOptConfig, got {type(args).__name__}: "
             "change the class name there too; all fields stay."
         )
-    constraints = parse(args.metric_constraints)
     if args.metric_command is not None:
         if given is not None or args.metric_name_or_path is not None:
             raise ConfigurationError(
@@ -94,9 +91,7 @@ def resolve_metric(
             )
         name = metric_name(args, eval_dataset) or "metric_command"
         greater = args.direction_of(name) if directed else True
-        metric = CommandMetric(args.metric_command, name, greater, args.metric_timeout, processor)
-        metric.constraints = constraints
-        return metric
+        return CommandMetric(args.metric_command, name, greater, args.metric_timeout, processor)
     given = args.metric_name_or_path if given is None else given
     description = ""
     if isinstance(given, (str, os.PathLike)):
@@ -111,9 +106,6 @@ def resolve_metric(
         metric = modules.resolve(given, True, args.metric_inputs, args.metric_kwargs, args.metric_timeout)
     if directed and not isinstance(given, Metric):  # a user's knows its direction
         metric.greater_is_better = args.direction_of(metric.name, description)
-    if constraints:
-        metric = copy.copy(metric)  # the user's stays as it is
-        metric.constraints = constraints
     return metric
 
 
@@ -126,7 +118,7 @@ def metric_name(args: TrainingArguments, eval_dataset: Any) -> str | None:
 
 
 def eval_part(args: TrainingArguments, eval_dataset: Any) -> str | None:
-    """Which of a dict of eval sets `metric_for_best_model` speaks of; the first where it names none."""
+    """The key of the eval set, in a dict of them, that `metric_for_best_model` names; the first where it names none."""
     if not isinstance(eval_dataset, dict):
         return None
     name = (args.metric_for_best_model or "").removeprefix("eval_")
@@ -137,7 +129,7 @@ def eval_part(args: TrainingArguments, eval_dataset: Any) -> str | None:
 def split(
     observation: Any, selection: Any, eval_dataset: Any, args: MetricOptConfig, label_name: str
 ) -> tuple[Any, Any]:
-    """The observation and the selection set: those given, else cut from the eval set (and said so).
+    """The observation and the selection set: those given, else cut from the eval set, with a warning.
 
     Raises:
         ConfigurationError: there is nothing to cut from, or it is too small.
@@ -160,14 +152,14 @@ def split(
 
 
 def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
-    """Those of `label_names` that the model does not take, where it takes others: groups, for the metric alone."""
+    """The columns of `label_names` that only the metric reads, such as groups: the model takes others of them."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     taken = set(label_names) & set(inspect.signature(base.forward).parameters)
     return set(label_names) - taken if taken else set()
 
 
 def check_supported(trainer: Trainer, distributed_type: DistributedType, fsdp_plugin: Any = None) -> None:
-    """Refuse by name what cannot work or was never seen to.
+    """Refuse what cannot work.
 
     Args:
         fsdp_plugin: accelerate's, where it shards the model.
@@ -234,7 +226,7 @@ def check_fsdp(args: MetricOptConfig, plugin: Any) -> None:
     """Phi is found in the model by name, before and after it is sharded.
 
     Raises:
-        ConfigurationError: it would not be.
+        ConfigurationError: this plugin or these arguments prevent that.
     """
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise ConfigurationError(
@@ -254,15 +246,12 @@ def check_fsdp(args: MetricOptConfig, plugin: Any) -> None:
 
 
 def load_value_function(given: ValueFunction | str | None, args: MetricOptConfig) -> ValueFunction | None:
-    """The value function to start from: the one given, or named, or that `args` names, or None.
+    """The value function to start from: the one given or named, or None.
 
     Raises:
         ValueFunctionError: it cannot be loaded or trusted.
     """
-    name = given if isinstance(given, str) else args.value_function_name_or_path
-    if given is None and name is None or isinstance(given, ValueFunction):
-        return given
-    return ValueFunction.from_pretrained(name, token=args.hub_token)
+    return ValueFunction.from_pretrained(given, token=args.hub_token) if isinstance(given, str) else given
 
 
 def check_value_function(given: ValueFunction | None, phi: PhiSpace, metric: Metric) -> None:

@@ -1,39 +1,118 @@
-"""Reporting: what a run says of itself afterwards, and the metric among the numbers of `evaluate()`."""
+"""Reporting: the result of a guided run, and the metric among the numbers of `evaluate()`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import EvalPrediction
 
 from ..errors import MetricError
-from ..evaluation.answer import ConstraintCheck, weights_of
+from ..evaluation.answer import weights_of
 from ..evaluation.evaluator import agreed
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..evaluation.model_metric import score_of_model
-from ..evaluation.noise import checked_constraints
-from ..evaluation.trajectory import Trajectory
 from ..hub import ValueFunction
+from ..phase.phase import MetricPhase
+from ..phase.selection import Candidate
+from ..phi import Coordinates
 from ..phi.space import model_class, whole
-from ..value import Signature, ValueNetwork, fit
+from ..value import Signature, Trajectory, ValueNetwork, fit
 from .observing import Observing
-from .phase import MetricPhase
-from .result import RunResult
-from .setup import Setup
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """A run whose metric phase has begun; printed, five lines.
+
+    Attributes:
+        metric: its name.
+        greater_is_better: which way it is better.
+        start_step: optimizer steps before the metric phase.
+        observed: "predictions" or "scores".
+        start: the model at the start of the phase, with its score on the selection split.
+        chosen: the selected candidate; while the run goes on, the latest one.
+        why: the reason for that choice, in a sentence; empty while the run goes on.
+        candidates: all candidates, in order.
+        curve: one entry per metric step: step, guide (whose step was taken, or None), value (the metric on the
+            observation set, greater is better), tried (by guide), standard_error, rates, calls, passes.
+        ended: the reason of an early end; None without one.
+        trajectory: the points of metric calls and their values, greater is better.
+        ledger: metric calls, forward passes and seconds by purpose.
+        failed_calls: metric calls that failed.
+        phi: `PhiSpace.description` of the tuned parameters.
+        coordinates: the compact coordinates of phi.
+    """
+
+    metric: str
+    greater_is_better: bool
+    start_step: int
+    observed: str
+    start: Candidate
+    chosen: Candidate
+    why: str
+    candidates: Sequence[Candidate]
+    curve: Sequence[dict[str, Any]]
+    ended: str | None
+    trajectory: Trajectory
+    ledger: Ledger
+    failed_calls: int
+    phi: dict[str, Any]
+    coordinates: Coordinates
+    make_value_function: Callable[[], ValueFunction | None]
+
+    @property
+    def best_score(self) -> float:
+        """Score of the chosen candidate on the selection split; nan without one."""
+        return self.chosen.score
+
+    @property
+    def best_phi(self) -> Tensor:
+        """Phi of the chosen candidate, [d]."""
+        return self.chosen.phi
+
+    @property
+    def best_step(self) -> int:
+        """Optimizer steps before the chosen candidate."""
+        return self.chosen.step
+
+    @cached_property
+    def value_function(self) -> ValueFunction | None:
+        """V(z) over the run's coordinates, fitted to its observations; None if they are too few.
+
+        The first access fits it.
+        """
+        return self.make_value_function()
+
+    def __str__(self) -> str:
+        spent = self.ledger
+        direction = "greater" if self.greater_is_better else "smaller"
+        return (
+            f"{self.metric} ({direction} is better) on the selection split: {self.start.score:.4f} at the start of the "
+            f"metric phase, {self.chosen.score:.4f} now\n"
+            f"kept: {self.chosen.kind}, at step {self.chosen.step}\n"
+            f"why: {self.why or 'the run is not over'}\n"
+            f"steps taken: {sum(row['guide'] is not None for row in self.curve)} of {len(self.curve)}"
+            f"{f'; it ended early: {self.ended}' if self.ended else ''}\n"
+            f"cost: {sum(spent.passes.values())} passes, {sum(spent.calls.values())} metric calls "
+            f"({self.failed_calls} failed), {sum(spent.seconds.values()):.1f} s"
+        )
+
 
 logger = logging.getLogger(__name__)
 
-FEWEST = 16  # observations that a value function is fitted to
+FEWEST = 16  # observations of a value function
 
 
 def result_of(phase: MetricPhase) -> RunResult:
-    """What is known of a phase that has begun."""
+    """The result so far of a phase that has begun."""
     selection, metric = phase.selection, phase.metric
     return RunResult(
         metric=metric.name,
@@ -46,7 +125,6 @@ def result_of(phase: MetricPhase) -> RunResult:
         candidates=tuple(selection.candidates),
         curve=tuple(phase.curve),
         ended=phase.ended,
-        constraints=selection.constraints,
         trajectory=phase.trajectory,
         ledger=phase.ledger,
         failed_calls=phase.faults.total + selection.faults.total,
@@ -56,8 +134,8 @@ def result_of(phase: MetricPhase) -> RunResult:
     )
 
 
-def tell_changed_weights(phase: MetricPhase) -> None:
-    """Warn where phi is another one than was chosen, as a callback leaves it that puts averaged weights in place."""
+def warn_of_changed_weights(phase: MetricPhase) -> None:
+    """Warn where phi is not the chosen one, for example behind a callback that puts averaged weights in place."""
     chosen, left = phase.selection.chosen, phase.selection.weights
     now = [whole(parameter.detach()) for parameter in phase.phi.parameters]
     if left and not all(map(torch.equal, now, left)):
@@ -68,19 +146,19 @@ def tell_changed_weights(phase: MetricPhase) -> None:
 
 
 def value_function_of(phase: MetricPhase) -> ValueFunction | None:
-    """V(z) over the phase's coordinates, fitted to its observations, in the metric's own direction; None of too few.
+    """V(z) over the phase's coordinates, fitted to its observations, in the metric's own direction; None if too few.
 
-    Behind the end of the phase it is fitted once.
+    After the end of the phase it is fitted once.
     """
     if phase.finished and phase.value_function is not None:
         return phase.value_function
-    metric, coordinates, state = phase.metric, phase.coordinates, phase.trajectory.state_dict()
-    trajectory = Trajectory.from_state_dict({**state, "scores": metric.sign * state["scores"]})
+    metric, coordinates, trajectory = phase.metric, phase.coordinates, Trajectory(phase.trajectory.rows.clone())
     if len(trajectory) < FEWEST or not coordinates.dim:
         return None
+    trajectory.scores.mul_(metric.sign)
     generator = torch.Generator().manual_seed(phase.plan.seed)
     network = ValueNetwork.started(coordinates.dim, None, generator)
-    fit(network, trajectory.z, trajectory.scores, trajectory.variances, generator)
+    fit(network, trajectory.z, trajectory.scores, generator)
     signature = Signature(
         model_class(phase.phi.model),
         phase.phi.description,
@@ -92,12 +170,6 @@ def value_function_of(phase: MetricPhase) -> ValueFunction | None:
     )
     phase.value_function = ValueFunction.of(network, signature, trajectory)
     return phase.value_function
-
-
-def check_constraints(seen: Observing, setup: Setup, dataset: Any, split: str) -> tuple[ConstraintCheck, ...]:
-    """See `MetricOptTrainer.check_constraints`."""
-    on_all_rows = seen.trainer.args.observe == "predictions_on_all_rows"
-    return checked_constraints(seen.evaluator(dataset, Ledger(), split), on_all_rows)
 
 
 @contextmanager
@@ -149,8 +221,8 @@ def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, floa
     """The metric that is optimised, where `evaluate()` has not found it: one of the model, or a weighted sum.
 
     Args:
-        dataset: that was evaluated.
-        prefix: of the names in `found`.
+        dataset: the evaluated one.
+        prefix: that of the names in `found`.
     """
     if not trainer.guided or isinstance(dataset, dict):
         return None
@@ -169,7 +241,7 @@ def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, floa
         return score
     if trainer.setup is not None and trainer.metric_inputs.completes and trainer.compute_metrics is not None:
         # Trainer calls no compute_metrics on rows without labels, as of features whose answers are among the examples
-        seen = Observing(trainer, metric, trainer.setup.phi, trainer.metric_inputs, trainer.ignore_keys)
+        seen = Observing(trainer, metric, trainer.setup.phi)
         return {name: float(seen.evaluator(dataset, Ledger(), prefix).evaluate("offline"))}
     if weights and all(f"{prefix}_{key}" in found for key in weights):
         return {name: sum(weight * found[f"{prefix}_{key}"] for key, weight in weights.items())}

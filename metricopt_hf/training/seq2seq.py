@@ -1,4 +1,4 @@
-"""The same for models that generate: metrics of texts, observed through `generate`."""
+"""MetricOptTrainer for models that generate: metrics of texts, observed through `generate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Setup: what a guided run needs beside Trainer's own, resolved once."""
+"""Setup: the metric, data and phi of a guided run, resolved once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Phi = PhiSpace | Callable[[nn.Module], PhiSpace] | str | None
 
 @dataclass
 class Given:
-    """What a trainer was given for the guidance; None: the config or Trainer's own arguments say.
+    """The trainer's arguments for the metric phase; None: the config or Trainer's own arguments decide.
 
     Attributes: see `MetricOptTrainer`.
     """
@@ -66,10 +66,10 @@ class Given:
         return None if loads or not isinstance(trainer.args, MetricOptConfig) else self.resolve_metric(trainer, False)
 
     def guide_name(self, args: MetricOptConfig) -> str:
-        """Of the guide: as the config names it, or the class of the one given.
+        """The guide's name: that of the config, or the class of the guide that was given.
 
         Raises:
-            ConfigurationError: it is no guide, and no name of one.
+            ConfigurationError: it is neither a guide nor the name of one.
         """
         if isinstance(self.guide, Guide):
             return type(self.guide).__name__
@@ -79,10 +79,10 @@ class Given:
         return name
 
     def resolve_phi(self, model: nn.Module, args: Any) -> PhiSpace:
-        """What is tuned, on a model.
+        """The phi space on a model.
 
         Raises:
-            PhiError: nothing of it can be, as asked.
+            PhiError: it cannot be built on this model.
             ConfigurationError: phi was built on another model.
         """
         if self.phi is None or isinstance(self.phi, str):
@@ -99,14 +99,14 @@ class Given:
 
 @dataclass(frozen=True)
 class Setup:
-    """Of a guided run.
+    """The parts of a guided run beside Trainer's own.
 
     Attributes:
-        metric: what is optimised.
-        observation: data set on which it is observed; None where the metric needs none.
-        selection: data set on which a candidate is chosen; likewise.
-        phi: what is tuned.
-        value_function: to start from, or None.
+        metric: the black box to optimise.
+        observation: data set on which the metric is observed; None where it needs none.
+        selection: data set on which a candidate is chosen; None likewise.
+        phi: the numbers of the model to tune.
+        value_function: one to start from, or None.
     """
 
     metric: Metric
@@ -117,10 +117,10 @@ class Setup:
 
     @classmethod
     def of(cls, trainer: Trainer, given: Given) -> Setup:
-        """Find out what a run needs, and refuse what cannot work, before anything is trained.
+        """Resolve the parts, and refuse what cannot work, before any training.
 
         Raises:
-            ConfigurationError, PhiError, ValueFunctionError: what cannot work, and what to do.
+            ConfigurationError, PhiError, ValueFunctionError: a part cannot work; the message says what to do.
         """
         metric = given.resolve_metric(trainer)  # first of all, whether `args` are ours
         state = trainer.accelerator.state
@@ -134,6 +134,6 @@ class Setup:
         given.guide_name(trainer.args)
         phi = given.resolve_phi(trainer.model, trainer.args)
         if metric.of_predictions:
-            phi.settle(Observing(trainer, metric, phi, trainer.metric_inputs).movement(sets[0]))
+            phi.settle(Observing(trainer, metric, phi).movement(sets[0]))
         preflight.check_value_function(value_function, phi, metric)
         return cls(metric, *sets, phi, value_function)

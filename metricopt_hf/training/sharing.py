@@ -71,7 +71,7 @@ def save_value_function(trainer: Any, output_dir: str, **fields: Any) -> None:
 
 
 def arguments_of(method: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a method was given, by name."""
+    """The arguments of a call of `method`, by name."""
     return dict(inspect.signature(method).bind(*args, **kwargs).arguments)
 
 
@@ -142,7 +142,6 @@ def _card(trainer: Any, summary: TrainingSummary, scores: Mapping[str, float], c
         kind=result.chosen.kind,
         why=result.why,
         observed=result.observed,
-        constraints=[str(check) for check in result.constraints],
         evaluation={k: v for k, v in (summary.eval_results or {}).items() if isinstance(v, float)},
         comparison=comparison,
         calls={purpose: count for purpose, count in result.ledger.calls.items() if count},
@@ -163,13 +162,13 @@ def _card(trainer: Any, summary: TrainingSummary, scores: Mapping[str, float], c
 
 
 def repository(trainer: Any) -> str:
-    """The repository's name, as far as it is known by now."""
+    """The repository's name, as far as it is known."""
     name = trainer.args.hub_model_id or os.path.basename(os.path.abspath(trainer.args.output_dir))
     return getattr(trainer, "hub_model_id", None) or name
 
 
 def pushed(trainer: Any, upload: Callable[[], T]) -> T:
-    """What `upload` gives, tried again where the Hub fails for a moment.
+    """The result of `upload`, which is tried again where the Hub fails for a moment.
 
     Raises:
         HubError: it failed for good; what to do, and where the files are.
@@ -178,16 +177,16 @@ def pushed(trainer: Any, upload: Callable[[], T]) -> T:
 
 
 def before_push(trainer: Any) -> None:
-    """Tell of a push in the background that failed, and write the cards that the next one takes along."""
-    tell_failed_pushes(trainer)
+    """Warn of a failed push in the background, and write the cards for the next one."""
+    warn_of_failed_pushes(trainer)
     args = trainer.args
     will_push = trainer.is_world_process_zero() and args.hub_strategy != HubStrategy.END
     if will_push and (args.hub_always_push or trainer.push_in_progress is None) and trainer.phase is not None:
         trainer.create_model_card(model_name=repository(trainer).rpartition("/")[2])
 
 
-def tell_failed_pushes(trainer: Any) -> None:
-    """Trainer pushes in the background and never checks whether that succeeded."""
+def warn_of_failed_pushes(trainer: Any) -> None:
+    """Warn of a failed push in the background, which Trainer never checks."""
     current = getattr(trainer, "push_in_progress", None)
     if current is None or not current.is_done():
         return
@@ -205,7 +204,7 @@ def _kept(trainer: Any) -> str:
 
 
 def _tags(path: str) -> list[str]:
-    """Those of a card, as far as it can be read: people write them, in whatever encoding."""
+    """The tags of a card, as far as it can be read: people may have written it in any encoding."""
     try:
         return ModelCard.load(path, ignore_metadata_errors=True).data.tags or []
     except (UnicodeError, ValueError):
@@ -213,13 +212,13 @@ def _tags(path: str) -> list[str]:
 
 
 def _value_function(trainer: Any) -> ValueFunction | None:
-    """Of a run whose metric phase has ended; None where nothing is to be saved."""
+    """The value function of a run whose metric phase has ended; None if there is none to save."""
     phase = trainer.phase
     return trainer.result.value_function if phase is not None and phase.finished else None
 
 
 def _versions() -> str:
-    """Of what the model was tuned with."""
+    """The versions of the libraries that tuned the model."""
     ours = version("metricopt_hf")
     return f"transformers {transformers.__version__}, torch {torch.__version__}, metricopt_hf {ours}"
 

@@ -9,18 +9,17 @@ from typing import Any
 from transformers import Trainer
 
 from ..diagnosis import Diagnosis
-from ..evaluation.answer import ConstraintCheck
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..hub import ValueFunction
+from ..phase.phase import MetricPhase
 from ..phi import PhiSpace
 from . import building, checkpoint, preflight, reporting, sharing, steps
-from .callback import MetricPhaseCallback
 from .diagnose import diagnose
-from .inputs import MetricInputs
-from .phase import MetricPhase
-from .result import RunResult
+from .observing import MetricInputs, Observing
+from .reporting import RunResult
 from .setup import Given, Phi, Setup
+from .steps import MetricPhaseCallback
 
 
 class MetricOptTrainer(Trainer):
@@ -28,7 +27,7 @@ class MetricOptTrainer(Trainer):
 
     All steps but the last `metric_steps` are Trainer's, bit for bit. In each of the last, the model's predictions are
     linearised in phi, a few numbers of the model; the metric is called on linearised predictions; guides that are
-    fitted to what it answers say which way it improves, and phi goes there. A real pass says whether that was right,
+    fitted to its values say which way it improves, and phi goes there. A real pass says whether that was right,
     else the step is taken back. At the end the selection split chooses between the steps and the model that they began
     from. Without a metric this class is Trainer.
 
@@ -44,7 +43,7 @@ class MetricOptTrainer(Trainer):
         selection_dataset: where the model that comes out is chosen; default: likewise, disjoint.
         phi: a `PhiSpace` on the model, a function that builds one on a model (needed with `model_init`), or what
             `args.phi` could be; default: `args.phi`.
-        value_function: one to start from, or its name; default: `args.value_function_name_or_path`.
+        value_function: one to start from, of the same model and phi; or its folder, or its name on the Hub.
         guide: a `Guide`, or what `args.guide` could be; default: `args.guide`.
         post_process_function: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
             question-answering example. `features` are the rows that were predicted, with all of their columns.
@@ -64,7 +63,7 @@ class MetricOptTrainer(Trainer):
 
     post_process_function = None  # a subclass may have it as a method
     eval_examples = None
-    whole_output = None  # what a post-processing is given instead of the predictions, made of them and their data set
+    whole_output = None  # (prediction, data set) -> the argument of a post-processing, in place of the predictions
 
     def __init__(
         self,
@@ -82,9 +81,9 @@ class MetricOptTrainer(Trainer):
         self.given = Given(metric, observation_dataset, selection_dataset, phi, value_function, guide)
         self.setup: Setup | None = None
         self.phase: MetricPhase | None = None
-        self.checkpoint_settings: dict[str, Any] | None = None  # of the checkpoint that is resumed
+        self.checkpoint_settings: dict[str, Any] | None = None  # those of the resumed checkpoint
         self.around: MetricPhaseCallback | None = None
-        self.ignore_keys: list[str] | None = None  # of the model's outputs, which predictions leave out
+        self.ignore_keys: list[str] | None = None  # model outputs that predictions leave out
         super().__init__(*args, **kwargs)
         if post_process_function is not None:
             self.post_process_function = post_process_function
@@ -93,7 +92,7 @@ class MetricOptTrainer(Trainer):
         self.metric_inputs = MetricInputs(self)
         self.compute_metrics = self.metric_inputs.wrapped(self.compute_metrics)
 
-    # What a user reads
+    # Results
 
     @property
     def guided(self) -> bool:
@@ -107,22 +106,22 @@ class MetricOptTrainer(Trainer):
 
     @property
     def phi(self) -> PhiSpace | None:
-        """What is tuned."""
+        """The numbers of the model that are tuned; None without a metric."""
         return self.settled().phi if self.guided else None
 
     @property
     def observation_dataset(self) -> Any:
-        """Where the metric is observed."""
+        """The data set on which the metric is observed."""
         return self.settled().observation if self.guided else self.given.observation_dataset
 
     @property
     def selection_dataset(self) -> Any:
-        """Where the model that comes out is chosen."""
+        """The data set on which the final model is chosen."""
         return self.settled().selection if self.guided else self.given.selection_dataset
 
     @property
     def result(self) -> RunResult | None:
-        """Of the last run, or of this one so far; None before its metric phase."""
+        """The result of the last run, or of this one so far; None before its metric phase."""
         return reporting.result_of(self.phase) if self.phase is not None and self.phase.started else None
 
     @property
@@ -131,17 +130,17 @@ class MetricOptTrainer(Trainer):
         return Ledger() if self.phase is None else self.phase.ledger
 
     def settled(self) -> Setup:
-        """What a run needs, found out and checked when it is first asked for; `train` does it itself.
+        """The metric, data and phi of a run, resolved and checked at the first call; `train` calls it itself.
 
         Raises:
-            ConfigurationError, PhiError, ValueFunctionError: what cannot work, and what to do.
+            ConfigurationError, PhiError, ValueFunctionError: an argument cannot work; the message says what to do.
         """
         if self.setup is None or self.setup.phi.model is not self.model:
             self.setup = Setup.of(self, self.given)
         return self.setup
 
     def diagnose(self, worthwhile: float | None = None) -> Diagnosis:
-        """Before any training: what a bias per logit gives, what phi gives beyond it, and whether that can be told.
+        """Before any training: the gain of a bias per logit, the gain of phi beyond it, and their errors.
 
         Takes the time of some forward passes, and leaves everything as it was. Print it.
 
@@ -155,24 +154,14 @@ class MetricOptTrainer(Trainer):
         """
         since = perf_counter()
         preflight.require_metric(self.guided)
-        return diagnose(building.observing(self, self.settled()), self.settled(), worthwhile, since)
-
-    def check_constraints(self, dataset: Any, split: str = "report") -> tuple[ConstraintCheck, ...]:
-        """Which of `metric_constraints` hold for the model as it is now, with their noise; on all ranks.
-
-        Args:
-            split: what the data set is called, for a metric that wants to know.
-
-        Raises:
-            MetricError: the metric fails there.
-        """
-        return reporting.check_constraints(building.observing(self, self.settled()), self.settled(), dataset, split)
+        setup = self.settled()
+        return diagnose(Observing(self, setup.metric, setup.phi), setup, worthwhile, since)
 
     # The run
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         if not self.guided:
-            preflight.tell_unguided(self.args, self.compute_metrics, self.eval_dataset)
+            preflight.warn_of_no_guidance(self.args, self.compute_metrics, self.eval_dataset)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.model_init is None:
             self.settled()
@@ -184,7 +173,7 @@ class MetricOptTrainer(Trainer):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.callback_handler.callbacks = callbacks
-        reporting.tell_changed_weights(self.phase)
+        reporting.warn_of_changed_weights(self.phase)
         return output
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -194,7 +183,7 @@ class MetricOptTrainer(Trainer):
         self.phase = building.phase(self, self.settled(), count)
         self.around = MetricPhaseCallback(self, max_steps - count, checked=resume_from_checkpoint is not None)
         others = [c for c in self.callback_handler.callbacks if not isinstance(c, MetricPhaseCallback)]
-        self.callback_handler.callbacks = [self.around, *others]  # what they save at the end is the chosen model
+        self.callback_handler.callbacks = [self.around, *others]  # so that they save the chosen model at the end
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -217,7 +206,7 @@ class MetricOptTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **gen_kwargs):
-        """As of Trainer; where it lacks the metric that is optimised, that is among the numbers too."""
+        """Trainer's numbers, and the optimised metric where they lack it."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         named = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         with self.metric_inputs.evaluating(named, self.args), reporting.with_metric(self, named):
@@ -233,7 +222,7 @@ class MetricOptTrainer(Trainer):
         if self.phase is None or self.args.save_only_model:
             return super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-        state = building.state_of(self)  # of a sharded model all ranks are needed to put phi together
+        state = building.state_of(self)  # on all ranks, which put the phi of a sharded model together
         with checkpoint.written(folder):
             if self.args.should_save:
                 checkpoint.save(state, folder)
@@ -297,4 +286,4 @@ class MetricOptTrainer(Trainer):
 
     def _finish_current_push(self):
         super()._finish_current_push()
-        sharing.tell_failed_pushes(self)
+        sharing.warn_of_failed_pushes(self)

@@ -1,10 +1,7 @@
-"""Fitting a value function to observations: weighted regression plus a pairwise ranking term."""
+"""Fitting a value function to observations: regression plus a pairwise ranking term."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,61 +12,30 @@ from .model import ValueNetwork, one_thread
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.1
 RANKING_WEIGHT = 1.0
-RIDGE = 1.0  # of the linear part, in standardised units: as much as one observation says
-# standardised variance added to every observation's, so that a round that looks noiseless does not drown the others
-VARIANCE_FLOOR = 0.3
-# and the most: what is beyond it weighs nothing as it is, and would not fit into float32
-MOST_NOISE = 1e30
-# pairs drawn per step for the ranking term, so that its cost does not grow with the square of the observations
-PAIRS_PER_STEP = 512
-# observations per step: full batch in an ordinary run, mini-batches beyond
-BATCH_SIZE = 1024
-# observations, evenly from all of them, whose residuals say how noisy they are
-MOST_RESIDUALS = 4096
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """What a fit did: optimizer steps, last regression loss (standardised) and ranking loss (nats per pair)."""
-
-    steps: int
-    regression_loss: float
-    ranking_loss: float
-
-
-def _fit_linear_part(network: ValueNetwork, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
-    """Ridge regression in closed form: the slopes and intercepts of all members at once. weights: [members, n]."""
-    h = (inputs - network.z_mean) / network.z_std
-    design = torch.cat([h, torch.ones(len(h), 1)], 1).double()
-    penalty = torch.eye(design.shape[1], dtype=torch.float64)
-    penalty[-1, -1] = 1e-6  # the intercept is free
-    moments = torch.einsum("mn,ni,nj->mij", weights.double(), design, design) + RIDGE * penalty
-    solution = torch.linalg.solve(moments, torch.einsum("mn,ni,n->mi", weights.double(), design, targets.double()))
-    with torch.no_grad():
-        network.slopes.copy_(solution[:, :-1, None])
-        network.intercepts.copy_(solution[:, -1:, None])
+RIDGE = 1.0  # penalty on the linear part, in standardised units: the weight of one observation
+PAIRS_PER_STEP = 512  # drawn for the ranking term, whose cost would else grow with the square of the observations
+BATCH_SIZE = 1024  # observations per step: full batch in an ordinary run, mini-batches beyond
+MOST_RESIDUALS = 4096  # observations, evenly from all of them, whose residuals say how noisy they are
 
 
 @one_thread()
 def fit(
     network: ValueNetwork,
-    z: np.ndarray,
-    scores: np.ndarray,
-    variances: np.ndarray,
+    z: Tensor,
+    scores: Tensor,
     generator: torch.Generator,
     steps: int = 100,
     standardise: bool = True,
-) -> FitReport:
+) -> None:
     """Fit in place, starting from the present weights (warm).
 
-    Regression is weighted by 1 / (variance + floor). Each member sees its own random reweighting of the
-    observations (a Bayesian bootstrap), so that the spread of the ensemble shows where the observations do not
-    settle the answer. The ranking term asks of every pair only which is better: a logistic loss on the difference,
-    with the same weights.
+    Each member sees its own random reweighting of the observations (a Bayesian bootstrap), so that the spread of the
+    ensemble shows where the observations do not settle the answer. The ranking term asks of every pair only which is
+    better: a logistic loss on the difference, with the same weights.
 
     Args:
         network: changed in place.
-        z: [n, k]. scores: [n]. variances: [n], nan where unknown (then the mean of the known ones is taken).
+        z: [n, k]. scores: [n].
         generator: the only source of randomness.
         steps: optimizer steps.
         standardise: take the standardisation from these observations. False: keep the present one, and with it the
@@ -78,30 +44,22 @@ def fit(
     Raises:
         ValueFunctionError: fewer than two observations, or something not finite.
     """
-    if len(scores) < 2 or not (np.isfinite(z).all() and np.isfinite(scores).all()):
+    if len(scores) < 2 or not (z.isfinite().all() and scores.isfinite().all()):
         raise ValueFunctionError(
             f"A fit needs at least two observations and finite numbers, got {len(scores)} observations."
         )
-    known = np.isfinite(variances)
-    noise = np.where(known, variances, variances[known].mean() if known.any() else 0.0)
+    scores, mean, std = scores.double(), network.score_mean, network.score_std
     if standardise:
+        mean, std = scores.mean(), scores.std(correction=0).clamp_min(1e-8)
         with torch.no_grad():
-            network.z_mean.copy_(torch.as_tensor(z.mean(0)))
+            network.z_mean.copy_(z.mean(0))
             # one scale for all coordinates: they are one orthonormal system, and a scale each would bend its gradient
-            network.z_std.fill_(max(float(z.std(0).mean()), 1e-8))
-            network.score_mean.fill_(float(scores.mean()))
-            network.score_std.fill_(max(float(scores.std()), 1e-8))
-        score_mean, score_std = scores.mean(), max(float(scores.std()), 1e-8)
-    else:
-        score_mean, score_std = float(network.score_mean), float(network.score_std)
-
-    inputs = torch.as_tensor(z, dtype=torch.float32)
-    targets = torch.as_tensor((scores - score_mean) / score_std, dtype=torch.float32)
-    noise = torch.as_tensor(np.minimum(noise / score_std**2, MOST_NOISE), dtype=torch.float32)
-    weights = 1 / (noise + VARIANCE_FLOOR)
+            network.z_std.fill_(z.std(0, correction=0).mean().clamp_min(1e-8))
+            network.score_mean.fill_(mean)
+            network.score_std.fill_(std)
+    inputs, targets = z.float(), ((scores - mean) / std).float()
     n, members = len(targets), network.num_members
-    bootstrap = torch.empty(members, n).exponential_(generator=generator)
-    weights = weights / weights.mean() * bootstrap
+    weights = torch.empty(members, n).exponential_(generator=generator)
 
     if standardise:
         _fit_linear_part(network, inputs, targets, weights)
@@ -123,5 +81,17 @@ def fit(
     with torch.no_grad():
         rows = slice(None, None, -(-n // MOST_RESIDUALS))
         residual = network(inputs[rows]).mean(0) - targets[rows]
-        network.noise_std.fill_(float(residual.std(correction=0)))
-    return FitReport(steps, float(regression.detach()), float(ranking.detach()))
+        network.noise_std.fill_(residual.std(correction=0))
+
+
+def _fit_linear_part(network: ValueNetwork, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+    """Ridge regression in closed form: the slopes and intercepts of all members at once. weights: [members, n]."""
+    h = (inputs - network.z_mean) / network.z_std
+    design = torch.cat([h, torch.ones(len(h), 1)], 1).double()
+    penalty = torch.eye(design.shape[1], dtype=torch.float64)
+    penalty[-1, -1] = 1e-6  # the intercept is free
+    moments = torch.einsum("mn,ni,nj->mij", weights.double(), design, design) + RIDGE * penalty
+    solution = torch.linalg.solve(moments, torch.einsum("mn,ni,n->mi", weights.double(), design, targets.double()))
+    with torch.no_grad():
+        network.slopes.copy_(solution[:, :-1, None])
+        network.intercepts.copy_(solution[:, -1:, None])

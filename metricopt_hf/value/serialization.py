@@ -1,21 +1,22 @@
-"""The files of a shared value function, and how a stranger's are read: checked before they are believed.
+"""The files of a shared value function. A stranger's files are checked before they are believed.
 
 A folder holds
 
-    config.json            format version, sizes, normalisation; the signature: metric and direction, phi space and
-                           coordinates; and the hashes of the next two, so that files of two saves do not pass for one
-    model.safetensors      weights, origin phi_0 and basis Q, all float32
-    observations.parquet   what it was fitted to, so that others can refit: see `Trajectory.to_parquet`
+    config.json            format version, sizes, number of observations; the signature: metric and direction, phi space
+                           and coordinates; and the hash of the next, so that files of two saves do not pass for one
+    model.safetensors      weights and standardisation, origin phi_0 and basis Q, and the observations that it was
+                           fitted to, so that others can refit; all float32
     README.md              the card, for people; not read
 
-No file can hold code. A file's size is checked before it is read, its hash before it is parsed, and each
-number of the config before anything is computed from it. What passes lies in bounds within which no run fails on it.
+No file can hold code. `read` checks a file's size before it reads it, its hash before it parses it, and each number of
+the config before it computes anything from it. No run fails on the numbers that pass.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -29,41 +30,24 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..errors import ValueFunctionError, brief
-from ..evaluation.trajectory import LARGEST, Trajectory
 from ..phi.coordinates import GIVEN, JACOBIAN, LOSS, RANDOM
 from .signature import MAX_NAME, Signature
+from .trajectory import Trajectory
 
-CONFIG_FILE, TENSORS_FILE, OBSERVATIONS_FILE = "config.json", "model.safetensors", "observations.parquet"
-CARD_FILE = "README.md"
-# 7: over parameters that the model has; earlier ones are over parameters that were inserted into it, or over behaviour
-LIBRARY, FORMAT_VERSION = "metricopt_hf", 7
+CONFIG_FILE, TENSORS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+# 8: observations are among the tensors; 7: phi sets parameters that the model has, and inserts none
+LIBRARY, FORMAT_VERSION = "metricopt_hf", 8
 KINDS = (JACOBIAN, LOSS, RANDOM, GIVEN)
 
-# The most that is accepted from a stranger: bytes of a file, and each of the sizes in a config.
-MAX_BYTES = {CONFIG_FILE: 2**20, TENSORS_FILE: 2**29, OBSERVATIONS_FILE: 2**28}
+# The most that is accepted from a stranger: bytes of a file, each of the sizes in a config, dimensions of a parameter.
+MAX_BYTES = {CONFIG_FILE: 2**20, TENSORS_FILE: 2**29}
 MAX_SIZES = {"num_coordinates": 2**13, "hidden_size": 2**12, "num_members": 2**8}
-# The same for shapes: dimensions of a parameter. Names have `MAX_NAME` characters.
 MAX_DIMS = 16
-# The smallest divisor: with `LARGEST`, quotients still fit into float32.
-SMALLEST = 1e-15
-# What standardises z and the score, and the metric's own noise: plain numbers, for people to read, so in the config.
-NORMALISATION = ("z_mean", "z_std", "score_mean", "score_std", "noise_std")
-# How far the columns of a basis may be from orthonormal: rounding, not another scale.
-ORTHONORMAL_TOLERANCE = 1e-3
+LARGEST, SMALLEST = 1e15, 1e-15  # a number, and a divisor: squares and quotients still fit into float32
+DIVISORS = ("z_std", "score_std")
+ORTHONORMAL_TOLERANCE = 1e-3  # for rounding in the columns of a basis
 
 REMEDY = "Take another copy or revision of it, or start without it."
-
-
-def network_shapes(num_coordinates: int, hidden_size: int, num_members: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the ensemble."""
-    sizes = [num_coordinates, hidden_size, hidden_size, 1]
-    layers = list(enumerate(zip(sizes[:-1], sizes[1:], strict=True)))
-    return {
-        **{f"weights.{i}": (num_members, inputs, outputs) for i, (inputs, outputs) in layers},
-        **{f"biases.{i}": (num_members, 1, outputs) for i, (_, outputs) in layers},
-        "slopes": (num_members, num_coordinates, 1),
-        "intercepts": (num_members, 1, 1),
-    }
 
 
 def write(
@@ -73,29 +57,27 @@ def write(
     signature: Signature | None,
     observations: Trajectory,
 ) -> None:
-    """Write config, tensors and observations; each file whole or not at all.
+    """Write config and tensors; each file whole or not at all.
 
     Raises:
         ValueFunctionError: a file would be larger than `read` accepts; nothing is written.
     """
-    tensors = dict(state)
-    normalisation = {name: tensors.pop(name).tolist() for name in NORMALISATION}
-    config: dict[str, Any] = {"library_name": LIBRARY, "format_version": FORMAT_VERSION, **sizes}
-    config.update(normalisation=normalisation, signature=None)
+    rows = observations.rows.reshape(len(observations), sizes["num_coordinates"] + 3)
+    tensors, described = {**state, "observations": rows}, None
     if signature is not None:
         tensors.update(origin=signature.origin, basis=signature.basis)
-        config["signature"] = {
-            "model": signature.model,
-            "phi": signature.phi,
-            "coordinates": signature.coordinates,
-            "metric": {"name": signature.metric, "greater_is_better": signature.greater_is_better},
-        }
+        metric = {"name": signature.metric, "greater_is_better": signature.greater_is_better}
+        described = {name: getattr(signature, name) for name in ("model", "phi", "coordinates")} | {"metric": metric}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    contents = {
-        TENSORS_FILE: save_tensors(tensors, metadata={"format": "pt"}),
-        OBSERVATIONS_FILE: observations.to_parquet(),
+    contents = {TENSORS_FILE: save_tensors(tensors, metadata={"format": "pt"})}
+    config = {
+        "library_name": LIBRARY,
+        "format_version": FORMAT_VERSION,
+        **sizes,
+        "num_observations": len(observations),
+        "signature": described,
+        "sha256": hashlib.sha256(contents[TENSORS_FILE]).hexdigest(),
     }
-    config["sha256"] = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
     contents[CONFIG_FILE] = (json.dumps(config, indent=2) + "\n").encode()
     for file, content in contents.items():
         if len(content) > MAX_BYTES[file]:
@@ -115,7 +97,7 @@ def read(
     """Sizes, state, signature and observations of a value function in a folder, or nothing at all.
 
     Args:
-        name: by which it was asked for, for messages.
+        name: the name that the user gave, for messages.
 
     Raises:
         ValueFunctionError: a file is missing, damaged, too large, of another version, or contradicts itself.
@@ -124,18 +106,16 @@ def read(
     for file in MAX_BYTES:
         check_file(name, file, (folder / file).stat().st_size if (folder / file).is_file() else None)
     try:
-        contents = {file: (folder / file).read_bytes() for file in MAX_BYTES}
-        sizes, config = _read_config(contents[CONFIG_FILE])
+        config = _read_config((folder / CONFIG_FILE).read_bytes())
+        sizes = {size: config[size] for size in MAX_SIZES}
+        shapes = {**_shapes(config), **_signature_shapes(config)}
+        content = (folder / TENSORS_FILE).read_bytes()
         # before any of it is parsed: a file that was damaged on its way is nothing for a parser
-        for file in (TENSORS_FILE, OBSERVATIONS_FILE):
-            if hashlib.sha256(contents[file]).hexdigest() != config["sha256"][file]:
-                raise ValueFunctionError(f"{file} is damaged, or of another moment than {CONFIG_FILE}.")
-        shapes = {**network_shapes(**sizes), **_signature_shapes(config, sizes["num_coordinates"])}
-        tensors = {**_read_tensors(contents[TENSORS_FILE], shapes), **_normalisation(config, sizes["num_coordinates"])}
+        if hashlib.sha256(content).hexdigest() != config["sha256"]:
+            raise ValueFunctionError(f"{TENSORS_FILE} is damaged, or of another moment than {CONFIG_FILE}.")
+        tensors = _read_tensors(content, shapes)
+        observations = Trajectory(tensors.pop("observations"))
         signature = _signature(config, tensors.pop("origin", None), tensors.pop("basis", None))
-        observations = Trajectory.from_parquet(
-            contents[OBSERVATIONS_FILE], sizes["num_coordinates"], MAX_BYTES[OBSERVATIONS_FILE]
-        )
     except ValueFunctionError as error:
         raise ValueFunctionError(f"{name}: {error} {REMEDY}") from error
     except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, SafetensorError) as error:
@@ -152,9 +132,9 @@ def check_file(name: str, file: str, size: int | None) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write to a file beside it first: a process that dies, or an upload meanwhile, finds the old file or the new.
+    """Write a file whole: first to one beside it, so that a crash or an upload meanwhile finds the old or the new one.
 
-    Nothing is written through a link that lies under either name: the one is made here, and the other replaced.
+    Links under either name are replaced, and not followed.
     """
     temporary = path.with_name(f"_{path.name}.tmp")  # Trainer's pushes leave out what begins with an underscore
     with suppress(FileNotFoundError):  # left by a process that was killed, or planted
@@ -173,49 +153,44 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
-def _read_config(content: bytes) -> tuple[dict[str, int], dict[str, Any]]:
+def _read_config(content: bytes) -> dict[str, Any]:
     config = json.loads(content.decode("utf-8"), parse_int=_whole_number)
     if not isinstance(config, dict) or config.get("library_name") != LIBRARY:
         raise ValueFunctionError(f"{CONFIG_FILE} is not that of a value function of {LIBRARY}.")
     if (version := config.get("format_version")) != FORMAT_VERSION:
-        if version in range(1, FORMAT_VERSION):
-            remedy = "that one is over parameters that are not inserted any more. Learn it anew with this version."
-        else:
-            remedy = f"pip install --upgrade {LIBRARY}."
+        earlier = version in range(1, FORMAT_VERSION)
+        remedy = "learn it anew with this version" if earlier else f"pip install --upgrade {LIBRARY}"
         raise ValueFunctionError(
-            f"it has format version {brief(version)}, this version of {LIBRARY} reads {FORMAT_VERSION}: {remedy}"
+            f"it has format version {brief(version)}, this version of {LIBRARY} reads {FORMAT_VERSION}: {remedy}."
         )
-    sizes = {name: config.get(name) for name in MAX_SIZES}
-    for name, size in sizes.items():
-        if type(size) is not int or not 1 <= size <= MAX_SIZES[name]:
+    most = {**MAX_SIZES, "num_observations": MAX_BYTES[TENSORS_FILE]}
+    for name, size in ((name, config.get(name)) for name in most):
+        least = 0 if name == "num_observations" else 1
+        if type(size) is not int or not least <= size <= most[name]:
             raise ValueFunctionError(
-                f"{name}={brief(size)} in {CONFIG_FILE} is no whole number from 1 to {MAX_SIZES[name]}."
+                f"{name}={brief(size)} in {CONFIG_FILE} is no whole number from {least} to {most[name]}."
             )
-    return sizes, config
+    return config
 
 
-def _normalisation(config: Mapping[str, Any], num_coordinates: int) -> dict[str, Tensor]:
-    given = config["normalisation"]
-    if set(given) != set(NORMALISATION):
-        raise ValueFunctionError(f"normalisation in {CONFIG_FILE} has not the entries {', '.join(NORMALISATION)}.")
-    tensors = {}
-    for name in NORMALISATION:
-        tensor = torch.tensor(given[name], dtype=torch.float32)
-        if tensor.shape != ((num_coordinates,) if name in ("z_mean", "z_std") else ()):
-            raise ValueFunctionError(f"{name} in {CONFIG_FILE} has the shape {list(tensor.shape)}.")
-        if not tensor.isfinite().all():
-            raise ValueFunctionError(f"{name} in {CONFIG_FILE} is not finite.")
-        if name in ("z_std", "score_std") and (tensor <= 0).any():
-            raise ValueFunctionError(f"{name} in {CONFIG_FILE} must be positive.")
-        if (tensor.abs() > LARGEST).any() or (name in ("z_std", "score_std") and (tensor < SMALLEST).any()):
-            raise ValueFunctionError(f"{name} in {CONFIG_FILE} is not between {SMALLEST:g} and {LARGEST:g} in size.")
-        tensors[name] = tensor
-    return tensors
+def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the ensemble, and of the observations."""
+    k, hidden, members = (config[size] for size in MAX_SIZES)
+    layers = list(enumerate(((k, hidden), (hidden, hidden), (hidden, 1))))
+    return {
+        **{f"weights.{i}": (members, inputs, outputs) for i, (inputs, outputs) in layers},
+        **{f"biases.{i}": (members, 1, outputs) for i, (_, outputs) in layers},
+        "slopes": (members, k, 1),
+        "intercepts": (members, 1, 1),
+        **{name: (k,) for name in ("z_mean", "z_std")},
+        **{name: () for name in ("score_mean", "score_std", "noise_std")},
+        "observations": (config["num_observations"], k + 3),
+    }
 
 
-def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[str, tuple[int, ...]]:
+def _signature_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of origin and basis, from a signature whose every entry has been checked."""
-    signature = config["signature"]
+    signature, k = config["signature"], config["num_coordinates"]
     if signature is None:
         return {}
     phi, coordinates, metric = signature["phi"], signature["coordinates"], signature["metric"]
@@ -228,26 +203,19 @@ def _signature_shapes(config: Mapping[str, Any], num_coordinates: int) -> dict[s
     fine &= max((len(shape) for _, shape in rows), default=0) <= MAX_DIMS
     if not fine or not rows:
         raise ValueFunctionError(f"the signature in {CONFIG_FILE} is malformed.")
-    dim = sum(_product(shape) for _, shape in rows)
-    if num_coordinates > dim:
-        raise ValueFunctionError(f"{num_coordinates} coordinates do not fit a phi of {dim} numbers.")
-    return {"origin": (dim,), "basis": (dim, num_coordinates)}
+    dim = sum(math.prod(shape) for _, shape in rows)
+    if k > dim:
+        raise ValueFunctionError(f"{k} coordinates do not fit a phi of {dim} numbers.")
+    return {"origin": (dim,), "basis": (dim, k)}
 
 
 def _is_name(value: Any) -> bool:
-    """A text that can be shown and written: in a line, of bounded length, without lone surrogates."""
+    """Whether a value is one printable line of bounded length, without lone surrogates."""
     return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
 
 
-def _product(shape: list[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
 def _read_tensors(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    if 4 * sum(_product(shape) for shape in shapes.values()) > MAX_BYTES[TENSORS_FILE]:
+    if 4 * sum(map(math.prod, shapes.values())) > MAX_BYTES[TENSORS_FILE]:
         raise ValueFunctionError(f"the sizes in {CONFIG_FILE} ask for more than {MAX_BYTES[TENSORS_FILE]} bytes.")
     tensors = load_tensors(content)
     wrong = [
@@ -265,10 +233,11 @@ def _read_tensors(content: bytes, shapes: Mapping[str, tuple[int, ...]]) -> dict
         raise ValueFunctionError(f"{', '.join(bad)} in {TENSORS_FILE} holds numbers that are not finite.")
     if bad := [name for name, tensor in tensors.items() if (tensor.abs() > LARGEST).any()]:
         raise ValueFunctionError(f"{', '.join(bad)} in {TENSORS_FILE} holds numbers beyond {LARGEST:g}.")
-    if "basis" in tensors:
-        basis = tensors["basis"]
-        if not torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=ORTHONORMAL_TOLERANCE):
-            raise ValueFunctionError(f"the columns of basis in {TENSORS_FILE} are not orthonormal.")
+    if bad := [name for name in DIVISORS if (tensors[name] < SMALLEST).any()]:
+        raise ValueFunctionError(f"{', '.join(bad)} in {TENSORS_FILE} must be positive, and at least {SMALLEST:g}.")
+    basis = tensors.get("basis", torch.zeros(0, 0))
+    if not torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=ORTHONORMAL_TOLERANCE):
+        raise ValueFunctionError(f"the columns of basis in {TENSORS_FILE} are not orthonormal.")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Signature: what the inputs of a value function mean, and what it predicts. Without it, it is just numbers."""
+"""Signature: the meaning of a value function's inputs, and the metric that it predicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_NAME = 500  # characters of a name in a signature
 
 
 def readable(name: str) -> str:
-    """A name as a signature has it: in one line, printable, of 1 to `MAX_NAME` characters; other names are escaped.
+    """A name as a signature holds it: one printable line of 1 to `MAX_NAME` characters; other names are escaped.
 
     Different names stay different: one that is too long ends with a hash of the whole.
 
@@ -36,7 +36,7 @@ def _readable_phi(phi: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a value function maps: phi -> z = basis^T (phi - origin) -> the metric.
+    """The map of a value function: phi -> z = basis^T (phi - origin) -> the metric.
 
     Attributes:
         model: class of the model, for the reader.
@@ -93,8 +93,8 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
             f"{n} {theirs[n]} there, {ours[n]} here" for n in theirs if ours.get(n, theirs[n]) != theirs[n]
         ],
     }
-    told = [f"{what}: {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for what, names in lists.items() if names]
-    return "; ".join([f"{there['kind']} there, {here['kind']} here", *told])
+    parts = [f"{what}: {', '.join(names[:3])}{' ...' * (len(names) > 3)}" for what, names in lists.items() if names]
+    return "; ".join([f"{there['kind']} there, {here['kind']} here", *parts])
 
 
 def _metric(name: str, greater_is_better: bool) -> str:

@@ -29,13 +29,10 @@ def predicted(flags, labels):
     return EvalPrediction(np.eye(2)[np.asarray(flags, int)], np.asarray(labels))
 
 
-def test_recall_and_precision_and_the_penalty():
+def test_recall_and_precision():
     prediction = predicted([1, 1, 1, 0, 0], [1, 1, 0, 1, 1])
     assert constraints.numbers(prediction) == {"recall": 0.5, "precision": pytest.approx(2 / 3)}
     assert constraints.numbers(predicted([0, 0], [1, 0])) == {"recall": 0.0, "precision": 1.0}
-    penalised = constraints.metric(0.7, constrained=False)(prediction)
-    assert penalised == pytest.approx(0.5 - constraints.PENALTY * (0.7 - 2 / 3))
-    assert constraints.metric(0.6, constrained=False)(prediction) == 0.5
 
 
 def test_the_table_counts_where_the_bound_is_reached():

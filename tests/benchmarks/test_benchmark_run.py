@@ -15,8 +15,8 @@ from toy import TINY, TOY, needs_data
 from benchmarks import ceiling, comparing, measure, methods, protocol, records, run, tabular, tasks
 from benchmarks.problem import data_root
 from metricopt_hf import ConfigurationError
-from metricopt_hf.training.plan import CALLS, PREDICTIONS
-from metricopt_hf.training.selection import BIAS, MEAN, START
+from metricopt_hf.phase.plan import CALLS, PREDICTIONS
+from metricopt_hf.phase.selection import BIAS, MEAN, START
 
 ROOT = Path(__file__).resolve().parents[2]
 

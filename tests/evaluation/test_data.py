@@ -108,7 +108,3 @@ def test_random_batches_are_as_many_as_asked_for_and_seeded(kind):
 
 def test_a_batch_is_no_larger_than_its_set():
     assert [len(batch) for batch in data.random_batches(Rows(3), 8, 2, collate, generator())] == [3, 3]
-
-
-def test_of_a_stream_the_first_batches_are_taken():
-    assert list(data.random_batches(Stream(), 4, 2, collate, generator())) == [[0, 1, 2, 3], [4, 5, 6, 7]]

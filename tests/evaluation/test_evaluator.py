@@ -52,13 +52,15 @@ class Seen:
         return float(scores @ np.arange(len(scores)))
 
 
-def evaluator(metric=None, examples=None, max_bytes=1e9, concat=True, predict=None, model=None, phi=None, **kwargs):
+def evaluator(
+    metric=None, examples=None, max_bytes=1e9, concat=True, predict=None, model=None, phi=None, collate=None, **kwargs
+):
     model = (phi.model if phi else Model()) if model is None else model
     examples = Examples() if examples is None else examples
     return Evaluator(
         phi or Subset(model, "4.bias"),
         predict or (lambda batch: BatchOutput(model(batch["x"]), batch["labels"])),
-        data.InOrder(examples, BATCH, torch.utils.data.default_collate),
+        data.InOrder(examples, BATCH, collate or torch.utils.data.default_collate),
         Metric(metric or Seen(), "seen"),
         Ledger(),
         max_bytes,
@@ -147,9 +149,8 @@ def test_batches_are_collated_once_if_they_fit_into_memory():
 
 def test_a_collator_s_own_mapping_counts_against_the_memory_too():
     examples = Examples()
-    taken = evaluator(examples=examples, max_bytes=1)
-    batches = taken._batches
-    taken._batches = lambda: (BatchEncoding(batch) for batch in batches())
+    collate = torch.utils.data.default_collate
+    taken = evaluator(examples=examples, max_bytes=1, collate=lambda rows: BatchEncoding(collate(rows)))
     taken.evaluate("observe")
     before = examples.read
     taken.evaluate("observe")

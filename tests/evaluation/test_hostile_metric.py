@@ -156,10 +156,6 @@ def change_device():
     torch.set_default_device("meta")
 
 
-def change_autocast():
-    torch.autocast("cpu", dtype=torch.bfloat16).__enter__()
-
-
 def change_folder():
     os.chdir("/")
 
@@ -168,8 +164,6 @@ def world():
     return (
         torch.get_default_dtype(),
         torch.get_default_device(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_autocast_dtype("cpu"),
         torch.is_grad_enabled(),
         random.getstate(),
         np.random.get_state()[1].tolist(),
@@ -186,7 +180,7 @@ def world():
 
 
 CHANGES = (change_dtype, change_grad, change_seeds, change_filters, change_flags, change_threads, change_numpy)
-CHANGES += (change_device, change_autocast)
+CHANGES += (change_device,)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -208,18 +202,6 @@ def test_what_it_changes_of_the_world_is_put_back(change, fails, tmp_path, monke
     with world_kept():  # so that a failure of this test leaves the next one alone
         torch.set_default_dtype(torch.float32)
     assert after == before
-
-
-def test_after_a_metric_has_left_autocast_open_weights_are_cast_anew():
-    Metric(lambda p: change_autocast() or 0.5, "f1")(PREDICTION)
-    layer, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
-    found = []
-    for _ in range(2):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found.append(layer(x).float().detach())
-        with torch.no_grad():
-            layer.weight.zero_()
-    assert layer(x).dtype == torch.float32 and torch.allclose(found[1], layer.bias.expand(1, 2), atol=1e-2)
 
 
 def test_keeping_the_world_costs_next_to_nothing():

@@ -17,7 +17,6 @@ from transformers import BertForSequenceClassification, EvalPrediction
 
 from metricopt_hf import ConfigurationError, FiLM, Ledger, MetricError, ModelMetric
 from metricopt_hf.evaluation import evaluator as evaluator_module
-from metricopt_hf.evaluation.answer import Score
 from metricopt_hf.evaluation.model_metric import CommandMetric, ModelEvaluator
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -261,16 +260,20 @@ def test_a_command_that_cannot_work_is_refused(line, message):
 
 
 @pytest.mark.parametrize(("of_command", "expected"), [(False, [1, 1]), (True, [1, 0])])
-def test_ranks_call_a_function_equally_often_and_a_command_where_it_is_needed(monkeypatch, of_command, expected):
+def test_ranks_call_a_function_equally_often_and_a_command_where_it_is_needed(
+    monkeypatch, tmp_path, of_command, expected
+):
     """A function may wait for the other ranks, so none lies behind a test of the rank; a command waits for nobody."""
     called = []
-    monkeypatch.setattr(evaluator_module, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, Score(0.5)))
+    monkeypatch.setattr(evaluator_module, "broadcast_object_list", lambda outcome: outcome.__setitem__(0, 0.5))
     for rank in range(2):
-        calls = []
-        metric = command("print(0.5)") if of_command else ModelMetric(lambda model: 0.5, "quality")
-        metric._ask = lambda model, dataset, split, calls=calls: calls.append(0) or 0.5
+        log = tmp_path / str(rank)
+        log.touch()
+        metric = ModelMetric(lambda model, log=log: log.write_text("x") and 0.5, "quality")
+        if of_command:
+            metric = command(f"open(\"{log}\", \"w\").write(\"x\"); print(0.5)")
         taken = evaluator(metric, tiny_bert())
         taken.rank, taken.world_size = rank, 2
         assert taken.evaluate("check") == 0.5 and taken.ledger.calls["check"] == 1
-        called.append(len(calls))
+        called.append(log.stat().st_size)
     assert called == expected

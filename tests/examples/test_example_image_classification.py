@@ -268,7 +268,7 @@ def test_cifar(script, tmp_path):
     assert [run.method for run in runs][:3] == ["pretrained", "pretrained + class bias", "MetricOpt"]
 
 
-def test_a_command_may_judge_it_with_a_constraint_on_another_of_its_numbers(script, vit, images, tmp_path, capsys):
+def test_a_command_may_judge_it_by_one_of_its_numbers(script, vit, images, tmp_path):
     score = tmp_path / "score.py"
     score.write_text(
         "import json, sys\n"
@@ -282,10 +282,8 @@ def test_a_command_may_judge_it_with_a_constraint_on_another_of_its_numbers(scri
         *f"{TINY} --dataset_name {images} --model_name_or_path {vit} --seeds 5 --methods metricopt".split(),
         *f"--observation_size 20 --eval_split test --max_steps 2 --output_dir {tmp_path / 'out'}".split(),
         *("--metric_command", f"{sys.executable} {score} {{model}} {{split}} {splits}"),
-        *"--metric_for_best_model mean --greater_is_better True --metric_constraints last>=100".split(),
+        *"--metric_for_best_model mean --greater_is_better True".split(),
     ]
     runs = script.main(options)
     assert [run.method for run in runs] == ["pretrained", "MetricOpt"]
     assert runs[0].scores["report"] == 0.0 and runs[1].scores.keys() == {"observation", "selection", "report"}
-    assert "last>=100 holds on selection in 0 of 1" in capsys.readouterr().out
-    assert "=100 does not hold" in (tmp_path / "out" / "README.md").read_text()

@@ -7,11 +7,12 @@ from local_metrics import DIM, Local, accuracy, cosine, started, taught
 from torch import nn
 from transformers import EvalPrediction
 
-from metricopt_hf.evaluation.linearization import Linearization, LinearLeaf
 from metricopt_hf.experimental import BridgeGuide, LossAlignmentGuide
-from metricopt_hf.experimental.labels import classes_of, labels_of, logits_of
+from metricopt_hf.experimental.labels import classes_of, labels_of
 from metricopt_hf.experimental.loss_alignment import aligned_loss, descent
 from metricopt_hf.experimental.set_network import expected, features, set_network
+from metricopt_hf.guides.row_moves import two_sided
+from metricopt_hf.linear.linearization import Linearization, LinearLeaf
 
 
 def linearization(outputs, labels, k=3):
@@ -108,7 +109,7 @@ def test_the_descent_is_the_loss_s_gradient():
     matrix, labels = torch.randn(3, 3), classes_of(linear)
     z = torch.zeros(3, requires_grad=True)
     leaf = linear.decisions
-    (gradient,) = torch.autograd.grad(aligned_loss(logits_of(leaf.outputs + leaf.jacobian @ z), labels, matrix), z)
+    (gradient,) = torch.autograd.grad(aligned_loss(two_sided(leaf.outputs + leaf.jacobian @ z), labels, matrix), z)
     assert torch.allclose(descent(linear, torch.zeros(3), matrix), -gradient, atol=1e-6)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from local_metrics import DIM, Local, accuracy, cosine, error, started, taught
 
-from metricopt_hf.evaluation.local_metric import BudgetSpent
 from metricopt_hf.experimental import EXPERIMENTAL
 from metricopt_hf.guides import AUTO, GUIDES, Guide, from_spec
+from metricopt_hf.linear.local_metric import BudgetSpent
 
 EVERY = {**GUIDES, **EXPERIMENTAL}
 CONTROLS = ("shuffled", "random")
@@ -30,8 +30,6 @@ def test_it_applies_to_decisions_and_gives_a_direction(name, shared):
     taught(guide, shared, updates=1)
     gradient = guide.gradient(torch.zeros(DIM))
     assert gradient.shape == (DIM,) and gradient.isfinite().all() and gradient.norm() > 0
-    expected = guide.predict(torch.zeros(DIM))
-    assert expected is None or isinstance(expected, float)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -41,15 +39,6 @@ def test_its_gradient_goes_where_the_metric_improves(name, function, greater):
     local = Local(function, greater)
     guide = taught(started(EVERY[name](), local), local, updates=6)
     assert cosine(guide.gradient(torch.zeros(DIM)), local.slope()) > 0.3
-
-
-@pytest.mark.parametrize("name", ["value_function", "bridge"])
-def test_one_that_predicts_knows_which_point_is_better(name):
-    local = Local()
-    guide = taught(started(EVERY[name](), local), local, updates=6)
-    ahead = local.slope()
-    ahead = ahead / ahead.norm()
-    assert guide.predict(ahead) > guide.predict(-ahead)
 
 
 def both_generators(guide, local):
@@ -69,7 +58,7 @@ def test_the_saved_state_goes_on_exactly(name, tmp_path, shared):
     shared.generator.set_state(theirs)
     taught(second, shared, updates=2)
     point = 0.1 * torch.ones(DIM)
-    assert torch.equal(first.gradient(point), second.gradient(point)) and first.predict(point) == second.predict(point)
+    assert torch.equal(first.gradient(point), second.gradient(point))
 
 
 @every_guide

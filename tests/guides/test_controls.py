@@ -12,7 +12,7 @@ def test_shuffled_makes_the_calls_of_pairs_at_the_same_points():
     for guide in (PairsGuide(), ShuffledGuide()):
         local = Local(right_probability)
         taught(started(guide, local), local, updates=2)
-        points.append(local.trajectory.z.copy())
+        points.append(local.trajectory.z.clone())
     assert np.array_equal(*points)
 
 

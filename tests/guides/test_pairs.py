@@ -48,7 +48,7 @@ def test_its_calls_are_antithetic_and_on_one_half_of_the_rows():
     first, second = np.stack(seen[calls : calls + 3]), np.stack(seen[calls + 3 :])
     np.testing.assert_allclose(first + second, np.broadcast_to((first + second)[:1], first.shape), atol=1e-5)
     assert len(local.trajectory) == 6
-    spread = np.std(local.trajectory.z - local.metric().origin.numpy() - 0.1)
+    spread = float((local.trajectory.z - local.metric().origin - 0.1).std(correction=0))
     assert 0.3 * SPREAD < spread < 3 * SPREAD
 
 

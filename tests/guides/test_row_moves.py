@@ -76,6 +76,6 @@ def test_its_gradient_is_that_of_a_weighted_cross_entropy():
 
 def test_one_logit_per_row_is_two_classes():
     two = torch.randn(5, 2)
-    assert row_moves._two_sided(two) is two
+    assert row_moves.two_sided(two) is two
     for one in (two[:, 0], two[:, :1]):
-        assert torch.equal(row_moves._two_sided(one), torch.stack([torch.zeros(5), two[:, 0]], 1))
+        assert torch.equal(row_moves.two_sided(one), torch.stack([torch.zeros(5), two[:, 0]], 1))

@@ -21,7 +21,6 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 from metricopt_hf import HubError, MetricOptConfig, MetricOptTrainer, ValueFunction
 from metricopt_hf import ValueFunctionError as Refused
-from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 from metricopt_hf.value import fit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,14 +58,12 @@ def offline(action):
 
 
 def value_function(seed=0):
-    rng = np.random.default_rng(seed)
-    z = rng.normal(size=(32, 3)).astype(np.float32)
-    scores = z @ [1.0, -2.0, 0.5]
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(32, 3, generator=generator)
+    scores = z @ torch.tensor([1.0, -2.0, 0.5])
     made = ValueFunction(3, hidden_size=8)
-    fit(made, z, scores, np.full(32, np.nan), torch.Generator().manual_seed(seed), steps=20)
-    made.observations = Trajectory(
-        [Observation(p, float(s), float("nan"), 0, 0.1) for p, s in zip(z, scores, strict=True)]
-    )
+    fit(made, z, scores, generator, steps=20)
+    made.observations.extend(z, scores, step=0, seconds=0.1)
     return made
 
 
@@ -158,7 +155,6 @@ def only_what_is_read_is_fetched(folder):
         ("tester/model", "model.safetensors", bytes(2**20)),
         ("tester/huge", "config.json", b" " * (2**24 + 1)),
         ("tester/huge", "model.safetensors", bytes(2**20)),
-        ("tester/huge", "observations.parquet", b"PAR1"),
     ):
         api.create_repo(repo, exist_ok=True)
         api.upload_file(repo_id=repo, path_in_repo=path, path_or_fileobj=content)
@@ -314,7 +310,7 @@ def documentation(folder):
 
 def starts_from_it(folder):
     given = ValueFunction.from_pretrained("tester/end")
-    run = trainer(folder / "warm", value_function_name_or_path="tester/end", seed=5)
+    run = trainer(folder / "warm", value_function="tester/end", seed=5)
     run.train()
     basis = torch.equal(run.result.coordinates.basis, given.signature.basis)
     return {"basis": basis, "learned on": not same(run.result.value_function, given)}
@@ -324,7 +320,7 @@ def starts_from_a_private_one(folder):
     """With the token that the run's own arguments hold, as somebody who is not logged in."""
     token = os.environ.pop("HF_TOKEN")
     try:
-        start = functools.partial(trainer, folder / "private", value_function_name_or_path="tester/private")
+        start = functools.partial(trainer, folder / "private", value_function="tester/private")
         return {"without": refusal(lambda: start().settled(), Refused), "with": start(hub_token=token).guided}
     finally:
         os.environ["HF_TOKEN"] = token

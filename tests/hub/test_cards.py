@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer, __version__
 from metricopt_hf.hub import cards
-from metricopt_hf.training.selection import MEAN
+from metricopt_hf.phase.selection import MEAN
 
 ROOT = Path(__file__).resolve().parents[2]
 

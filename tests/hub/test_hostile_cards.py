@@ -4,7 +4,6 @@ import ast
 import os
 import re
 
-import numpy as np
 import pytest
 import torch
 from helpers import Texts, tiny_bert, true_class_probability
@@ -12,7 +11,6 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer, ValueFunction
-from metricopt_hf.evaluation.trajectory import Observation, Trajectory
 from metricopt_hf.hub import cards
 from metricopt_hf.value import Signature
 from metricopt_hf.value.serialization import replace_file
@@ -56,7 +54,7 @@ def test_a_stranger_s_words_are_no_markup_in_the_card_of_a_value_function(tmp_pa
     for words in ("harmless", text):
         made = ValueFunction(3)
         made.signature = signature(words)
-        made.observations = Trajectory([Observation(np.zeros(3, np.float32), 0.5, 0.1, 0, 0.1)])
+        made.observations.extend(torch.zeros(1, 3), torch.tensor([0.5]), step=0, seconds=0.1)
         told = {"observed": words, "task": words, "dataset": (words, words)}
         made.save_pretrained(tmp_path / str(len(written)), told)
         path = tmp_path / str(len(written)) / "README.md"

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
-PARTS = ["README.md", "config.json", "model.safetensors", "observations.parquet"]
+PARTS = ["README.md", "config.json", "model.safetensors"]
 IN_MODEL = {f"value_function/{part}" for part in PARTS}
 
 

@@ -89,7 +89,7 @@ def test_detectors_are_tuned_and_saved_as_ordinary_models(make, tmp_path):
     shapes = ((64, 64), (64, 48), (48, 64)) if make is yolos else ((64, 64),)
     mine = trainer(make(), tmp_path, Scenes(shapes))
     mine.train()
-    assert len(mine.result.trajectory) > 0 and np.std(mine.result.trajectory.scores) > 0
+    assert len(mine.result.trajectory) > 0 and mine.result.trajectory.scores.std() > 0
     assert mine.result.failed_calls == 0 and not torch.equal(mine.result.start.phi, mine.result.candidates[-1].phi)
 
     mine.save_model()

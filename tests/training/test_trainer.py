@@ -18,7 +18,7 @@ from metricopt_hf import (
     PhiError,
     Subset,
 )
-from metricopt_hf.training import plan
+from metricopt_hf.phase import plan
 
 
 @pytest.mark.parametrize("guide", [Truth(), None])

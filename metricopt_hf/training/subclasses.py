@@ -1,4 +1,4 @@
-"""What a subclass keeps of losses and batches is of training: the guidance's own passes leave no trace in it."""
+"""Subclasses of Trainer: the methods that they override, and the records that they keep on themselves."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ PLAIN = (int, float, complex, str, bool, type(None), tuple)
 
 @contextmanager
 def bookkeeping_kept(trainer: Trainer) -> Iterator[None]:
-    """On leaving, numbers, texts, tensors and collections of the trainer are as before; each in itself.
+    """On leaving, numbers, texts, tensors and collections on the trainer have their values from before.
 
-    Inside, the trainer logs nothing, whatever its subclass logs in its loss.
+    Subclasses keep records of losses and batches there, which passes of the metric phase must not change. Inside,
+    the trainer logs nothing, whatever its subclass logs in its loss.
     """
     attributes = vars(trainer)
     log = attributes.get("log")
@@ -43,7 +44,7 @@ def bookkeeping_kept(trainer: Trainer) -> Iterator[None]:
 
 
 def undo_of(collection: Any) -> Callable[[], None]:
-    """Puts back, in itself, what a collection holds now, collections inside of it included."""
+    """A function that puts the present items back into a collection, and into collections inside of it."""
     items = list(collection.items()) if isinstance(collection, dict) else list(collection)
     inner = [
         undo_of(value)
@@ -64,3 +65,30 @@ def undo_of(collection: Any) -> Callable[[], None]:
             put()
 
     return put_back
+
+
+def is_overridden(trainer: Trainer, name: str) -> bool:
+    """Whether a method is neither Trainer's own nor this library's."""
+    method = getattr(trainer, name)
+    module = getattr(getattr(method, "__func__", method), "__module__", "") or ""
+    return module.partition(".")[0] not in ("transformers", __name__.partition(".")[0])
+
+
+def without_super(trainer: Trainer, name: str, base: type) -> str | None:
+    """The class before `base` in the order of resolution whose method never calls the one that it overrides.
+
+    Such a method would keep `base`'s own from being called. What a class's source does not show is not found.
+    """
+    for cls in type(trainer).__mro__[: type(trainer).__mro__.index(base)]:
+        method = vars(cls).get(name)
+        code: Any = getattr(method, "__code__", None)
+        if code is not None and not _calls_further(code, name):
+            return cls.__qualname__
+    return None
+
+
+def _calls_further(code: Any, name: str) -> bool:
+    """Whether `super`, or the method of a named class, is among the names of a function or of those inside of it."""
+    if "super" in code.co_names or "__class__" in code.co_freevars or name in code.co_names:
+        return True
+    return any(_calls_further(inner, name) for inner in code.co_consts if hasattr(inner, "co_names"))

@@ -1,4 +1,4 @@
-"""LocalMetric: the exact metric as a function of compact coordinates near phi, which is what a guide learns from."""
+"""LocalMetric: the exact metric as a function of compact coordinates near phi, from which a guide learns."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..errors import MetricError
+from ..evaluation.evaluator import Evaluator, shared_out
+from ..evaluation.ledger import Faults
+from ..evaluation.metric import world_kept
 from ..phi import Coordinates
-from .evaluator import Evaluator, shared_out
-from .ledger import Faults
+from ..value import Trajectory
 from .linearization import Linearization
-from .metric import world_kept
-from .trajectory import Observation, Trajectory
 
-PERTURBED = 64  # the leading coordinates, which are perturbed: in more, a few hundred pairs say less of each
+PERTURBED = 64  # leading coordinates that are perturbed: in more, a few hundred pairs tell less about each
 
 
 class BudgetSpent(Exception):
@@ -28,24 +28,24 @@ class BudgetSpent(Exception):
 class LocalMetric:
     """Values of the metric near phi; greater is better, whichever way the metric goes.
 
-    Where the predictions are linearised, a call costs no forward pass and sees a random half of the rows, so that what
-    holds for some rows only averages away. Else a call is a forward pass with all rows.
+    Where the predictions are linearised, a call costs no forward pass and sees a random half of the rows, so that
+    effects of a few rows average away. Else a call is a forward pass with all rows.
 
     Args:
-        evaluator: gives the metric.
-        coordinates: of phi.
-        linearization: of the predictions at phi; None: every call is a pass.
+        evaluator: predictions and the metric on the observation set.
+        coordinates: those of phi.
+        linearization: the predictions near phi; None: every call is a pass.
         spread: standard deviation of a perturbation on each coordinate.
         generator: draws perturbations and rows, the same on every rank.
         faults: counts calls that fail.
         trajectory: takes in every observation.
-        step: of the run.
+        step: present optimizer step.
         on_all_rows: whether the metric makes sense on all rows only.
         allowance: the most calls that may be made here.
 
     Attributes:
         origin: [k] coordinates of phi: z counts from there.
-        value: of the metric at phi on all rows, as `Metric.merit`; nan where it is not known.
+        value: the metric at phi on all rows, greater is better; nan if unknown.
         share: how many calls an update should make.
     """
 
@@ -67,11 +67,11 @@ class LocalMetric:
         self.spread, self.generator, self.faults = spread, generator, faults
         self.trajectory, self.step, self.value = trajectory, step, value
         self.allowance, self.share = allowance, allowance
-        self.on_all_rows = on_all_rows or evaluator.complete is not None  # what completes knows all rows by their place
+        self.on_all_rows = on_all_rows or evaluator.complete is not None  # which knows rows by their place
         self.phi = evaluator.phi.read()
         self.origin = coordinates.encode(self.phi).cpu()
         self.part = linearization
-        self.rows: np.ndarray | None = None  # of the half that is seen; None: all
+        self.rows: np.ndarray | None = None  # rows of the present half; None: all
 
     @property
     def dim(self) -> int:
@@ -84,7 +84,7 @@ class LocalMetric:
         return min(self.allowance, self.evaluator.ledger.remaining)
 
     def allow(self, updates: int) -> None:
-        """So many updates are left: `share` is what one of them may call."""
+        """Set `share` for this number of updates that are left."""
         self.share = self.remaining / updates
 
     def draw(self, count: int) -> Tensor:
@@ -95,7 +95,7 @@ class LocalMetric:
         return drawn
 
     def halve(self) -> None:
-        """From now on another random half of the rows is seen, where the metric makes sense on a part."""
+        """Draw another random half of the rows for the calls to come, where the metric makes sense on a part."""
         if self.linearization is None or self.on_all_rows or self.linearization.unsplittable is not None:
             return
         count = self.linearization.num_rows
@@ -117,30 +117,26 @@ class LocalMetric:
             found = self.values_of(lambda i: next(own), len(z))
         seconds = (perf_counter() - start) / max(1, len(z))
         fine = np.isfinite(found)
-        # one half of the rows may be harder than another: what is kept is moved to the value of all rows
+        # one half of the rows may be harder than another: shift its scores to the value on all rows
         shift = 0.0 if self.rows is None or not fine.any() else self.value - found[fine].mean()
         if np.isfinite(shift):
-            self.trajectory.extend(
-                [
-                    Observation((self.origin + z[i]).numpy(), float(found[i] + shift), float("nan"), self.step, seconds)
-                    for i in np.flatnonzero(fine)
-                ]
-            )
+            points = self.origin + z[torch.as_tensor(fine)]
+            self.trajectory.extend(points, torch.as_tensor(found[fine] + shift), self.step, seconds)
         return found
 
     def values_of(self, make: Callable[[int], EvalPrediction], count: int) -> np.ndarray:
-        """The metric of `make(0)`, ..., `make(count - 1)`, predictions of the rows that are seen: [count].
+        """The metric of `make(0)`, ..., `make(count - 1)`, predictions of the present half of the rows: [count].
 
         Raises:
             BudgetSpent: fewer calls are left.
         """
         evaluator = self.evaluator
         self._spend(count)
-        start = perf_counter()
+        start, sign = perf_counter(), evaluator.metric.sign
 
         def call(i: int) -> tuple[float, str | None]:
             try:
-                return evaluator.metric.merit(evaluator.metric(make(i), evaluator.complete)), None
+                return sign * evaluator.metric(make(i), evaluator.complete), None
             except MetricError as error:
                 return float("nan"), str(error)
 
@@ -164,7 +160,7 @@ class LocalMetric:
             for point in z:
                 evaluator.phi.write(self.phi + self.coordinates.lift(point.to(self.phi.device)))
                 try:
-                    found.append(evaluator.metric.merit(evaluator.evaluate("observe")))
+                    found.append(evaluator.metric.sign * evaluator.evaluate("observe"))
                 except MetricError as error:
                     found.append(float("nan"))
                     errors.append(str(error))

@@ -12,12 +12,12 @@ import torch
 from helpers import tiny_bert
 from torch import nn
 
-from metricopt_hf.evaluation import linearizer as module
 from metricopt_hf.evaluation.data import InOrder
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
 from metricopt_hf.evaluation.ledger import Ledger
-from metricopt_hf.evaluation.linearizer import DIFFERENCES, ROW_BY_ROW, Linearizer, NotLinearizable
 from metricopt_hf.evaluation.metric import Metric
+from metricopt_hf.linear import linearizer as module
+from metricopt_hf.linear.linearizer import DIFFERENCES, ROW_BY_ROW, Linearizer, NotLinearizable
 from metricopt_hf.phi import FiLM, Subset, adapter
 
 ROWS, BATCH = 22, 8

@@ -23,14 +23,13 @@ from transformers import EvalPrediction
 from ..errors import MetricError
 from ..evaluation.evaluator import Evaluator, agreed
 from ..evaluation.ledger import Faults
-from ..evaluation.linearization import Linearization
-from ..evaluation.linearizer import Linearizer, NotLinearizable
-from ..evaluation.local_metric import LocalMetric
-from ..evaluation.noise import standard_error
-from ..evaluation.trajectory import Trajectory
 from ..guides import Guide, GuideContext
+from ..linear.linearization import Linearization
+from ..linear.linearizer import Linearizer, NotLinearizable
+from ..linear.local_metric import LocalMetric
+from ..linear.noise import standard_error
 from ..phi import Coordinates
-from ..value import ValueNetwork
+from ..value import Trajectory, ValueNetwork
 from .ascent import ascend
 from .plan import MOST_MOVED, PREDICTIONS, PhasePlan
 from .selection import Selection
@@ -38,19 +37,19 @@ from .trust import Trust
 
 logger = logging.getLogger(__name__)
 
-FIRST_SHARE = 2 / 3  # of a step's metric calls, which the first of two guides may make; the next has what is left
+FIRST_SHARE = 2 / 3  # of a step's metric calls, for the first of two guides; the next has the rest
 ANNEALED = 0.5  # share of a guide's rate that is gone at the last step
 MOST_TAKEN_BACK = 3  # steps in a row, behind which the phase ends
-ATTEMPTS = 3  # of the first metric call
+ATTEMPTS = 3  # at the first metric call
 
 
 class Step(NamedTuple):
     """A step that a guide has made.
 
     Attributes:
-        value: of the metric behind it, see `Metric.merit`.
-        phi: [d] to which it goes.
-        prediction: what the model predicts there.
+        value: the metric behind it, greater is better.
+        phi: [d] behind it.
+        prediction: the model's predictions there.
     """
 
     value: float
@@ -70,7 +69,7 @@ class MetricPhase:
         make_optimizer: (parameter, learning rate) -> an optimizer of the user's class over it.
         loss_gradients: count -> [count, d], gradients of the loss by phi on as many mini-batches.
         observing_scores: the plan where predictions cannot be linearised.
-        coordinates, network: of a value function to start from.
+        coordinates, network: those of a value function to start from.
     """
 
     def __init__(
@@ -94,8 +93,8 @@ class MetricPhase:
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.linearizer = Linearizer(evaluator, plan.dim, loss_gradients, self.generator)
         self.start_step = -1
-        self.value = float("nan")  # of the metric at the present phi, see `Metric.merit`
-        self.last_step = -1  # that was made
+        self.value = float("nan")  # the metric at the present phi, greater is better
+        self.last_step = -1  # the latest metric step
         self.taken_back = 0  # steps in a row
         self.ended: str | None = None  # why no further step is made
         self.finished = False
@@ -110,10 +109,10 @@ class MetricPhase:
         return self.start_step >= 0
 
     def start(self, step: int, trained_seconds: float = 0.0) -> None:
-        """Begin where the model is now: what is not phi stands still from here on.
+        """Begin at the present model: all but phi is frozen from here on.
 
         Args:
-            trained_seconds: that the steps before took; a slow metric is called no longer than that.
+            trained_seconds: duration of the steps before; the calls of a slow metric take no longer.
         """
         self.phi.reset()
         self.start_step = step
@@ -172,7 +171,7 @@ class MetricPhase:
     # A step
 
     def _tried(self, step: int, loss_gradient: Callable[[], Tensor] | None) -> dict[str, Step]:
-        """Where each guide has gone that is still followed."""
+        """The step of each guide that is still followed."""
         phi, tried = self.phi.read(), {}
         gradient = None
         if self.plan.blends and loss_gradient is not None:
@@ -207,7 +206,7 @@ class MetricPhase:
             self.phi.write(there)
             try:
                 score, prediction = self.evaluator.evaluate_with_predictions("observe")
-                return Step(self.metric.merit(score), there, prediction)
+                return Step(self.metric.sign * score, there, prediction)
             except MetricError as error:
                 self.faults.add([str(error)], succeeded=0)
                 return Step(float("-inf"), there)
@@ -242,7 +241,7 @@ class MetricPhase:
             self._end(f"{self.taken_back} steps in a row made the metric worse, and were taken back")
 
     def _standard_error(self) -> float:
-        """Of the metric on the observation set, as far as it is known."""
+        """Standard error of the metric on the observation set; 0 where it is not known."""
         if self._linearization is None or self.plan.on_all_rows or self.evaluator.complete is not None:
             return 0.0
         return standard_error(self.evaluator, self._linearization, self.generator)
@@ -261,7 +260,7 @@ class MetricPhase:
             except MetricError as error:
                 self.faults.add([str(error)], succeeded=0)
                 continue
-            self.value = self.metric.merit(score)
+            self.value = self.metric.sign * score
             return score, self._prediction
         self._end(f"the metric failed {ATTEMPTS} times at its start")
         return float("nan"), None
@@ -280,13 +279,13 @@ class MetricPhase:
         self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction, self.coordinates.dim))
 
     def _observe_scores(self, why: str) -> None:
-        """From now on every observation is a forward pass."""
+        """Observe scores, a forward pass each, from now on."""
         logger.warning(f"The metric's scores are observed, not the model's predictions: {why}.")
         self.plan, self._linearization = self.observing_scores, None
         self.ledger.budget = self.plan.calls
 
     def _scale(self) -> float:
-        """By which perturbations must be smaller so as not to move the outputs by more than `MOST_MOVED`."""
+        """Factor on perturbations that keeps them from moving the outputs by more than `MOST_MOVED`."""
         ratio = self._linearization.movement(self.plan.spread(self.coordinates.dim))
         return min(1.0, MOST_MOVED / ratio) if ratio > 0 else 1.0
 
@@ -302,17 +301,16 @@ class MetricPhase:
             if evaluator is not None:
                 evaluator.freeze(self._moved)
 
-    # What is kept
+    # Logs and checkpoints
 
     def log_scalars(self) -> dict[str, float]:
-        """What is reported of the guidance beside Trainer's own numbers."""
+        """The numbers of the phase for Trainer's log."""
         if not self.curve:
             return {}
         latest = self.curve[-1]
         scalars = {name: float(latest[name]) for name in ("standard_error", "calls", "passes")}
-        scalars["value"] = self.metric.sign * self.value
-        scalars |= {f"rate_{name}": rate for name, rate in self.trust.rates.items()}
-        return {**scalars, "failed_calls": float(self.faults.total)}
+        scalars |= {"value": self.metric.sign * self.value, "failed_calls": float(self.faults.total)}
+        return scalars | {f"rate_{name}": rate for name, rate in self.trust.rates.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts and lists of tensors and plain values."""
@@ -327,7 +325,7 @@ class MetricPhase:
             "trust": self.trust.state_dict(),
             "way": self.linearizer.way,
             "generator": self.generator.get_state(),
-            "trajectory": {name: torch.as_tensor(array) for name, array in self.trajectory.state_dict().items()},
+            "trajectory": self.trajectory.rows,
             "faults": self.faults.state_dict(),
             "selection": self.selection.state_dict(),
             "curve": self.curve,
@@ -344,7 +342,7 @@ class MetricPhase:
         self.curve, self.linearizer.way = state["curve"], state["way"]
         self.faults.load_state_dict(state["faults"])
         self.selection.load_state_dict(state["selection"])
-        self.trajectory = Trajectory.from_state_dict({n: t.numpy() for n, t in state["trajectory"].items()})
+        self.trajectory = Trajectory(state["trajectory"])
         context = GuideContext(self.coordinates.dim, self.generator, self.network)
         self.trust.load_state_dict(state["trust"], self.plan.observe == PREDICTIONS, context)
         self.generator.set_state(state["generator"])

@@ -17,39 +17,36 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from ..errors import MetricError
-from ..evaluation.answer import ConstraintCheck, Score, values_of
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.ledger import Faults
-from ..evaluation.noise import checked_constraints, paired_error
+from ..linear.noise import paired_error
 from ..phi import PhiSpace
 from ..phi.space import whole
-from .bias import with_tuned_bias
+from ..posthoc import with_tuned_bias
 
 logger = logging.getLogger(__name__)
 
 START, BIAS, MEAN = "start", "start, bias tuned", "mean of the last steps"  # kinds of candidates
-MARGIN = 0.75  # standard errors of the difference, by which the steps must be better than what is cheap
+MARGIN = 0.75  # standard errors of the difference by which the steps must beat the cheap candidates
 SEEN = 0.2  # weight of the same difference on the observation split, which the steps were fitted to, beside that
-SHARE = 0.5  # of a gain, by which a second answer of the metric may differ from the first
+SHARE = 0.5  # of a gain: the most by which a second call of the metric may differ from the first
 
 
 @dataclass(frozen=True, eq=False)  # one is itself alone: its phi cannot be asked whether it is equal
 class Candidate:
-    """A phi and what it scores.
+    """A phi and its score.
 
     Attributes:
         kind: one of START, BIAS, MEAN.
         phi: [d].
         step: optimizer steps taken before it.
         score: the metric on the selection split; nan where it failed.
-        raw: the numbers of the metric's `keys` beside its score.
     """
 
     kind: str
     phi: Tensor
     step: int
     score: float = float("nan")
-    raw: tuple[float, ...] = ()
 
     @property
     def known(self) -> bool:
@@ -72,8 +69,7 @@ class Selection:
         self.steps: list[Tensor] = []  # phi behind each step that was taken
         self.chosen: Candidate | None = None
         self.why = ""
-        self.constraints: tuple[ConstraintCheck, ...] = ()  # at what was chosen
-        self.weights: list[Tensor] = []  # that the chosen phi has set
+        self.weights: list[Tensor] = []  # the parameters at the chosen phi
         self.faults = Faults()
         self._predictions: dict[str, EvalPrediction | None] = {}  # by kind of candidate
 
@@ -103,10 +99,6 @@ class Selection:
         self.weights = [whole(parameter.detach()).clone() for parameter in self.phi.parameters]
         self._predictions.clear()
         logger.info(f"Kept: {self.chosen.kind}; {self.why}.")
-        if self.evaluator is not None and self.evaluator.metric.constraints and self.chosen.known:
-            self.constraints = checked_constraints(self.evaluator, self.on_all_rows, self.chosen.raw)
-            for check in self.constraints:
-                logger.log(logging.INFO if check.holds else logging.WARNING, f"On the selection split, {check}.")
 
     def _choose(self, observation: Evaluator) -> Candidate:
         """The steps, if they are better by `MARGIN` and their score comes out again; else the better of the others."""
@@ -117,7 +109,7 @@ class Selection:
             self.why = "there is no selection split that could say otherwise"
             return ascent
         known = [candidate for candidate in self.candidates if candidate.known]
-        cheap = max((c for c in known if c is not ascent), key=self._merit, default=self.candidates[0])
+        cheap = max((c for c in known if c is not ascent), key=self._value, default=self.candidates[0])
         if ascent is None:
             return cheap
         if not ascent.known:
@@ -126,7 +118,7 @@ class Selection:
         if not cheap.known:
             self.why = "the metric fails at the start"
             return ascent
-        gain = self._merit(ascent) - self._merit(cheap)
+        gain = self._value(ascent) - self._value(cheap)
         error = self._error(ascent, cheap)
         evidence = gain + SEEN * self._gain_on(observation, ascent, cheap)
         pays = evidence > 0 and not evidence < MARGIN * error
@@ -137,26 +129,27 @@ class Selection:
             pays = False
         return ascent if pays else cheap
 
-    def _merit(self, candidate: Candidate) -> float:
-        return self.evaluator.metric.merit(Score(candidate.score, candidate.raw))
+    def _value(self, candidate: Candidate) -> float:
+        """The score, greater is better."""
+        return self.evaluator.metric.sign * candidate.score
 
     def _gain_on(self, observation: Evaluator, first: Candidate, second: Candidate) -> float:
         """By how much one candidate is better than another on the observation split; 0 where the metric fails."""
-        merits = []
+        values = []
         with self.phi.restored():
             for candidate in (first, second):
                 self.phi.write(candidate.phi)
                 try:
-                    merits.append(observation.metric.merit(observation.evaluate("select")))
+                    values.append(observation.metric.sign * observation.evaluate("select"))
                 except MetricError as error:
                     self.faults.add([str(error)], succeeded=0)
                     return 0.0
-        return merits[0] - merits[1]
+        return values[0] - values[1]
 
     def _comes_out_again(self, candidate: Candidate, gain: float) -> bool:
-        """Whether a second answer confirms a score: what is finite and comes out again is true."""
+        """Whether a second call of the metric confirms a score."""
         again = self._scored(candidate)
-        return again.known and self._merit(candidate) - self._merit(again) <= SHARE * gain
+        return again.known and self._value(candidate) - self._value(again) <= SHARE * gain
 
     def _error(self, first: Candidate, second: Candidate) -> float:
         """Standard error of the difference of two candidates' scores; nan where it is not known."""
@@ -166,7 +159,7 @@ class Selection:
         return paired_error(self.evaluator, *made)
 
     def _prediction_of(self, candidate: Candidate) -> EvalPrediction | None:
-        """What the model predicts there, made again behind a resume; None of a metric that is not one of all rows."""
+        """The model's predictions there, made again after a resume; None if the metric takes none of all rows."""
         metric = self.evaluator.metric
         if candidate.kind not in self._predictions and metric.of_predictions and not metric.batchwise:
             with self.phi.restored():
@@ -184,7 +177,7 @@ class Selection:
             except MetricError as error:
                 self.faults.add([str(error)], succeeded=0)
                 return candidate
-        return replace(candidate, score=float(score), raw=values_of(score))
+        return replace(candidate, score=float(score))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -192,7 +185,6 @@ class Selection:
             "steps": self.steps,
             "chosen": None if self.chosen is None else self.candidates.index(self.chosen),
             "why": self.why,
-            "constraints": [vars(check) for check in self.constraints],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,4 +193,3 @@ class Selection:
         self.steps = [phi.to(device) for phi in state["steps"]]
         self.chosen = None if state["chosen"] is None else self.candidates[state["chosen"]]
         self.why = state["why"]
-        self.constraints = tuple(ConstraintCheck(**check) for check in state["constraints"])

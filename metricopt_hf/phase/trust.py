@@ -1,14 +1,14 @@
-"""Trust: how far each guide is followed, by what came true of its steps."""
+"""Trust: how far each guide is followed, by the success of its steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..evaluation.local_metric import BudgetSpent, LocalMetric
 from ..guides import Guide, GuideContext
+from ..linear.local_metric import BudgetSpent, LocalMetric
 
-GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 64  # of a guide's rate, relative to its first
+GROWTH, MOST_RATE, SMALLEST_RATE = 1.5, 4.0, 1 / 64  # a guide's rate is relative to its first
 
 
 class Trust:
@@ -18,8 +18,8 @@ class Trust:
         make_guides: whether predictions are linearised -> the guides, by name.
 
     Attributes:
-        guides: by name.
-        rates: by name, relative to the learning rate.
+        guides: guides by name.
+        rates: rates by name, relative to the learning rate.
     """
 
     def __init__(self, make_guides: Callable[[bool], dict[str, Guide]]):
@@ -33,10 +33,10 @@ class Trust:
         return [name for name in self.guides if self.rates[name] >= SMALLEST_RATE]
 
     def start(self, linearised: bool, context: GuideContext, metric: LocalMetric | None) -> None:
-        """Make the guides, and keep those that have something to say of the metric.
+        """Make the guides, and keep those that apply to the metric.
 
         Args:
-            metric: None: it is not asked.
+            metric: None: all guides are kept.
         """
         self.guides = self._make_guides(linearised)
         for name, guide in list(self.guides.items()):
@@ -46,7 +46,7 @@ class Trust:
         self.rates = dict.fromkeys(self.guides, 1.0)
 
     def judge(self, values: Mapping[str, float], before: float) -> None:
-        """What the metric was behind the step of each guide, and before."""
+        """Adapt the rates, given the metric behind the step of each guide, and before."""
         for name, value in values.items():
             rate = self.rates[name]
             self.rates[name] = min(MOST_RATE, rate * GROWTH) if value > before else rate / 2
@@ -55,7 +55,7 @@ class Trust:
         return {"rates": dict(self.rates), "guides": {name: guide.state_dict() for name, guide in self.guides.items()}}
 
     def load_state_dict(self, state: dict[str, Any], linearised: bool, context: GuideContext) -> None:
-        """Make those guides that there were."""
+        """Make the guides of the saved run."""
         made = self._make_guides(linearised)
         self.guides, self.rates = {name: made[name] for name in state["guides"]}, dict(state["rates"])
         for name, guide in self.guides.items():

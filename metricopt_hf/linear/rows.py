@@ -4,9 +4,9 @@ Joined, predictions are arrays, or tuples and dicts of them, with a row per exam
 (`eval_do_concat_batches=False`) they are lists with such a thing per batch, in which labels may be a list of one dict
 per example, as of object detection.
 
-How many examples a batch has is known to whoever made it (`batch_sizes`). Where nobody says it, the first array's rows
-are counted. Those may be tokens, nodes or patches that a collator has joined; then rows are not examples, and half of
-the examples cannot be taken (see `unsplittable`).
+The maker of a batch knows its number of examples (`batch_sizes`). Without it, we count the rows of the first array.
+These may be tokens, nodes or patches that a collator has joined; then rows are not examples, and half of the examples
+cannot be taken (see `unsplittable`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FIELDS = ("predictions", "label_ids", "inputs", "losses")
 
 
 def num_rows(prediction: EvalPrediction, concat: bool = True, batch_sizes: Sequence[int] | None = None) -> int:
-    """How many examples `prediction` is of.
+    """Number of examples in `prediction`.
 
     Args:
         concat: whether batches are joined.
@@ -41,7 +41,7 @@ def unsplittable(
     Example:
         >>> nodes = EvalPrediction(np.zeros((7, 2)), np.zeros(3))
         >>> print(unsplittable(nodes, batch_sizes=[2, 1]))
-        there is no saying which rows are an example's: of 3 examples the predictions hold 7 rows
+        it is unknown which rows are an example's: of 3 examples the predictions hold 7 rows
     """
     sizes = _sizes(prediction, concat, batch_sizes)
     fields = {name: value for name in FIELDS if (value := getattr(prediction, name)) is not None}
@@ -49,13 +49,13 @@ def unsplittable(
         parts = [value] if concat else list(value)
         if len(parts) != len(sizes):
             return (
-                f"there is no saying which rows are an example's: {len(parts)} batches of {name}, {len(sizes)} of data"
+                f"it is unknown which rows are an example's: {len(parts)} batches of {name}, {len(sizes)} of data"
             )
         for part, size in zip(parts, sizes, strict=True):
             found = _lengths(part)
             if size not in found:
                 held = f"{' or '.join(map(str, sorted(set(found))))} rows" if found else "no rows"
-                return f"there is no saying which rows are an example's: of {size} examples the {name} hold {held}"
+                return f"it is unknown which rows are an example's: of {size} examples the {name} hold {held}"
     return None
 
 
@@ -65,7 +65,7 @@ def take_rows(
     """Predictions and labels of some of the examples; the original is left as it is.
 
     Args:
-        rows: [n] which ones, in increasing order.
+        rows: [n] indices of examples, in increasing order.
         concat: whether batches are joined.
         batch_sizes: examples in each batch; None: not known.
     """
@@ -89,7 +89,7 @@ def sizes_of(prediction: EvalPrediction, rows: np.ndarray, batch_sizes: Sequence
 
 
 def _by_batch(rows: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray]:
-    """Of each batch, which of its rows are among `rows`."""
+    """For each batch, its rows that are among `rows`."""
     ends = list(accumulate(sizes))
     return [rows[(rows >= end - size) & (rows < end)] - (end - size) for end, size in zip(ends, sizes, strict=True)]
 

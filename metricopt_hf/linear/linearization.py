@@ -20,7 +20,7 @@ from transformers import EvalPrediction
 
 from .rows import FIELDS, num_rows, sizes_of, take_rows, unsplittable
 
-CHUNK_BYTES = 2**24  # of outputs that are made at once
+CHUNK_BYTES = 2**24  # outputs computed at once
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Linearization:
 
     @cached_property
     def unsplittable(self) -> str | None:
-        """Why there is no saying which rows are an example's; None where there is."""
+        """Why it is unknown which rows are an example's; None where it is known."""
         return unsplittable(self.centre, self.concat, self.batch_sizes)
 
     @property
@@ -120,7 +120,7 @@ class Linearization:
         return self.planted({i: leaf.at(z) for i, leaf in self.leaves.items()})
 
     def at_each(self, z: Tensor) -> Iterator[EvalPrediction]:
-        """The same for each of z: [n, k]; products are made for several of them at once."""
+        """Predictions and labels at each of z, [n, k]; products are computed for several of them at once."""
         size = sum(leaf.outputs.nbytes for leaf in self.leaves.values())
         for points in z.split(max(1, CHUNK_BYTES // max(1, size))):
             moved = {i: leaf.at_each(points) for i, leaf in self.leaves.items()}
@@ -128,10 +128,10 @@ class Linearization:
                 yield self.planted({i: values[j] for i, values in moved.items()})
 
     def rows(self, rows: np.ndarray) -> Linearization:
-        """The same for some rows, in increasing order."""
+        """The linearization of some rows, in increasing order."""
         if self.concat:
             index = torch.as_tensor(rows)
-            total = self.num_rows  # what has another number of rows, such as tokens, stays
+            total = self.num_rows  # leaves with another number of rows, such as tokens, stay
             leaves = {i: leaf.rows(index) if len(leaf.outputs) == total else leaf for i, leaf in self.leaves.items()}
             centre = take_rows(self.centre, rows, True, self.batch_sizes)
             return replace(self, centre=centre, leaves=leaves, batch_sizes=(len(rows),))
@@ -140,7 +140,7 @@ class Linearization:
         parts = [arrays(take_rows(slope, rows, False, self.batch_sizes)) for slope in slopes]
         centre = take_rows(self.centre, rows, False, self.batch_sizes)
         values = arrays(centre)
-        # which of them move is seen by other numbers in their places
+        # other numbers in their places show which of them move
         other = self.planted({i: (leaf.outputs == 0).float() for i, leaf in self.leaves.items()})
         others = arrays(take_rows(other, rows, False, self.batch_sizes))
         leaves = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from metricopt_hf.evaluation.rows import num_rows, sizes_of, take_rows, unsplittable
+from metricopt_hf.linear.rows import num_rows, sizes_of, take_rows, unsplittable
 
 ROWS = np.array([0, 3, 4])
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from transformers import EvalPrediction
 
+from ..evaluation.evaluator import Evaluator, undisturbed
 from ..phi.coordinates import (
     JACOBIAN,
     LOSS,
@@ -30,7 +31,6 @@ from ..phi.coordinates import (
 )
 from ..phi.space import is_sharded
 from ..phi.taps import NotRowByRow, jacobian_rows, tapped
-from .evaluator import Evaluator, undisturbed
 from .linearization import Linearization, LinearLeaf, arrays
 from .rows import take_rows, unsplittable
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..evaluation.linearization import Linearization
-from ..evaluation.local_metric import PERTURBED
-from .config import MetricOptConfig
+from ..linear.linearization import Linearization
+from ..linear.local_metric import PERTURBED
 
-# What of the model is observed: predictions, on which the metric is called without a pass; or scores, a pass for each
+# Observed are predictions, on which the metric is called without a pass, or scores, which take a pass each
 PREDICTIONS, SCORES = "predictions", "scores"
 CALLS = {PREDICTIONS: 5000, SCORES: 160}  # metric calls
-UPDATES = {PREDICTIONS: 20, SCORES: 2}  # of the coordinates, in a step
-STEP_LENGTH = 0.32  # of an update by Adam, in phi; chosen for FiLM, in which 1 doubles a channel
-SPREAD_LENGTH = 1.6  # of a perturbation, in phi
+UPDATES = {PREDICTIONS: 20, SCORES: 2}  # updates of the coordinates in a step
+STEP_LENGTH = 0.32  # length in phi of an update by Adam; chosen for FiLM, in which 1 doubles a channel
+SPREAD_LENGTH = 1.6  # length in phi of a perturbation
 MOST_MOVED = 0.5  # standard deviations of the outputs by which a perturbation moves them at most, else it is smaller
 PATIENCE = 60.0  # seconds that metric calls may take, however short the training was
 DEFAULT_STEPS = 10
@@ -40,10 +40,10 @@ class PhasePlan:
         dim: the most coordinates.
         rate: learning rate of an update of phi, in units of `STEP_LENGTH`.
         value_weight: lambda in `blended`.
-        seed: of the private generator.
+        seed: seeds the private generator.
         follows_outputs: whether `calls` is the default, which grows with the number of logits, and is lowered for
             a slow metric.
-        scale: by which steps and perturbations are made smaller, see `MOST_MOVED`.
+        scale: factor on steps and perturbations, see `MOST_MOVED`.
     """
 
     steps: int
@@ -58,10 +58,11 @@ class PhasePlan:
     scale: float = 1.0
 
     @classmethod
-    def from_args(cls, args: MetricOptConfig, steps: int, of_predictions: bool) -> PhasePlan:
-        """What the config asks for, where that is possible.
+    def from_args(cls, args: Any, steps: int, of_predictions: bool) -> PhasePlan:
+        """The plan of the config, where that is possible.
 
         Args:
+            args: the `MetricOptConfig`.
             of_predictions: whether the metric is one of predictions.
         """
         observe = SCORES if args.observe == SCORES or not of_predictions else PREDICTIONS
@@ -79,7 +80,7 @@ class PhasePlan:
             follows_outputs=args.metric_call_budget is None,
         )
 
-    def observing_scores(self, args: MetricOptConfig) -> PhasePlan:
+    def observing_scores(self, args: Any) -> PhasePlan:
         """The same where predictions cannot be linearised."""
         calls = CALLS[SCORES] if args.metric_call_budget is None else args.metric_call_budget
         return replace(self, observe=SCORES, calls=calls)
@@ -96,7 +97,7 @@ class PhasePlan:
 
     @property
     def blends(self) -> bool:
-        """Whether the loss has a say."""
+        """Whether the gradient of the loss is blended in."""
         return math.isfinite(self.value_weight)
 
     @property

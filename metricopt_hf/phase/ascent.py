@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..evaluation.local_metric import BudgetSpent, LocalMetric
 from ..guides import Guide, blended
+from ..linear.local_metric import BudgetSpent, LocalMetric
 
 
 def ascend(
@@ -21,10 +21,10 @@ def ascend(
     loss_gradient: Tensor | None = None,
     value_weight: float = float("inf"),
 ) -> Tensor:
-    """Where a guide goes from phi: z, [k].
+    """The point z, [k], to which a guide goes from phi.
 
     Args:
-        updates: the most of them; fewer where the metric calls run out.
+        updates: the most updates; fewer where the metric calls run out.
         rate: learning rate.
         make_optimizer: (parameter, rate) -> an optimizer over it.
         loss_gradient, value_weight: see `blended`.

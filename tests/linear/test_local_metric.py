@@ -8,10 +8,10 @@ from test_linearizer import MLP, ROWS, evaluator, linearizer
 from metricopt_hf.errors import MetricError
 from metricopt_hf.evaluation import evaluator as evaluators
 from metricopt_hf.evaluation.ledger import Faults
-from metricopt_hf.evaluation.local_metric import BudgetSpent, LocalMetric
-from metricopt_hf.evaluation.noise import HALVES, paired_error, standard_error
-from metricopt_hf.evaluation.trajectory import Trajectory
+from metricopt_hf.linear.local_metric import BudgetSpent, LocalMetric
+from metricopt_hf.linear.noise import HALVES, paired_error, standard_error
 from metricopt_hf.phi import FiLM
+from metricopt_hf.value import Trajectory
 
 
 def first_logit(prediction):
@@ -42,7 +42,7 @@ def test_values_are_the_metrics_at_each_point_with_a_pass_or_without(linearised)
     assert torch.equal(made.taken.phi.read(), before)
     ledger = made.taken.ledger
     assert ledger.calls["observe"] == 3 and ledger.passes["observe"] == (0 if linearised else 3)
-    assert np.allclose(made.trajectory.z, (made.local.origin + z).numpy()) and set(made.trajectory.steps) == {7}
+    assert torch.allclose(made.trajectory.z, made.local.origin + z) and made.trajectory.steps.unique().tolist() == [7]
     assert np.allclose(made.trajectory.scores, found)
 
 
@@ -53,7 +53,7 @@ def test_a_half_of_the_rows_is_seen_and_what_is_kept_is_shifted_to_the_value_of_
     assert len(rows) == ROWS // 2 == made.local.part.num_rows
     found = made.local.values(z)
     assert np.allclose(found, [first_logit(made.linear.rows(rows).at(point)) for point in z], atol=1e-6)
-    assert made.trajectory.scores.mean() == pytest.approx(0.5)
+    assert float(made.trajectory.scores.mean()) == pytest.approx(0.5)
     assert np.allclose(np.diff(made.trajectory.scores), np.diff(found))
     made.local.halve()
     assert not np.array_equal(made.local.rows, rows)

@@ -1,0 +1,1 @@
+"""Near phi: predictions as a linear function of compact coordinates, and the metric on these."""
