@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from metricopt_hf import Ledger
+from metricopt_hf import Ledger, Metric
+from metricopt_hf.posthoc import add_bias, tune_bias
 
 from .looks import evaluator, frozen_phi
 from .problem import Problem, Rows, Task, inputs_of
 from .training import Budget, Outcome
 
+POST_HOC_CALLS = 160  # to tune a bias
 MAX_NORM = 1.0  # of a gradient, as Trainer clips it
 Loss = Callable[[dict[str, Tensor], Tensor], Tensor]  # outputs, labels -> scalar
 
@@ -97,20 +99,26 @@ def train_by_loss(
 def trained_first(
     task: Task, problem: Problem, seed: int, budget: Budget, configs: Sequence[Mapping[str, Any]]
 ) -> tuple[Problem, Ledger, float]:
-    """All steps of a run but its metric steps, once with each setting of the loss.
+    """All steps of a run but its metric steps, once with each setting of the loss, of which the better one is taken.
 
-    The best look at the observation split is taken: the selection split has yet to say whether the metric steps behind
-    it pay, and would favour what was chosen by it.
+    Both are judged by the observation split, each at its best look, and with a bias per logit where that makes sense:
+    the selection split has yet to say whether the metric steps pay, and would favour what was chosen by it.
 
     Returns:
-        The problem with that look as its model; what the looks have cost; and seconds of processor time.
+        The problem with that look as its model; what choosing has cost; and seconds of processor time.
     """
     start, every, ledger = process_time(), budget.steps // budget.rounds, Ledger()
     steps = budget.steps - budget.metric_steps
     first = replace(budget, steps=steps, rounds=steps // every)
-    made = [train_by_loss(task, problem, seed, first, config, judge=problem.observation) for config in configs]
-    for outcome in made:
+    metric, made = Metric(task.metric, task.metric_name, task.greater_is_better), []
+    for config in configs:
+        outcome = train_by_loss(task, problem, seed, first, config, judge=problem.observation)
         ledger.add("select", outcome.ledger.calls["select"], outcome.ledger.seconds["select"])
-    model = copy.deepcopy(problem.model)
-    problem.phi(model).write(max(made, key=lambda outcome: task.sign * outcome.selection).phi)
+        model = copy.deepcopy(problem.model)
+        problem.phi(model).write(outcome.phi)
+        prediction = problem.predict(model, problem.observation)
+        if task.decides:
+            prediction = add_bias(prediction, tune_bias(metric, prediction, ledger, POST_HOC_CALLS))
+        made.append((task.sign * metric(prediction), model))
+    _, model = max(made, key=lambda pair: pair[0])
     return replace(problem, model=model), ledger, process_time() - start

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     (arguments,) = HfArgumentParser(CeilingArguments).parse_args_into_dataclasses(argv)
     if no_data():
         return 2
-    tunable = {name: task for name, task in tasks().items() if task.labels in ("classes", "binary")}
+    tunable = {name: task for name, task in tasks().items() if task.decides}
     if unknown := set(arguments.tasks) - set(tunable):
         raise ConfigurationError(f"--tasks {sorted(unknown)[0]}: there are {', '.join(tunable)}.")
     quiet()

@@ -18,6 +18,7 @@ from transformers import EvalPrediction
 from metricopt_hf import Ledger, Metric
 from metricopt_hf.posthoc import add_bias, tune_bias
 
+from .by_loss import POST_HOC_CALLS
 from .methods import RIVALS
 from .problem import Problem, Rows, Task, take
 from .records import rounded
@@ -25,7 +26,6 @@ from .scaling import scaled, tune_scale_and_bias
 from .training import Budget, Outcome
 
 REPLICATES = 100  # of the bootstrap over items
-POST_HOC_CALLS = 160
 PLAIN, POST_HOC, SCALE, SOUP = "plain", "post-hoc", "post-hoc, scale and bias", "soup"
 
 
@@ -66,7 +66,7 @@ def variants(task: Task, problem: Problem, method: str, outcome: Outcome) -> dic
         made[SOUP] = soup if used else made[PLAIN]
         alone = {name: task.metric(output) for name, output in soup.items()}
         rows[SOUP] = row(made[SOUP], calls={"select": 1}, used=used, alone=alone)
-    if task.labels in ("classes", "binary") and not RIVALS[method].needs_group:  # whose decisions are made
+    if task.decides and not RIVALS[method].needs_group:  # whose decisions are made
         for name, outputs in list(made.items()):
             ledger = Ledger()
             bias = tune_bias(metric, outputs["observation"], ledger, POST_HOC_CALLS)

@@ -181,6 +181,11 @@ class Task:
     pixels: Callable[[], Tensor] | None = None
 
     @property
+    def decides(self) -> bool:
+        """Whether the model decides for classes, so that a bias per logit can be tuned."""
+        return self.labels in ("classes", "binary")
+
+    @property
     def sign(self) -> int:
         """By which scores are multiplied so that greater is better."""
         return 1 if self.greater_is_better else -1
