@@ -86,7 +86,7 @@ def front(results: Sequence[Result]) -> str:
         "![MetricOpt minus the rival, by task](docs/results/forest.png)",
         overview(results),
         f"{RIVAL} MetricOpt is what comes out of a run by the loss whose last ten steps are metric steps with the "
-        "library's defaults; it begins them at the best look of both settings of the loss, by the observation split. "
+        "library's defaults; it begins them where the better setting of the loss has led, by the observation split. "
         "Scores are means over seeds on the report split. Differences are paired by seed and positive where MetricOpt "
         "is better; brackets are 95 % intervals (filled marks in the figure: win or loss; hollow ones: the interval "
         "alone). "
