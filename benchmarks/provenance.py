@@ -54,7 +54,7 @@ def protocol_text(fixed: protocol.Protocol) -> str:
         f"ways alone make the last {budget.metric_steps} of {budget.steps} steps metric steps, with the library's "
         "defaults; the steps before are by the loss, once at the setting of loss only and once in small steps, each to "
         "its best look at the observation split. The metric steps begin at that of both which scores better there with "
-        f"a tuned bias. (This rule is the second one: the first, without a bias, had lost F1 on these seeds, as it did on "
+        f"a tuned bias. (This rule is the second one: the first, without a bias, had lost F1 on these seeds, as on "
         f"development seeds; {LOG}.) The defaults were chosen on "
         f"development seeds: {CALLS[PREDICTIONS]:,} metric calls at most, of more than {CLASSES} classes as many times "
         f"more (at most {MOST_CLASSES / CLASSES:g}), on linearised predictions of the observation split. CMA-ES on "
