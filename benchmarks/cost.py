@@ -1,8 +1,9 @@
-"""What MetricOpt costs on each task: a linearisation, its metric calls, and a run against 200 steps by the loss alone.
+"""What MetricOpt costs: a linearisation of large models, and on each task a run against 200 steps by the loss alone.
 
-    python -m benchmarks.cost            (make bench ARGS=cost), some minutes; writes docs/results/cost.md
-    python -m benchmarks.cost --tasks bank_f1 dominoes
-    python -m benchmarks.cost --smoke
+    python -m benchmarks.cost            (make bench ARGS=cost), writes docs/performance.md and docs/results/cost.md
+    python -m benchmarks.cost --what models          (the first of them alone: half an hour on a CPU)
+    python -m benchmarks.cost --what tasks --tasks bank_f1 dominoes
+    python -m benchmarks.cost --what tasks --smoke
 
 Seconds are processor time in one thread.
 """
@@ -15,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import process_time
 
+import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError, Ledger
 
-from . import protocol
+from . import large_models, protocol
 from .bench_report import ROOT
 from .looks import evaluator, frozen_phi
 from .methods import OURS, RIVALS
@@ -32,6 +34,8 @@ from .tables import markdown
 from .tasks import tasks
 
 PAGE = ROOT / "docs" / "results" / "cost.md"
+MODELS_PAGE = ROOT / "docs" / "performance.md"
+MODELS, TASKS = "models", "tasks"
 LOSS_ONLY = "loss_only"
 SMOKE_TASKS = 2
 HEADERS = ["task", "rows", "phi", "linearisation, s", "passes", "calls", "run, s", "by the loss, s", "ratio"]
@@ -41,9 +45,12 @@ HEADERS = ["task", "rows", "phi", "linearisation, s", "passes", "calls", "run, s
 class CostArguments:
     """What to measure."""
 
+    what: list[str] = field(default_factory=lambda: [MODELS, TASKS], metadata={"help": f"{MODELS}, {TASKS}, or both."})
+    models: list[str] = field(default_factory=lambda: list(large_models.MODELS), metadata={"help": "Default: all."})
     tasks: list[str] = field(default_factory=list, metadata={"help": "Default: all."})
     seed: int = field(default=0, metadata={"help": "Of the splits, and of the runs."})
-    page: str = field(default=str(PAGE), metadata={"help": "The page to write."})
+    page: str = field(default=str(PAGE), metadata={"help": "The page of the tasks."})
+    models_page: str = field(default=str(MODELS_PAGE), metadata={"help": "The page of the models."})
     smoke: bool = field(
         default=False,
         metadata={"help": f"The first {SMOKE_TASKS} tasks with a few examples; the page is printed, nothing is kept."},
@@ -55,10 +62,11 @@ def linearisation(task: Task, problem: Problem, seed: int) -> tuple[float, int, 
     phi = frozen_phi(problem)
     observation = evaluator(task, problem, phi, problem.observation, Ledger())
     made = linearizer(observation, seed)
-    space, prediction = made.coordinates(), observation.predictions()
+    prediction = observation.predictions()
+    space = made.coordinates(prediction)
     start = process_time()
     made.linearize(space.basis, prediction)
-    return process_time() - start, 1 + made.passes(prediction), phi.dim
+    return process_time() - start, 1 + made.cost(prediction, space.dim).passes, phi.dim
 
 
 def row(task: Task, seed: int, fixed: protocol.Protocol) -> list[str]:
@@ -88,8 +96,42 @@ def text(rows: list[list[str]], fixed: protocol.Protocol) -> str:
     )
 
 
+def models_text(rows: list[list[str]]) -> str:
+    """docs/performance.md."""
+    held = large_models
+    return page(
+        "# Performance",
+        "Written by `python -m benchmarks.cost --what models`; do not edit.",
+        "What a linearisation costs is known before it is made: with FiLM, and outputs that are a few numbers per row, "
+        "one forward pass and one backward pass per output, of many logits for each row's five largest; else one "
+        "forward pass for each of 16 coordinates. The log of a run says it at the start of the metric phase. These "
+        "passes compute only what lies behind phi's first layer, where there is memory to keep what lies before.",
+        f"Measured are {held.MEASURED} rows, as random as the weights, and scaled to {held.OBSERVED:,} observation "
+        f"rows and, for an epoch of AdamW, {held.TRAINED:,} training rows. Seconds are processor time in one thread, "
+        "on a machine that does other things too. Memory is that of the derivatives; batches and what lies before phi "
+        f"take up to {held.CACHE_BYTES / 1e9:.0f} GB more. A run linearises {held.LINEARISATIONS} times; in the last "
+        "column stands what that takes. The goal is half an epoch, and 1 GiB.",
+        markdown(held.HEADERS, rows),
+        "What it costs on the benchmark's small models, with metric calls and selection, is in "
+        "[harm.md](results/harm.md#time); how a run grows with its sizes, in [growth.md](results/growth.md); what was "
+        "measured on a GPU, and what was not, in [gpu.md](results/gpu.md).",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(CostArguments).parse_args_into_dataclasses(argv)
+    if MODELS in args.what:
+        torch.set_num_threads(1)
+        rows = []
+        for name in args.models:
+            rows.append(large_models.row(name))
+            print(" | ".join(rows[-1]), flush=True)
+        Path(args.models_page).write_text(models_text(rows), encoding="utf-8")
+    return measure_tasks(args) if TASKS in args.what else 0
+
+
+def measure_tasks(args: CostArguments) -> int:
+    """Measure tasks and write their page; the exit status."""
     if no_data():
         return 2
     quiet()

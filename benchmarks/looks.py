@@ -28,19 +28,21 @@ def frozen_phi(problem: Problem) -> PhiSpace:
     return phi
 
 
+@contextmanager
+def moved(phi: PhiSpace) -> Iterator[None]:
+    """Inside, phi is another one."""
+    with phi.restored():
+        phi.write(phi.read() + MOVED * torch.randn(phi.dim, generator=torch.Generator().manual_seed(0)))
+        yield
+
+
 def evaluator(task: Task, problem: Problem, phi: PhiSpace, rows: Rows, ledger: Ledger) -> Evaluator:
     """Of the metric on some rows, with the frozen prefix cached, as the trainer's own evaluators have it."""
 
     def predict(batch: dict) -> BatchOutput:
         return BatchOutput(phi.model(**inputs_of(batch))["logits"], label_ids_of(batch))
 
-    @contextmanager
-    def moved() -> Iterator[None]:
-        with phi.restored():
-            phi.write(phi.read() + MOVED * torch.randn(phi.dim, generator=torch.Generator().manual_seed(0)))
-            yield
-
     metric = Metric(task.metric, task.metric_name, task.greater_is_better)
     made = Evaluator(phi, predict, partial(rows.batches, problem.eval_batch), metric, ledger, CACHE_BYTES)
-    made.freeze(moved)
+    made.freeze(partial(moved, phi))
     return made

@@ -145,7 +145,9 @@ def search(
     start = process_time()
     set_seed(seed)
     phi, ledger, observation, selection = opened(task, problem)
-    space = Coordinates(phi.read(), torch.eye(phi.dim)) if flat else linearizer(observation, seed).coordinates()
+    space = Coordinates(phi.read(), torch.eye(phi.dim))
+    if not flat:
+        space = linearizer(observation, seed).coordinates(observation.predictions())
     searcher = make(space.dim)
     every, curve, visited = budget.steps // budget.rounds, [], []
     for turn in range(budget.rounds + 1):
@@ -180,13 +182,13 @@ def search_linearised(
     set_seed(seed)
     phi, ledger, observation, selection = opened(task, problem)
     made = linearizer(observation, seed)
-    space = made.coordinates()
+    space = made.coordinates(observation.predictions())
     searcher, choice = make(space.dim), Selection(selection, phi)
     choice.start(0)
     spent = [(0, 0.0)]  # passes and seconds behind each step
     for _ in range(budget.metric_steps):
         centre, prediction = searcher.centre.copy(), observation.predictions()
-        ledger.add("observe", 0, 0.0, passes=1 + made.passes(prediction))
+        ledger.add("observe", 0, 0.0, passes=1 + made.cost(prediction, space.dim).passes)
         linear = made.linearize(space.basis, prediction)
         for _ in range(default_calls(linear) // budget.metric_steps // population):
             points, scores = searcher.ask(population), []

@@ -67,8 +67,8 @@ class Local:
         )
         self.generator, self.linearised = seeded(seed), linearised
         self.linearizer = Linearizer(self.evaluator, DIM, None, seeded(seed))
-        self.coordinates = self.linearizer.coordinates()
         self.predictions = self.evaluator.predictions()
+        self.coordinates = self.linearizer.coordinates(self.predictions)
         self.linearization = self.linearizer.linearize(self.coordinates.basis, self.predictions)
         self.value = self.evaluator.metric.sign * self.evaluator.metric(self.predictions)
 

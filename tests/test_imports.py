@@ -41,6 +41,7 @@ BELOW = {
 PUBLIC = {"diagnosis", "experimental", "posthoc", "metrics", "extras"}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
 INSPECTED = {
+    "benchmarks/large_models.py": {"evaluation", "linear"},  # a linearisation alone is timed
     "benchmarks/looks.py": {"evaluation"},  # methods without a trainer are looked at as its candidates are
     "benchmarks/methods.py": {"guides"},  # a control that says the opposite of pairs
     "benchmarks/provenance.py": {"phase"},  # how many calls a run makes

@@ -6,6 +6,8 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from operator import itemgetter
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
@@ -169,66 +171,68 @@ class Evaluator:
         with self.ledger.charge(purpose):
             return self.metric(prediction, self.complete)
 
-    def outputs(self, run: Callable[[Any], Any] | None = None) -> Iterator[tuple[int, Any]]:
+    def outputs(
+        self, run: Callable[[Any], Any] | None = None, share: Callable[[Any], Any] = lambda result: result
+    ) -> Iterator[tuple[int, Any]]:
         """Batch by batch, in order, (index, what `run` makes of it); every rank runs a share and gets all.
 
         Args:
             run: batch -> result, which runs the model; default: `predict`.
+            share: result -> what of it all ranks get; called once for each batch, on the rank that has run it.
+
+        Raises:
+            RuntimeError: a batch failed on another rank.
         """
-        predict = run or self.predict
+        numbered, of = self._numbered(run or self.predict)
+        if self.world_size == 1:
+            yield from ((index, share(of(index, batch))) for index, batch in numbered)
+            return
+        pairs = everywhere(self.rank, self.world_size, lambda: self._own(numbered, of, share))
+        yield from sorted(chain(*pairs), key=itemgetter(0))
+
+    def first(self, run: Callable[[Any], Any] | None = None) -> Any:
+        """What `run` makes of the first batch, by this rank alone."""
+        numbered, of = self._numbered(run or self.predict)
+        return of(*next(numbered))
+
+    def _numbered(self, run: Callable[[Any], Any]) -> tuple[Iterator[tuple[int, Any]], Callable[[int, Any], Any]]:
+        """The batches with their indices, and `run` of them; what is kept of batches and of the prefix is used."""
 
         def on_copy(batch: Any) -> Any:  # whoever predicts may take columns out, or write to them
-            return predict(copy.deepcopy(batch))
+            return run(copy.deepcopy(batch))
 
         batches = self._kept_batches()
 
         def of(index: int, batch: Any) -> Any:
             if batches is None:
-                return predict(batch)
+                return run(batch)
             return on_copy(batch) if self._prefix is None else self._prefix.forward(index, on_copy, batches)
 
-        numbered = enumerate(self._batches() if batches is None else batches)
-        if self.world_size == 1:
-            yield from ((index, of(index, batch)) for index, batch in numbered)
-            return
-        yield from self._shared(numbered, of)
+        return iter(enumerate(self._batches() if batches is None else batches)), of
 
-    def _shared(self, numbered: Iterator[tuple[int, Any]], of: Callable[[int, Any], Any]) -> Iterator[tuple[int, Any]]:
-        """As many runs on every rank, as a sharded model needs: a rank without a batch left repeats the last one.
-
-        Raises:
-            RuntimeError: a run failed on another rank.
-        """
+    def _own(
+        self, numbered: Iterator[tuple[int, Any]], of: Callable[[int, Any], Any], share: Callable[[Any], Any]
+    ) -> list[tuple[int, Any]]:
+        """As many runs on every rank, as a sharded model needs: who has no batch left takes part with the last one."""
         mine: list[tuple[int, Any]] = []
         round_of: list[tuple[int, Any]] = []
-        failed: Exception | None = None
 
         def run(last: tuple[int, Any]) -> None:
             own = round_of[self.rank] if self.rank < len(round_of) else None
             output = of(*(own or last))
             if own is not None:
-                mine.append((own[0], tree_map_only(Tensor, lambda tensor: tensor.cpu(), output)))
+                mine.append((own[0], share(tree_map_only(Tensor, lambda tensor: tensor.cpu(), output))))
             round_of.clear()
 
         pair = None
-        try:
-            for pair in numbered:
-                round_of.append(pair)
-                if len(round_of) == self.world_size:
-                    run(pair)
-            if round_of:
+        for pair in numbered:
+            round_of.append(pair)
+            if len(round_of) == self.world_size:
                 run(pair)
-        except Exception as error:  # the others would wait for this rank's share
-            failed = error
+        if round_of:
+            run(pair)
         reshard(self.phi.model)
-        if failed is not None:
-            mine.append((-1, f"{type(failed).__name__}: {failed}"))
-        made = sorted(gather_object(mine), key=lambda pair: pair[0])
-        if failed is not None:
-            raise failed
-        if problems := [problem for index, problem in made if index < 0]:
-            raise RuntimeError(f"On another rank: {problems[0]}")
-        yield from made
+        return mine
 
     def joined(self, outputs: Iterable[BatchOutput]) -> EvalPrediction:
         """Batches joined as Trainer joins them, or listed."""
@@ -301,9 +305,28 @@ def agreed(rank: int, world_size: int, compute: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def everywhere(rank: int, world_size: int, compute: Callable[[], T]) -> list[T]:
+    """What `compute` gives on each rank, in order, on every rank.
+
+    Raises:
+        RuntimeError: it failed on another rank; where it failed, what it raised. So no rank waits for one that failed.
+    """
+    if world_size == 1:
+        return [compute()]
+    own, failed = None, None
+    try:
+        own = compute()
+    except Exception as error:
+        failed = error
+    found = gather_object([(own, failed and f"{type(failed).__name__}: {failed}")])
+    if failed is not None:
+        raise failed
+    if reasons := [reason for _, reason in found if reason is not None]:
+        raise RuntimeError(f"On another rank: {reasons[0]}")
+    return [value for value, _ in found]
+
+
 def shared_out(rank: int, world_size: int, count: int, compute: Callable[[int], T]) -> list[T]:
     """`compute` of each of 0, ..., count - 1, each on one rank, and all of it on every rank, in order."""
-    mine = [(i, compute(i)) for i in range(rank, count, world_size)]
-    if world_size > 1:
-        mine = sorted(gather_object(mine), key=lambda pair: pair[0])
-    return [value for _, value in mine]
+    own = everywhere(rank, world_size, lambda: [(i, compute(i)) for i in range(rank, count, world_size)])
+    return [value for _, value in sorted(chain(*own), key=itemgetter(0))]

@@ -3,95 +3,40 @@
 Row by row: every layer that phi sets gets a perturbation for each row (see `phi.taps`), so that one backward pass per
 output gives that output's derivatives for all rows, in all of phi. Else by differences: one forward pass more for each
 coordinate, which works for any outputs that are a smooth function of phi.
+
+On several ranks each differentiates its own batches, and what is gathered is in coordinates.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from transformers import EvalPrediction
 
-from ..evaluation.evaluator import Evaluator, undisturbed
-from ..phi.coordinates import (
-    JACOBIAN,
-    LOSS,
-    RANDOM,
-    Coordinates,
-    leading_directions,
-    output_directions,
-    random_directions,
-)
+from ..errors import MetricError
+from ..evaluation.evaluator import Evaluator, agreed, everywhere, shared_out, undisturbed
+from ..phi.coordinates import JACOBIAN, LOSS, RANDOM, Coordinates, Sketch, random_directions
 from ..phi.space import is_sharded
-from ..phi.taps import NotRowByRow, jacobian_rows, tapped
+from ..phi.taps import NotRowByRow
+from .cost import DIFFERENCES, MOST_DIFFERENCES, MOST_LARGEST, Cost, cost, outputs_per_row, way_of
+from .differences import NotLinearizable, by_differences, floats
 from .linearization import Linearization, LinearLeaf, arrays
+from .row_derivatives import RowDerivatives, row_derivatives
 from .rows import take_rows, unsplittable
 
 logger = logging.getLogger(__name__)
 
-ROW_BY_ROW, DIFFERENCES = "row by row", "differences"
-MOST_OUTPUTS = 5  # numbers a row, up to which each has a backward pass
-LARGEST_LOGITS = 5  # of more logits, how many of each row have one: the others are far from being decided for
-MOST_DIFFERENCES = 16  # coordinates, where each takes a forward pass
-STEP = 0.05  # of a difference, along a unit direction
 TRIED, MOST_OFF = 0.01, 0.5  # size of the step by which derivatives are tried, and how far they may be off, relatively
-BASIS_BYTES = 2**28  # of derivatives in all of phi, from which coordinates are found
-MOST_BYTES = 2**30  # memory of a linearization; rows are drawn where all would take more
+BATCH_BYTES = 2**27  # of a batch's derivatives in all of phi, from which coordinates are found
+KEPT_BYTES = 2**28  # of all such derivatives, if they are to be used once more
 GRADIENTS_PER_COORDINATE = 4  # mini-batch gradients of the loss, where coordinates are found by them
-
-
-class NotLinearizable(Exception):
-    """The predictions are no smooth function of phi; the message says why."""
-
-
-@dataclass(frozen=True)
-class RowDerivatives:
-    """Some outputs of each row of a batch, and their derivatives, on the CPU.
-
-    Attributes:
-        leaf: position of the array of outputs among the leaves of the batch's logits.
-        outputs: [rows, m] float32.
-        jacobian: [rows, m, d], or [rows, m, k] in coordinates; of fewer rows where not all are wanted.
-        columns: [rows, m] which outputs; None: all.
-    """
-
-    leaf: int
-    outputs: Tensor
-    jacobian: Tensor
-    columns: Tensor | None
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[list[Any]]:
-    """Inside, the model's forward passes record a graph, whoever switched gradients off; yields what they return."""
-    returned: list[Any] = []
-
-    def enter(module, args):
-        torch.set_grad_enabled(True)
-
-    def leave(module, args, output):
-        returned.append(output)
-        torch.set_grad_enabled(False)
-
-    needed = [(p, p.requires_grad) for p in model.parameters()]
-    handles = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
-    try:
-        for parameter, _ in needed:
-            parameter.requires_grad_(False)
-        with torch.compiler.set_stance("force_eager"):
-            yield returned
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, needs in needed:
-            parameter.requires_grad_(needs)
 
 
 class Linearizer:
@@ -103,6 +48,9 @@ class Linearizer:
         loss_gradients: count -> [count, d] gradients of the training loss on as many mini-batches, for the coordinates
             where outputs are not differentiated row by row; None: random directions instead.
         generator: draws rows and directions, the same on every rank.
+
+    Attributes:
+        way: see `cost.way_of`; None until predictions were seen.
     """
 
     def __init__(
@@ -113,25 +61,28 @@ class Linearizer:
         generator: torch.Generator,
     ):
         self.evaluator, self.dim, self.loss_gradients, self.generator = evaluator, dim, loss_gradients, generator
-        self._made: list[RowDerivatives] = []  # in all of phi at the present phi, once coordinates were found from them
-        self.way = DIFFERENCES if evaluator.phi.taps() is None or not evaluator.concat else ROW_BY_ROW
+        self.way: str | None = None
+        self._kept: list[RowDerivatives] = []  # this rank's in all of phi, at the phi where coordinates were found
+        self._kept_batches = 0  # that all ranks together have kept: all or none
         self._checked = False  # whether derivatives row by row were compared with a small step
 
-    def coordinates(self, row_by_row: bool = True) -> Coordinates:
+    def coordinates(self, prediction: EvalPrediction | None) -> Coordinates:
         """The coordinates at the present phi: those that move the model's decisions most.
 
         Args:
-            row_by_row: whether outputs may be differentiated; else the loss is.
+            prediction: what the model predicts there; None: that is not differentiated, but the loss.
         """
         phi = self.evaluator.phi
         dim = min(self.dim, phi.dim)
         basis, kind = None, JACOBIAN
-        if row_by_row and self.way == ROW_BY_ROW:
+        if prediction is not None and self._way(prediction) != DIFFERENCES:
             basis = self._row_by_row(lambda: self._decisive_directions(dim))
         if basis is None:
             dim, kind = min(dim, MOST_DIFFERENCES), LOSS
             if self.loss_gradients is not None:
-                basis = leading_directions(self.loss_gradients(GRADIENTS_PER_COORDINATE * dim).cpu(), dim)
+                sketch = Sketch(phi.dim, dim)
+                sketch.add(self.loss_gradients(GRADIENTS_PER_COORDINATE * dim).cpu()[:, None])
+                basis = sketch.directions()
         if basis is None:
             basis, kind = random_directions(phi.dim, dim, self.generator), RANDOM
         return Coordinates(phi.read(), basis.to(phi.read().device), kind)
@@ -146,34 +97,50 @@ class Linearizer:
         Raises:
             NotLinearizable: the predictions are no smooth function of phi, or take up too much memory.
         """
-        if is_sharded(self.evaluator.phi.model):
-            raise NotLinearizable("FSDP2 has sharded the model")
         found = None
-        if self.way == ROW_BY_ROW:
+        if self._way(prediction) != DIFFERENCES:
             found = self._row_by_row(lambda: self._by_rows(basis, prediction))
         if found is None:
             with undisturbed(self.evaluator.phi.model):
-                found = self._by_differences(basis, prediction)
+                found = by_differences(self.evaluator, basis, prediction)
         return found
 
-    def passes(self, prediction: EvalPrediction, dim: int | None = None) -> int:
-        """Passes over the set that a linearization takes beside the one that predicts, backward ones counted too.
+    def cost(self, prediction: EvalPrediction, dim: int | None = None) -> Cost:
+        """Of one linearization.
 
         Args:
             dim: number of coordinates; default: the most that there may be.
         """
-        if self.way == DIFFERENCES:
-            return dim or min(self.dim, MOST_DIFFERENCES, self.evaluator.phi.dim)
-        return 1 + _outputs_per_row(prediction)
+        shapes = [leaf.shape for leaf in floats(prediction).values()]
+        return cost(shapes, self.evaluator.phi.dim, dim or self.dim, self._way(prediction))
 
-    def nbytes(self, prediction: EvalPrediction, dim: int) -> int:
-        """Memory that the derivatives of a linearization in `dim` coordinates take up, `MOST_BYTES` at most."""
-        if self.way == DIFFERENCES:
-            here = arrays(prediction)
-            return sum(4 * here[i].size * dim for i in _moving(prediction) if _is_float(here[i]))
-        a_row = 4 * _outputs_per_row(prediction) * dim
-        rows = len(arrays(prediction)[_output_leaf(prediction)])
-        return min(rows, max(1, int(MOST_BYTES / a_row))) * a_row
+    def _way(self, prediction: EvalPrediction) -> str:
+        if self.way is None:
+            evaluator, shapes = self.evaluator, [leaf.shape for leaf in floats(prediction).values()]
+            taps = evaluator.concat and not is_sharded(evaluator.phi.model) and evaluator.phi.taps() is not None
+            many = taps and way_of(shapes, taps, True) != way_of(shapes, taps, False)
+            self.way = way_of(shapes, taps, many and self._reads_all(prediction))
+            logger.info(f"A linearisation of {self.evaluator.metric.name}'s predictions: {self.cost(prediction)}.")
+        return self.way
+
+    def _reads_all(self, prediction: EvalPrediction) -> bool:
+        """Whether the metric changes if each row's outputs but the largest trade places: an embedding is read whole."""
+        evaluator = self.evaluator
+        if evaluator.ledger.remaining < 2:
+            return False
+        ((position, outputs),) = floats(prediction).items()
+        others = np.sort(np.argsort(outputs, 1)[:, :-MOST_LARGEST], 1)
+        traded = outputs.copy()
+        np.put_along_axis(traded, others, np.take_along_axis(outputs, np.roll(others, 1, 1), 1), 1)
+        other = Linearization(prediction, {}).planted({position: torch.as_tensor(traded)})
+
+        def ask() -> bool:
+            return not np.isclose(*(evaluator.score(predicted, "observe") for predicted in (prediction, other)))
+
+        try:
+            return agreed(evaluator.rank, evaluator.world_size, ask)
+        except MetricError:
+            return False
 
     # Row by row
 
@@ -190,83 +157,60 @@ class Linearizer:
             self.way = DIFFERENCES
             return None
 
-    def _decisive_directions(self, dim: int) -> Tensor | None:
-        """[d, <= dim] from as many rows' derivatives as `BASIS_BYTES` hold."""
-        room, rows, self._made = BASIS_BYTES / self.evaluator.world_size, [], []
-        for _, made in self.evaluator.outputs(lambda batch: self._derivatives(batch, most_bytes=room)):  # noqa: B023
-            rows.append(made.jacobian)
-            self._made.append(made)
-            room -= made.jacobian.nbytes
-            if room < made.jacobian[0].nbytes:
-                self._made = []  # they are not of all rows
-                break
-        widest = max(jacobian.shape[1] for jacobian in rows)
-        basis = output_directions(torch.cat([jacobian for jacobian in rows if jacobian.shape[1] == widest]), dim)
+    def _decisive_directions(self, dim: int) -> Tensor:
+        """[d, <= dim] from all rows, or from as many of each batch as `BATCH_BYTES` hold."""
+        evaluator, kept = self.evaluator, []
+        sketch, room = Sketch(evaluator.phi.dim, dim), KEPT_BYTES / evaluator.world_size
+
+        def take_in(made: RowDerivatives) -> bool:
+            """Whether this rank has kept all of its derivatives so far."""
+            nonlocal room
+            sketch.add(made.jacobian)
+            room -= made.jacobian.nbytes if len(made.jacobian) == len(made.outputs) else float("inf")
+            kept[:] = [*kept, made] if room >= 0 else []
+            return room >= 0
+
+        batches = evaluator.outputs(lambda b: row_derivatives(evaluator, b, self.way, None, BATCH_BYTES), take_in)
+        all_kept = [is_kept for _, is_kept in batches]
+        self._kept, self._kept_batches = kept, len(all_kept) if all(all_kept) else 0
+        sketch.sum = sum(everywhere(evaluator.rank, evaluator.world_size, lambda: sketch.sum))
+        basis = sketch.directions()
         if basis is None:
             raise NotRowByRow("the outputs do not depend on phi.")
         return basis
 
-    def _derivatives(self, batch: Any, basis: Tensor | None = None, most_bytes: float = float("inf")) -> RowDerivatives:
-        """Run a batch, and differentiate its outputs row by row.
+    def _in_coordinates(self, basis: Tensor) -> list[RowDerivatives]:
+        """Of all batches; those that were kept are used once."""
+        evaluator, kept, count = self.evaluator, self._kept, self._kept_batches
+        self._kept, self._kept_batches = [], 0
+        if not count:
+            return [made for _, made in evaluator.outputs(lambda b: row_derivatives(evaluator, b, self.way, basis))]
 
-        Args:
-            basis: [d, k]; None: derivatives are in all of phi.
-            most_bytes: of the derivatives; those of the first rows are kept, of one at least.
+        def reduced(batch: int) -> RowDerivatives:
+            made = kept[batch // evaluator.world_size]
+            return replace(made, jacobian=made.jacobian @ basis.cpu())
 
-        Raises:
-            NotRowByRow: that is not possible.
-        """
-        phi = self.evaluator.phi
-        taps = phi.taps()
-        with differentiable(phi.model) as returned, tapped(taps):
-            output = self.evaluator.predict(batch)
-            leaf, outputs = _differentiable_leaf(output.logits, returned)
-            with torch.enable_grad():
-                flat, columns = _numbers_per_row(outputs)
-                a_row = 4 * flat.shape[1] * (phi.dim if basis is None else basis.shape[1])
-                count = min(len(flat), max(1, int(min(most_bytes / a_row, len(flat)))))
-                rows = (jacobian_rows(flat[:, column], taps)[:count] for column in range(flat.shape[1]))
-                jacobian = torch.stack([part if basis is None else part @ basis for part in rows], 1)
-        flat, columns = flat.detach().float().cpu(), None if columns is None else columns.cpu()
-        return RowDerivatives(leaf, flat, jacobian.cpu(), columns)
-
-    def _in_coordinates(self, basis: Tensor) -> Iterator[RowDerivatives]:
-        if not self._made:
-            yield from (made for _, made in self.evaluator.outputs(lambda batch: self._derivatives(batch, basis)))
-            return
-        kept, self._made = self._made, []
-        for made in kept:
-            yield replace(made, jacobian=made.jacobian @ basis.cpu())
+        return shared_out(evaluator.rank, evaluator.world_size, count, reduced)
 
     def _by_rows(self, basis: Tensor, prediction: EvalPrediction) -> Linearization:
-        evaluator, position = self.evaluator, _output_leaf(prediction)
-        total, start = len(arrays(prediction)[position]), 0
-        parts: list[RowDerivatives] = []
-        chosen = np.ones(total, bool)
-        if (room := MOST_BYTES / (4 * _outputs_per_row(prediction) * basis.shape[1] * total)) < 1:
-            order = torch.randperm(total, generator=self.generator).numpy()
-            chosen[order[max(1, int(room * total)) :]] = False
-        for made in self._in_coordinates(basis):
-            if made.leaf != position or made.jacobian.shape[1] != _outputs_per_row(prediction):
-                raise NotRowByRow("batches differ in what the model returns.")
-            rows = torch.as_tensor(np.flatnonzero(chosen[start : start + len(made.jacobian)]))
-            columns = None if made.columns is None else made.columns[rows]
-            parts.append(RowDerivatives(made.leaf, made.outputs[rows], made.jacobian[rows], columns))
-            start += len(made.jacobian)
-        if start != total:
-            raise NotRowByRow(f"{start} rows were differentiated, and {total} are predicted.")
-        centre, sizes = prediction, evaluator.batch_sizes
-        if not chosen.all():
-            if (reason := unsplittable(prediction, True, sizes)) is not None:
-                raise NotLinearizable(f"the derivatives of all rows would take up too much memory, and {reason}")
-            rows = np.flatnonzero(chosen)
-            centre, sizes = take_rows(prediction, rows, True, sizes), (len(rows),)
-        outputs = torch.as_tensor(np.asarray(arrays(centre)[position], np.float32))
+        ((position, predicted),) = floats(prediction).items()
+        parts, total, sizes = self._in_coordinates(basis), len(predicted), self.evaluator.batch_sizes
+        widths = {part.jacobian.shape[1] for part in parts}
+        if widths != {outputs_per_row(predicted.shape, self.way)} or any(part.leaf != position for part in parts):
+            raise NotRowByRow("batches differ in what the model returns.")
         jacobian = torch.cat([part.jacobian for part in parts])
         columns = None if parts[0].columns is None else torch.cat([part.columns for part in parts])
-        if outputs.dim() == 1:
-            jacobian = jacobian[:, 0]
-        return Linearization(centre, {position: LinearLeaf(outputs, jacobian, columns)}, True, sizes)
+        if len(jacobian) != total:
+            raise NotRowByRow(f"{len(jacobian)} rows were differentiated, and {total} are predicted.")
+        if (most := self.cost(prediction, basis.shape[1]).rows) < total:
+            if (reason := unsplittable(prediction, True, sizes)) is not None:
+                raise NotLinearizable(f"the derivatives of all rows would take up too much memory, and {reason}")
+            rows = torch.randperm(total, generator=self.generator)[:most].sort().values
+            jacobian, columns = jacobian[rows], None if columns is None else columns[rows]
+            prediction, sizes = take_rows(prediction, rows.numpy(), True, sizes), (most,)
+        outputs = torch.as_tensor(np.asarray(arrays(prediction)[position], np.float32))
+        leaf = LinearLeaf(outputs, jacobian[:, 0] if outputs.dim() == 1 else jacobian, columns)
+        return Linearization(prediction, {position: leaf}, True, sizes)
 
     def _check(self) -> None:
         """Are derivatives right for the first batch? They are not where rows of a batch depend on each other.
@@ -274,121 +218,30 @@ class Linearizer:
         A layer without any derivative, to which a gradient may just not find its way, must not move the outputs.
 
         Raises:
-            NotRowByRow: they are off.
+            NotRowByRow: they are off; the same on every rank.
         """
         evaluator, phi = self.evaluator, self.evaluator.phi
         step = (TRIED * torch.randn(phi.dim, generator=torch.Generator().manual_seed(0))).to(phi.read().device)
         layers = torch.cat([torch.full((p.numel(),), i) for i, p in enumerate(phi.parameters)]).to(step.device)
         by_layer = step[:, None] * (layers[:, None] == layers.unique())  # [d, layers]
-        _, made = next(evaluator.outputs(lambda batch: self._derivatives(batch, by_layer)))
 
-        def moved(by: Tensor) -> Tensor:
+        def moved(made: RowDerivatives, by: Tensor) -> Tensor:
             with phi.restored():
                 phi.write(phi.read() + by)
-                _, output = next(evaluator.outputs())
+                output = evaluator.first()
             after = tree_flatten(output.logits)[0][made.leaf].float().cpu()
             after = after[:, None] if after.dim() == 1 else after
             return (after if made.columns is None else after.gather(1, made.columns)) - made.outputs
 
-        true, expected = moved(step), made.jacobian.sum(-1)
-        off = float((true - expected).norm() / true.norm().clamp_min(1e-30))
-        still = (made.jacobian == 0).flatten(0, 1).all(0).to(step.device)
-        if still.any() and not still.all():
-            off = max(off, float(moved(by_layer[:, still].sum(1)).norm() / true.norm().clamp_min(1e-30)))
-        if not off <= MOST_OFF:
-            raise NotRowByRow(f"row by row, derivatives are off by {off:.2g} of a small step.")
+        def off() -> Tensor:
+            made = evaluator.first(lambda batch: row_derivatives(evaluator, batch, self.way, by_layer))
+            true = moved(made, step)
+            parts = [true - made.jacobian.sum(-1)]
+            still = (made.jacobian == 0).flatten(0, 1).all(0).to(step.device)
+            if still.any() and not still.all():
+                parts.append(moved(made, by_layer[:, still].sum(1)))
+            return torch.stack([part.norm() for part in parts]).max() / true.norm().clamp_min(1e-30)
 
-    # By differences
-
-    def _by_differences(self, basis: Tensor, prediction: EvalPrediction) -> Linearization:
-        phi, evaluator = self.evaluator.phi, self.evaluator
-        here = arrays(prediction)
-        floats = [i for i in sorted(_moving(prediction)) if _is_float(here[i])]
-        size = self.nbytes(prediction, basis.shape[1])
-        if not floats:
-            raise NotLinearizable("the model's outputs hold no floating-point numbers")
-        if size > MOST_BYTES:
-            raise NotLinearizable(f"the derivatives of all outputs would take {size / 2**30:.1f} GiB")
-        slopes: dict[int, list[Tensor]] = {i: [] for i in floats}
-        with phi.restored():
-            start = phi.read()
-            for direction in basis.T:
-                phi.write(start + STEP * direction)
-                there = arrays(evaluator.joined(output for _, output in evaluator.outputs()))
-                self._compare(here, there, floats)
-                for i in floats:
-                    slopes[i].append(torch.as_tensor((there[i].astype(np.float32) - here[i]) / STEP))
-        leaves = {
-            i: LinearLeaf(torch.as_tensor(here[i].astype(np.float32)), torch.stack(s, -1)) for i, s in slopes.items()
-        }
-        leaves = {i: leaf for i, leaf in leaves.items() if leaf.jacobian.any()}
-        if not leaves:
-            raise NotLinearizable("the model's outputs do not depend on phi")
-        return Linearization(prediction, leaves, evaluator.concat, evaluator.batch_sizes)
-
-    @staticmethod
-    def _compare(here: list, there: list, floats: list[int]) -> None:
-        if len(here) != len(there) or any(np.shape(a) != np.shape(b) for a, b in zip(here, there, strict=False)):
-            raise NotLinearizable("the shape of the model's outputs changes with phi")
-        for i, (a, b) in enumerate(zip(here, there, strict=True)):
-            if isinstance(a, np.ndarray) and i not in floats and not _is_float(a) and not np.array_equal(a, b):
-                raise NotLinearizable("the model's outputs are whole numbers that change with phi")
-
-
-def _differentiable_leaf(logits: Any, returned: list[Any]) -> tuple[int, Tensor]:
-    """(position, the same with its graph) of the one floating-point array of numbers per row among a batch's logits.
-
-    Raises:
-        NotRowByRow: there are several, none, or none that the model itself has returned in one call.
-    """
-    leaves = [
-        (i, leaf)
-        for i, leaf in enumerate(tree_flatten(logits)[0])
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
-    if len(returned) != 1 or len(leaves) != 1:
-        raise NotRowByRow(f"{len(returned)} calls of the model make {len(leaves)} arrays of outputs.")
-    ((position, leaf),) = leaves
-    if leaf.dim() > 2 or leaf.dim() == 0:
-        raise NotRowByRow(f"outputs of shape {list(leaf.shape)} are more than some numbers per row.")
-    for tensor in tree_flatten(_plain(returned[0]))[0]:
-        if isinstance(tensor, Tensor) and tensor.shape == leaf.shape and tensor.requires_grad:
-            if torch.equal(tensor.detach().to(leaf.dtype), leaf):
-                return position, tensor
-    raise NotRowByRow("the predictions are not what the model returns, but made of it.")
-
-
-def _numbers_per_row(outputs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """([rows, m], which columns): the largest of many logits, else all, None."""
-    if outputs.dim() == 1:
-        return outputs[:, None], None
-    if outputs.shape[1] <= MOST_OUTPUTS:
-        return outputs, None
-    columns = outputs.detach().topk(LARGEST_LOGITS, 1).indices.sort(1).values
-    return outputs.gather(1, columns), columns
-
-
-def _output_leaf(prediction: EvalPrediction) -> int:
-    """Position in `arrays` of the first floating-point array of the predictions, which come first."""
-    return next((i for i, value in enumerate(arrays(prediction)) if _is_float(value)), 0)
-
-
-def _outputs_per_row(prediction: EvalPrediction) -> int:
-    """How many outputs of each row are differentiated."""
-    shape = np.shape(arrays(prediction)[_output_leaf(prediction)])
-    outputs = shape[1] if len(shape) > 1 else 1
-    return outputs if outputs <= MOST_OUTPUTS else LARGEST_LOGITS
-
-
-def _plain(output: Any) -> Any:
-    return dict(output) if hasattr(output, "keys") else output
-
-
-def _moving(prediction: EvalPrediction) -> set[int]:
-    """Positions in `arrays` that may depend on phi: those of predictions and losses."""
-    leaves = {id(leaf) for tree in (prediction.predictions, prediction.losses) for leaf in tree_flatten(tree)[0]}
-    return {i for i, leaf in enumerate(arrays(prediction)) if id(leaf) in leaves}
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating)
+        found = max(everywhere(evaluator.rank, evaluator.world_size, off))
+        if not found <= MOST_OFF:
+            raise NotRowByRow(f"row by row, derivatives are off by {float(found):.2g} of a small step.")

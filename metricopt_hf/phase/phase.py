@@ -122,7 +122,7 @@ class MetricPhase:
         pass_seconds = perf_counter() - since
         if self.ended is None and self.plan.observe == PREDICTIONS and prediction is not None:
             try:
-                self.coordinates = self.coordinates or self.linearizer.coordinates()
+                self.coordinates = self.coordinates or self.linearizer.coordinates(prediction)
                 self._linearise(prediction)
                 self.plan = self.plan.for_outputs(self._linearization)
                 self.plan = replace(self.plan, scale=self._scale())
@@ -132,7 +132,7 @@ class MetricPhase:
             self._observe_scores("the metric is computed batch by batch")
         self._keep_in_time(pass_seconds, trained_seconds)
         if self.coordinates is None:
-            self.coordinates = self.linearizer.coordinates(row_by_row=False)
+            self.coordinates = self.linearizer.coordinates(None)
         if not self.plan.calls:
             self._end("metric_call_budget is 0")
         context = GuideContext(self.coordinates.dim, self.generator, self.network)
@@ -276,7 +276,7 @@ class MetricPhase:
 
     def _linearise(self, prediction: EvalPrediction) -> None:
         self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
-        self.ledger.add("observe", 0, 0.0, passes=self.linearizer.passes(prediction, self.coordinates.dim))
+        self.ledger.add("observe", 0, 0.0, passes=self.linearizer.cost(prediction, self.coordinates.dim).passes)
 
     def _observe_scores(self, why: str) -> None:
         """Observe scores, a forward pass each, from now on."""

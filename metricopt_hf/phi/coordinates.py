@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 JACOBIAN, LOSS, RANDOM, GIVEN = "jacobian", "loss gradients", "random", "given"  # how a basis was found
+MOST_EXACT = 2048  # numbers of phi, up to which J^T J is held as it is
+OVERSAMPLED = 16  # random directions beyond those that are wanted, where it is not
 
 
 @dataclass(frozen=True)
@@ -43,34 +45,54 @@ class Coordinates:
         return self.basis @ z
 
 
-def leading_directions(rows: Tensor, dim: int) -> Tensor | None:
-    """The leading `dim` right singular vectors of a matrix [n, d], uncentred: [d, <= dim].
+class Sketch:
+    """The leading eigenvectors of J^T J, whose rows come batch by batch, in memory that is linear in phi.
 
-    Rows that are not finite, or zero, are left out; None where there is no other.
-    """
-    rows = rows[rows.isfinite().all(1) & (rows != 0).any(1)].double()
-    if not len(rows):
-        return None
-    wide = rows.shape[1] > len(rows)
-    values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
-    values, vectors = values.flip(0), vectors.flip(1)
-    rank = max(1, int((values > values[0] * 1e-12).sum()))
-    vectors = vectors[:, : min(dim, rank)]
-    if wide:
-        vectors = torch.linalg.qr(rows.T @ vectors).Q
-    return vectors.float().contiguous()
-
-
-def output_directions(jacobian: Tensor, dim: int) -> Tensor | None:
-    """Directions of phi that move the decisions most: [d, <= dim].
+    Of a wide phi the sum is S = J^T J omega, with a few random directions omega: its range is close to that of the
+    leading eigenvectors, and S (omega^T S)^-1 S^T to J^T J (Nyström; Tropp, Yurtsever, Udell and Cevher, 2017).
 
     Args:
-        jacobian: [rows, outputs, d]. What moves all outputs of a row alike decides nothing, so each row's mean over
-            outputs is taken out.
+        phi_dim: d.
+        dim: the most directions that are wanted.
+
+    Attributes:
+        sum: [d, d], or [d, dim + OVERSAMPLED] of a wide phi, float64; sums of several ranks add up.
     """
-    if jacobian.shape[1] > 1:
-        jacobian = jacobian - jacobian.mean(1, keepdim=True)
-    return leading_directions(jacobian.flatten(0, 1), dim)
+
+    def __init__(self, phi_dim: int, dim: int):
+        self.dim, self._omega = dim, None
+        if phi_dim > MOST_EXACT:
+            width = min(phi_dim, dim + OVERSAMPLED)
+            self._omega = torch.randn(phi_dim, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.sum = torch.zeros(phi_dim, phi_dim if self._omega is None else width, dtype=torch.float64)
+
+    def add(self, jacobian: Tensor) -> None:
+        """Take in derivatives: [rows, outputs, d].
+
+        What moves all outputs of a row alike decides nothing, so each row's mean over outputs is taken out. What is
+        not finite is left out.
+        """
+        if jacobian.shape[1] > 1:
+            jacobian = jacobian - jacobian.mean(1, keepdim=True)
+        rows = jacobian.flatten(0, 1)
+        rows = rows[rows.isfinite().all(1)].double()
+        self.sum += rows.T @ (rows if self._omega is None else rows @ self._omega)
+
+    def directions(self) -> Tensor | None:
+        """[d, <= dim] float32, orthonormal, the leading one first; None where nothing but zeros was taken in."""
+        if not self.sum.any():
+            return None
+        values, vectors = _leading(self.sum if self._omega is None else self._omega.T @ self.sum)
+        if self._omega is not None:
+            vectors = torch.linalg.svd(self.sum @ (vectors / values.sqrt()), full_matrices=False).U
+        return vectors[:, : self.dim].float().contiguous()
+
+
+def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues above rounding of a symmetric matrix, and their vectors, the greatest first."""
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(matrix))
+    rank = max(1, int((values > values[0] * 1e-12).sum()))
+    return values[:rank], vectors[:, :rank]
 
 
 def random_directions(phi_dim: int, dim: int, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import PhiError
 
+CHUNK_BYTES = 2**26  # of derivatives in all of phi, which are made at once
+
 
 class NotRowByRow(PhiError):
     """A layer's output has no row for each row of the batch, or is not computed exactly once in a forward pass."""
@@ -59,8 +61,8 @@ class Tap(ABC):
         """`output` plus a term that is zero at the leaves."""
 
     @abstractmethod
-    def derivatives(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Gradients of the leaves -> [rows, numbers of this part of phi] float32."""
+    def derivatives(self, gradients: Sequence[Tensor], rows: slice) -> Tensor:
+        """Gradients of the leaves -> [rows, numbers of this part of phi] float32, of some rows."""
 
 
 class Channels(Tap):
@@ -95,9 +97,8 @@ class Channels(Tap):
             moved = moved + self.leaves[-1]
         return output + moved.to(output.dtype)
 
-    def derivatives(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        parts = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, self.leaves, strict=True)]
-        return torch.cat([part.reshape(len(part), -1).float() for part in parts], 1)
+    def derivatives(self, gradients: Sequence[Tensor], rows: slice) -> Tensor:
+        return torch.cat([part[rows].flatten(1).float() for part in gradients], 1)
 
 
 class Linear(Tap):
@@ -126,15 +127,13 @@ class Linear(Tap):
     def perturbed(self, output: Tensor) -> Tensor:
         return output + self.leaves[0]
 
-    def derivatives(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        leaf = self.leaves[0]
-        gradient = (torch.zeros_like(leaf) if gradients[0] is None else gradients[0]).float()
-        rows = len(leaf)
-        gradient, inputs = gradient.reshape(rows, -1, leaf.shape[-1]), self.inputs.float()
+    def derivatives(self, gradients: Sequence[Tensor], rows: slice) -> Tensor:
+        gradient, inputs = gradients[0][rows].float(), self.inputs[rows].float()
+        gradient = gradient.reshape(len(gradient), -1, gradient.shape[-1])
         parts = []
         if self.weight:
-            inputs = inputs.reshape(rows, -1, inputs.shape[-1])
-            parts.append(torch.einsum("bpo,bpi->boi", gradient, inputs).reshape(rows, -1))
+            inputs = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+            parts.append(torch.einsum("bpo,bpi->boi", gradient, inputs).flatten(1))
         if self.bias:
             parts.append(gradient.sum(1))
         return torch.cat(parts, 1)
@@ -153,11 +152,13 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
             tap.clear()
 
 
-def jacobian_rows(outputs: Tensor, taps: Sequence[Tap]) -> Tensor:
-    """Derivatives of one number per row, [rows], by phi: [rows, d] float32.
+def jacobian_rows(outputs: Tensor, taps: Sequence[Tap], basis: Tensor | None = None, most: int | None = None) -> Tensor:
+    """Derivatives of one number per row, [rows], by phi: [rows, d] float32, or in coordinates [rows, k].
 
     Args:
         outputs: of a forward pass in `tapped`; its graph is kept.
+        basis: [d, k] of the coordinates; a few rows at a time are multiplied with it, so that [rows, d] is never held.
+        most: rows, the first of which are wanted; None: all.
 
     Raises:
         NotRowByRow: a leaf has another number of rows.
@@ -165,20 +166,25 @@ def jacobian_rows(outputs: Tensor, taps: Sequence[Tap]) -> Tensor:
     leaves = [leaf for tap in taps for leaf in tap.leaves]
     if any(len(leaf) != len(outputs) for leaf in leaves):
         raise NotRowByRow(f"{len(outputs)} rows of outputs, and a tapped layer with another number of rows.")
-    if not outputs.requires_grad:
-        gradients: list[Tensor | None] = [None] * len(leaves)
-    else:
-        for tap in taps:
-            tap.in_backward = True
-        try:
-            gradients = list(torch.autograd.grad(outputs.sum(), leaves, retain_graph=True, allow_unused=True))
-        finally:
-            for tap in taps:
-                tap.in_backward = False
-    parts = []
     for tap in taps:
-        own, gradients = gradients[: len(tap.leaves)], gradients[len(tap.leaves) :]
-        if not own:
+        if not tap.leaves:
             raise NotRowByRow(f"{type(tap.module).__name__} is not called in a forward pass.")
-        parts.append(tap.derivatives(own))
-    return torch.cat(parts, 1)
+        tap.in_backward = True
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    try:
+        if outputs.requires_grad:
+            found = torch.autograd.grad(outputs.sum(), leaves, retain_graph=True, allow_unused=True)
+    finally:
+        for tap in taps:
+            tap.in_backward = False
+    gradients = iter([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
+    of_taps = [(tap, [next(gradients) for _ in tap.leaves]) for tap in taps]
+    count = len(outputs) if most is None else most
+    with torch.autocast(outputs.device.type, enabled=False):
+        step = count if basis is None else max(1, CHUNK_BYTES // (4 * len(basis)))
+        parts = []
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            part = torch.cat([tap.derivatives(own, rows) for tap, own in of_taps], 1)
+            parts.append(part if basis is None else part @ basis)
+        return torch.cat(parts)

@@ -84,14 +84,14 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None, since: flo
                 raise ConfigurationError("The metric is computed batch by batch: there are no predictions to diagnose.")
             linearizer = Linearizer(evaluator, plan.dim, seen.loss_gradients, generator)
             try:
-                coordinates = folds[0].coordinates if folds else linearizer.coordinates()
+                coordinates = folds[0].coordinates if folds else linearizer.coordinates(prediction)
                 linear = linearizer.linearize(coordinates.basis, prediction)
             except NotLinearizable as error:
                 raise ConfigurationError(
                     f"Nothing can be told before training: {error}, so that every number would take a forward pass. "
                     "Train a short run instead, and print its result."
                 ) from error
-            ledger.add("observe", 0, 0.0, linearizer.passes(prediction, coordinates.dim))
+            ledger.add("observe", 0, 0.0, linearizer.cost(prediction, coordinates.dim).passes)
             folds.append(_Fold(evaluator, linear, coordinates, metric.sign * score))
             bar.update()
         found: list[Scores] = []

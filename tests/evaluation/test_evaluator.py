@@ -271,7 +271,7 @@ def test_batches_are_shared_among_the_ranks_and_all_run_equally_often(monkeypatc
         taken = evaluator(model=model, predict=predict, rank=rank, world_size=world_size)
         last = taken.predictions() if rank == world_size - 1 else list(taken.outputs())
         runs.append(len(called))
-    assert set(runs) == {-(-3 // world_size)} and [len(share) for share in given.values()][:3] == {
+    assert set(runs) == {-(-3 // world_size)} and [len(own) for ((own, _),) in given.values()][:3] == {
         2: [2, 1], 3: [1, 1, 1], 5: [1, 1, 1]}[world_size]  # fmt: skip
     assert last.label_ids.tolist() == list(range(SIZE))
     assert np.allclose(last.predictions, evaluator(model=model).predictions().predictions, atol=1e-6)

@@ -5,186 +5,17 @@ from collections import Counter
 from contextlib import contextmanager
 
 import numpy as np
-import peft
 import pytest
-import timm
 import torch
 from helpers import tiny_bert
-from torch import nn
+from linear_models import BATCH, CASES, MLP, ROWS, accuracy, case, evaluator, linearizer, off, scattered, texts
 
-from metricopt_hf.evaluation.data import InOrder
-from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
-from metricopt_hf.evaluation.ledger import Ledger
-from metricopt_hf.evaluation.metric import Metric
+from metricopt_hf.evaluation import evaluator as evaluators
+from metricopt_hf.evaluation.evaluator import BatchOutput
+from metricopt_hf.linear import cost as costs
 from metricopt_hf.linear import linearizer as module
-from metricopt_hf.linear.linearizer import DIFFERENCES, ROW_BY_ROW, Linearizer, NotLinearizable
-from metricopt_hf.phi import FiLM, Subset, adapter
-
-ROWS, BATCH = 22, 8
-
-
-class MLP(nn.Module):
-    def __init__(self, outputs=3, hidden=8):
-        super().__init__()
-        self.stem, self.norm1, self.mid = nn.Linear(6, hidden), nn.LayerNorm(hidden), nn.Linear(hidden, hidden)
-        self.norm2, self.head = nn.LayerNorm(hidden), nn.Linear(hidden, outputs)
-
-    def hidden(self, x):
-        return self.norm2(self.mid(torch.relu(self.norm1(self.stem(x)))))
-
-    def forward(self, x):
-        return self.head(self.hidden(x))
-
-
-class Regression(MLP):
-    def forward(self, x):
-        return super().forward(x)[:, 0]
-
-
-class Tokens(MLP):
-    def forward(self, x):
-        return super().forward(x[:, None] + torch.arange(5.0)[:, None])
-
-
-class InBatch(MLP):
-    """Normalises over the batch: a row's outputs depend on the other rows."""
-
-    def forward(self, x):
-        h = self.norm1(self.stem(x)) ** 2
-        return self.head((h - h.mean(0)) / h.std(0))
-
-
-class Softly(MLP):
-    """Each row attends to all rows of its batch."""
-
-    def forward(self, x):
-        h = self.hidden(x)
-        return self.head(torch.softmax(h @ h.T, -1) @ h)
-
-
-class WithState(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.rnn(x[:, None].expand(-1, 4, -1))[0][:, -1])
-
-
-class Reentrant(MLP):
-    """Gradients do not find their way to the norms, and no error says so."""
-
-    def forward(self, x):
-        return self.head(torch.utils.checkpoint.checkpoint(self.hidden, x, use_reentrant=True))
-
-
-class Convolutions(nn.Sequential):
-    def __init__(self):
-        super().__init__(
-            nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 4, 2), nn.Flatten(), nn.Linear(4, 3)
-        )
-
-    def forward(self, x):
-        return super().forward(torch.cat([x, x[:, :3]], 1).reshape(-1, 1, 3, 3))
-
-
-def lora():
-    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], init_lora_weights=False)
-    return peft.get_peft_model(tiny_bert(), config)
-
-
-def vectors(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(ROWS, 6, generator=generator)
-    return [{"x": x[i], "labels": torch.tensor(i % 3)} for i in range(ROWS)]
-
-
-def texts():
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for i in range(ROWS):
-        ids, mask = torch.randint(2, 8, (9,), generator=generator), torch.ones(9, dtype=torch.long)
-        mask[4 + i % 6 :] = 0
-        rows.append({"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(i % 3)})
-    return rows
-
-
-def pictures():
-    generator = torch.Generator().manual_seed(0)
-    return [{"x": torch.randn(3, 32, 32, generator=generator), "labels": torch.tensor(i % 3)} for i in range(ROWS)]
-
-
-def accuracy(prediction):
-    return float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
-
-
-def evaluator(phi, data=None, predict=None, concat=True, metric=accuracy, max_bytes=1e9, **kwargs):
-    model = phi.model
-
-    def plainly(batch):
-        output = model(**{name: value for name, value in batch.items() if name != "labels"})
-        return BatchOutput(getattr(output, "logits", output), batch["labels"])
-
-    data = vectors() if data is None else data
-    return Evaluator(
-        phi, predict or plainly, InOrder(data, BATCH, torch.utils.data.default_collate), Metric(metric, "metric"),
-        Ledger(), max_bytes, concat, **kwargs,
-    )  # fmt: skip
-
-
-def linearizer(taken, dim=6, seed=0, loss_gradients=None):
-    return Linearizer(taken, dim, loss_gradients, torch.Generator().manual_seed(seed))
-
-
-def leaves(prediction):
-    return [leaf for leaf in module.arrays(prediction) if leaf is not None]
-
-
-def off(taken, linear, coordinates, size=0.02, columns=None):
-    """By how much, relatively, predictions in a random direction differ from what was said of them."""
-    z = size * torch.randn(coordinates.dim)
-    here, there = linear.centre, linear.at(z)
-    with taken.phi.restored():
-        taken.phi.write(taken.phi.read() + coordinates.lift(z))
-        true = taken.predictions()
-    moved = [np.asarray(t, float) - h for t, h in zip(leaves(true), leaves(here), strict=True)]
-    said = [np.asarray(t, float) - h for t, h in zip(leaves(there), leaves(here), strict=True)]
-    if columns is not None:
-        moved, said = ([np.take_along_axis(m[0], columns, 1)] for m in (moved, said))
-    norm = np.sqrt(sum((m**2).sum() for m in moved))
-    assert norm > 0
-    return np.sqrt(sum(((m - s) ** 2).sum() for m, s in zip(moved, said, strict=True))) / norm
-
-
-def scattered(phi, size=0.1):
-    phi.write(phi.read() + size * torch.randn(phi.dim))
-    return phi
-
-
-CASES = {
-    "mlp": (MLP, vectors, FiLM, ROW_BY_ROW),
-    "one logit": (lambda: MLP(1), vectors, FiLM, ROW_BY_ROW),
-    "regression": (Regression, vectors, FiLM, ROW_BY_ROW),
-    "all logits": (lambda: MLP(5), vectors, FiLM, ROW_BY_ROW),
-    "bert": (tiny_bert, texts, FiLM, ROW_BY_ROW),
-    "timm": (lambda: timm.create_model("test_vit", num_classes=3, img_size=32), pictures, FiLM, ROW_BY_ROW),
-    "lora": (lora, texts, adapter, ROW_BY_ROW),
-    "linear layers": (MLP, vectors, lambda model: Subset(model, "mid|head"), ROW_BY_ROW),
-    "convolutions": (Convolutions, vectors, lambda model: Subset(model, r"^0\."), DIFFERENCES),
-    "rnn": (WithState, vectors, lambda model: Subset(model, "rnn"), DIFFERENCES),
-    "behind an rnn": (WithState, vectors, lambda model: Subset(model, "head"), ROW_BY_ROW),
-    "batch-wise": (InBatch, vectors, lambda model: FiLM(model, layers="norm1"), DIFFERENCES),
-    "rows attend to rows": (Softly, vectors, FiLM, DIFFERENCES),
-    "reentrant": (Reentrant, vectors, FiLM, DIFFERENCES),
-    "tokens": (Tokens, vectors, FiLM, DIFFERENCES),
-}
-
-
-def case(name):
-    make, data, space, way = CASES[name]
-    torch.manual_seed(0)
-    phi = scattered(space(make().eval()))
-    return evaluator(phi, data()), way
+from metricopt_hf.linear.cost import DIFFERENCES, LARGEST, ROW_BY_ROW
+from metricopt_hf.phi import FiLM
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -193,16 +24,16 @@ def test_predictions_near_phi_are_as_they_are_said_to_be(name, caplog):
     taken, way = case(name)
     before = {n: t.clone() for n, t in taken.phi.model.state_dict().items()}
     made = linearizer(taken)
-    coordinates = made.coordinates()
+    coordinates = made.coordinates(taken.predictions())
     assert made.way == way and coordinates.kind == ("jacobian" if way == ROW_BY_ROW else "random")
     assert torch.allclose(coordinates.basis.T @ coordinates.basis, torch.eye(coordinates.dim), atol=1e-5)
     linear = made.linearize(coordinates.basis, taken.predictions())
     assert off(taken, linear, coordinates) < (0.05 if way == ROW_BY_ROW else 0.2)
-    assert linear.nbytes == made.nbytes(linear.centre, coordinates.dim)
+    assert linear.nbytes == made.cost(linear.centre, coordinates.dim).nbytes
     assert linear.num_rows == ROWS and linear.unsplittable is None
     assert all(torch.equal(before[n], t) for n, t in taken.phi.model.state_dict().items())
-    has_taps = taken.phi.taps() is not None
-    assert ("by differences" in caplog.text) == (way == DIFFERENCES and has_taps)
+    assert f"predictions: {made.cost(linear.centre)}" in caplog.text or "not row by row" in caplog.text
+    assert ("not row by row" in caplog.text) == (name in ("batch-wise", "rows attend to rows", "reentrant"))
 
 
 @pytest.mark.parametrize("name", ["mlp", "bert", "lora", "timm", "tokens"])
@@ -220,7 +51,7 @@ def test_the_prefix_is_computed_once(name):
 
     taken.freeze(moved)
     made = linearizer(taken)
-    prediction, coordinates = taken.predictions(), made.coordinates()
+    prediction, coordinates = taken.predictions(), made.coordinates(taken.predictions())
     plain = linearizer(case(name)[0]).linearize(coordinates.basis, prediction)
     linear = made.linearize(coordinates.basis, prediction)
     assert off(taken, linear, coordinates) < 0.2
@@ -248,24 +79,24 @@ def counted(model, monkeypatch):
 def test_it_takes_as_many_passes_as_it_says(name, monkeypatch):
     taken, _ = case(name)
     made = linearizer(taken)
-    coordinates, prediction = made.coordinates(), taken.predictions()
+    coordinates, prediction = made.coordinates(taken.predictions()), taken.predictions()
     seen, batches = counted(taken.phi.model, monkeypatch), len(taken.batch_sizes)
     made.linearize(coordinates.basis, prediction)
     if made.way == ROW_BY_ROW:  # the derivatives by which coordinates were found are used once more
         assert not seen
         made.linearize(coordinates.basis, prediction)
-    assert seen["forward"] + seen["backward"] == batches * made.passes(prediction, coordinates.dim)
+    assert seen["forward"] + seen["backward"] == batches * made.cost(prediction, coordinates.dim).passes
 
 
 def test_of_many_logits_the_largest_of_each_row_move(monkeypatch):
     phi = scattered(FiLM(MLP(1000).eval()))
     taken = evaluator(phi)
     made = linearizer(taken)
-    coordinates, prediction = made.coordinates(), taken.predictions()
+    coordinates, prediction = made.coordinates(taken.predictions()), taken.predictions()
     made.linearize(coordinates.basis, prediction)
     seen = counted(phi.model, monkeypatch)
     linear = made.linearize(coordinates.basis, prediction)
-    assert seen == {"forward": 3, "backward": 15} and made.passes(prediction) == 6
+    assert seen == {"forward": 3, "backward": 15} and made.cost(prediction).passes == 6 and made.way == LARGEST
     (leaf,) = linear.leaves.values()
     assert leaf.jacobian.shape == (ROWS, 5, coordinates.dim) and linear.nbytes == ROWS * 5 * 4 * coordinates.dim
     largest = np.sort(np.argsort(-prediction.predictions, 1)[:, :5], 1)
@@ -279,35 +110,109 @@ def test_of_many_logits_the_largest_of_each_row_move(monkeypatch):
 
 def test_of_more_rows_than_find_room_some_are_drawn(monkeypatch):
     taken, _ = case("mlp")
-    coordinates = linearizer(taken).coordinates()
+    coordinates = linearizer(taken).coordinates(taken.predictions())
     a_row = 3 * 4 * coordinates.dim
-    monkeypatch.setattr(module, "MOST_BYTES", 7.5 * a_row)
+    monkeypatch.setattr(costs, "MOST_BYTES", 7.5 * a_row)
     made = linearizer(taken)
     linear = made.linearize(coordinates.basis, taken.predictions())
-    assert linear.num_rows == 7 and linear.nbytes == 7 * a_row == made.nbytes(taken.predictions(), coordinates.dim)
+    assert linear.num_rows == 7 and linear.nbytes == 7 * a_row == made.cost(taken.predictions(), coordinates.dim).nbytes
     everything = taken.predictions()
     drawn = [np.flatnonzero((everything.predictions == row).all(1))[0] for row in linear.centre.predictions]
     assert drawn == sorted(set(drawn)) and np.array_equal(linear.centre.label_ids, everything.label_ids[drawn])
-    monkeypatch.setattr(module, "MOST_BYTES", 2**30)
+    monkeypatch.setattr(costs, "MOST_BYTES", 2**30)
     whole = linearizer(taken).linearize(coordinates.basis, everything)
     assert torch.allclose(whole.leaves[0].jacobian[drawn], linear.leaves[0].jacobian)
     again = linearizer(taken, seed=1)
-    monkeypatch.setattr(module, "MOST_BYTES", 7.5 * a_row)
+    monkeypatch.setattr(costs, "MOST_BYTES", 7.5 * a_row)
     assert not np.array_equal(
         again.linearize(coordinates.basis, everything).centre.predictions, linear.centre.predictions
     )
 
 
-@pytest.mark.parametrize("room", [1, 3000, 2**28])
-def test_coordinates_are_found_from_as_many_rows_as_find_room(monkeypatch, room):
+@pytest.mark.parametrize("rows", [1, 3, ROWS])
+def test_coordinates_are_found_from_as_many_rows_of_each_batch_as_find_room(monkeypatch, rows):
     taken, _ = case("mlp")
-    monkeypatch.setattr(module, "BASIS_BYTES", room)
-    kept = []
-    monkeypatch.setattr(
-        module, "output_directions", lambda j, dim: kept.append(j) or module.leading_directions(j[0], dim)
-    )
-    linearizer(taken).coordinates()
-    assert len(kept[0]) == max(1, min(ROWS, room // (4 * 3 * taken.phi.dim)))
+    a_row, sketches = 4 * 3 * taken.phi.dim, []
+    monkeypatch.setattr(module, "BATCH_BYTES", rows * a_row)
+
+    class Counting(module.Sketch):
+        def add(self, jacobian):
+            sketches.append(len(jacobian))
+            super().add(jacobian)
+
+    monkeypatch.setattr(module, "Sketch", Counting)
+    made = linearizer(taken)
+    coordinates = made.coordinates(taken.predictions())
+    assert sketches == [min(rows, size) for size in taken.batch_sizes]
+    linear = made.linearize(coordinates.basis, taken.predictions())  # of all rows, whether they were kept or not
+    assert linear.num_rows == ROWS and off(taken, linear, coordinates) < 0.05
+
+
+def test_derivatives_that_find_no_room_are_made_again(monkeypatch):
+    taken, _ = case("mlp")
+    kept, again = linearizer(taken), linearizer(taken)
+    prediction = taken.predictions()
+    basis = kept.coordinates(prediction).basis
+    monkeypatch.setattr(module, "KEPT_BYTES", 4 * 3 * taken.phi.dim * ROWS - 1)
+    again.coordinates(prediction)
+    seen = counted(taken.phi.model, monkeypatch)
+    first = kept.linearize(basis, prediction)
+    assert not seen
+    second = again.linearize(basis, prediction)
+    assert seen == {"forward": 3, "backward": 9}
+    assert torch.allclose(first.leaves[0].jacobian, second.leaves[0].jacobian, atol=1e-5)
+
+
+def neighbours(prediction):
+    """Share of rows whose nearest other row, in all outputs, has their label: it reads an embedding whole."""
+    outputs = np.asarray(prediction.predictions)
+    distances = np.square(outputs[:, None] - outputs).sum(-1) + 1e9 * np.eye(len(outputs))
+    return float((prediction.label_ids[distances.argmin(1)] == prediction.label_ids).mean()) + float(outputs.std())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "metric", "way"),
+    [(7, accuracy, LARGEST), (7, neighbours, ROW_BY_ROW), (30, accuracy, LARGEST), (30, neighbours, DIFFERENCES)],
+)
+def test_of_many_outputs_those_are_linearised_that_the_metric_reads(outputs, metric, way):
+    taken = evaluator(scattered(FiLM(MLP(outputs).eval())), metric=metric)
+    made = linearizer(taken)
+    prediction = taken.predictions()
+    coordinates = made.coordinates(prediction)
+    assert made.way == way and taken.ledger.calls["observe"] == 2
+    linear = made.linearize(coordinates.basis, prediction)
+    assert taken.ledger.calls["observe"] == 2  # it is asked once
+    if way == LARGEST:
+        assert linear.leaves[0].jacobian.shape[1] == 5
+    else:
+        assert linear.leaves[0].columns is None and off(taken, linear, coordinates) < 0.2
+
+
+@pytest.mark.parametrize("budget", [1, None])
+def test_a_metric_that_cannot_be_asked_is_taken_for_one_of_the_largest(budget):
+    def failing(prediction):
+        raise ValueError("no")
+
+    taken = evaluator(FiLM(MLP(7).eval()), metric=failing)
+    taken.ledger.budget = budget if budget is not None else taken.ledger.budget
+    made = linearizer(taken)
+    assert made.cost(taken.predictions()).way == LARGEST
+
+
+def test_a_rank_that_fails_alone_leaves_none_waiting(monkeypatch):
+    """Of the two ranks the other has met outputs that cannot be differentiated."""
+    taken, _ = case("mlp")
+    taken.world_size = 2
+    own = []
+    monkeypatch.setattr(evaluators, "gather_object", lambda o: own.extend(o) or [*o, (None, "rank 1: no gradient")])
+    made = linearizer(taken)
+    made.way = ROW_BY_ROW
+    assert made._row_by_row(lambda: own.append("computed")) is None
+    assert made.way == DIFFERENCES and own[0][1] is None and "computed" not in own
+    monkeypatch.setattr(evaluators, "gather_object", lambda o: own.append(o[0]) or [*o, ([], None)])
+    with pytest.raises(ValueError, match="here"):
+        evaluators.everywhere(0, 2, lambda: int("here"))
+    assert "here" in own[-1][1]  # the other rank is told
 
 
 def test_a_compiled_model_is_linearised():
@@ -316,7 +221,7 @@ def test_a_compiled_model_is_linearised():
     taken = evaluator(phi, predict=lambda batch: BatchOutput(fast(batch["x"]), batch["labels"]))
     taken.predictions()  # compiled before
     made = linearizer(taken)
-    coordinates = made.coordinates()
+    coordinates = made.coordinates(taken.predictions())
     assert made.way == ROW_BY_ROW
     assert off(taken, made.linearize(coordinates.basis, taken.predictions()), coordinates) < 0.05
 
@@ -332,7 +237,7 @@ def test_under_autocast_derivatives_are_float32():
 
     taken, plain = evaluator(phi, texts(), predict), evaluator(phi, texts())
     made = linearizer(taken)
-    coordinates = made.coordinates()
+    coordinates = made.coordinates(taken.predictions())
     assert made.way == ROW_BY_ROW
     found, exact = (
         linearizer(e).linearize(coordinates.basis, e.predictions()).leaves[0].jacobian for e in (taken, plain)
@@ -340,92 +245,16 @@ def test_under_autocast_derivatives_are_float32():
     assert found.dtype == torch.float32 and (found - exact).norm() < 0.05 * exact.norm()
 
 
-def test_what_is_made_of_the_models_outputs_is_linearised_by_differences():
-    """As with preprocess_logits_for_metrics."""
-    phi = scattered(FiLM(MLP().eval()))
-    taken = evaluator(phi, predict=lambda batch: BatchOutput(phi.model(batch["x"]).softmax(-1), batch["labels"]))
-    made = linearizer(taken)
-    coordinates = made.coordinates()
-    assert made.way == DIFFERENCES
-    assert off(taken, made.linearize(coordinates.basis, taken.predictions()), coordinates) < 0.2
-
-
-def test_several_outputs_and_lists_of_batches_are_linearised_by_differences():
-    phi = scattered(FiLM(MLP().eval()))
-
-    def predict(batch):
-        hidden = phi.model.hidden(batch["x"])
-        return BatchOutput((phi.model.head(hidden), hidden), batch["labels"], batch["labels"].float(), batch["x"])
-
-    for concat in (True, False):
-        taken = evaluator(phi, predict=predict, concat=concat)
-        made = linearizer(taken)
-        coordinates = made.coordinates()
-        linear = made.linearize(coordinates.basis, taken.predictions())
-        assert made.way == DIFFERENCES and off(taken, linear, coordinates) < 0.2
-        assert len(linear.leaves) == (2 if concat else 6) and linear.unsplittable is None
-        rows, z = np.array([0, 9, 10, 21]), 0.1 * torch.ones(coordinates.dim)
-        part, whole = linear.rows(rows), linear.at(z)
-        assert part.num_rows == 4 and part.unsplittable is None
-        logits, labels = part.at(z).predictions, part.at(z).label_ids
-        if not concat:
-            assert [len(batch[0]) for batch in logits] == [1, 2, 1]
-            logits = [np.concatenate([batch[i] for batch in logits]) for i in range(2)]
-            whole.predictions = [np.concatenate([batch[i] for batch in whole.predictions]) for i in range(2)]
-            labels = np.concatenate(labels)
-        for got, expected in zip(logits, whole.predictions, strict=True):
-            assert np.allclose(got, expected[rows], atol=1e-6)
-        assert labels.tolist() == (rows % 3).tolist()
-
-
-class Generates(MLP):
-    """Whole numbers that depend on phi."""
-
-    def forward(self, x):
-        return super().forward(x).argmax(-1)
-
-
-class Grows(MLP):
-    def forward(self, x):
-        return super().forward(x)[:, None].expand(-1, 1 + int(1e6 * self.norm2.bias.sum().abs()) % 7, -1)
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [(Generates, "no floating-point"), (Grows, "shape")],
-)
-def test_what_is_no_smooth_function_of_phi_is_refused(make, why):
-    phi = FiLM(make().eval())
-    before = phi.read()
-    taken = evaluator(phi)
-    made = linearizer(taken)
-    coordinates = made.coordinates()
-    with pytest.raises(NotLinearizable, match=why):
-        made.linearize(coordinates.basis, taken.predictions())
-    assert torch.equal(phi.read(), before)
-
-
-def test_what_does_not_depend_on_phi_or_is_too_large_is_refused(monkeypatch):
-    model = MLP().eval()
-    model.idle = nn.LayerNorm(4)
-    taken = evaluator(Subset(model, "idle"))
-    with pytest.raises(NotLinearizable, match="do not depend on phi"):
-        linearizer(taken).linearize(linearizer(taken).coordinates().basis, taken.predictions())
-    taken, _ = case("tokens")
-    monkeypatch.setattr(module, "MOST_BYTES", 100)
-    with pytest.raises(NotLinearizable, match="GiB"):
-        linearizer(taken).linearize(linearizer(taken).coordinates().basis, taken.predictions())
-
-
 def test_where_outputs_are_not_differentiated_coordinates_are_those_of_the_loss():
     taken, _ = case("tokens")
     wanted = torch.randn(taken.phi.dim)
     made = linearizer(taken, loss_gradients=lambda count: wanted.expand(count, -1))
-    coordinates = made.coordinates()
+    coordinates = made.coordinates(taken.predictions())
     assert coordinates.kind == "loss gradients" and coordinates.dim == 1
     assert torch.allclose(coordinates.basis[:, 0].abs(), (wanted / wanted.norm()).abs(), atol=1e-5)
-    assert made.passes(taken.predictions(), coordinates.dim) == 1
-    nothing = linearizer(taken, loss_gradients=lambda count: torch.zeros(count, taken.phi.dim)).coordinates()
+    assert made.cost(taken.predictions(), coordinates.dim).passes == 1
+    still = linearizer(taken, loss_gradients=lambda count: torch.zeros(count, taken.phi.dim))
+    nothing = still.coordinates(taken.predictions())
     assert nothing.kind == "random" and nothing.dim == 6
 
 
@@ -447,6 +276,6 @@ class Late(MLP):
 def test_a_later_batch_that_cannot_be_differentiated_turns_all_to_differences():
     taken = evaluator(scattered(FiLM(Late().eval())))
     made = linearizer(taken)
-    coordinates = made.coordinates()
+    coordinates = made.coordinates(taken.predictions())
     linear = made.linearize(coordinates.basis, taken.predictions())
     assert made.way == DIFFERENCES and off(taken, linear, coordinates) < 0.2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_linearizer import MLP, ROWS, evaluator, linearizer
+from linear_models import MLP, ROWS, evaluator, linearizer
 
 from metricopt_hf.errors import MetricError
 from metricopt_hf.evaluation import evaluator as evaluators
@@ -23,7 +23,7 @@ class Made:
         torch.manual_seed(0)
         self.taken = evaluator(FiLM(MLP().eval()), metric=metric)
         made = linearizer(self.taken, dim=4)
-        self.coordinates = made.coordinates()
+        self.coordinates = made.coordinates(self.taken.predictions())
         self.linear = made.linearize(self.coordinates.basis, self.taken.predictions())
         self.faults, self.trajectory = Faults(), Trajectory()
         self.local = LocalMetric(

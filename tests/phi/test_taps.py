@@ -7,7 +7,7 @@ from helpers import tiny_bert
 from phi_models import hf_resnet, llama, lora, timm_model, tokens
 from torch import nn
 
-from metricopt_hf.linear.linearizer import differentiable
+from metricopt_hf.linear.row_derivatives import differentiable
 from metricopt_hf.phi import FiLM, Subset, adapter
 from metricopt_hf.phi.taps import NotRowByRow, jacobian_rows, tapped
 
