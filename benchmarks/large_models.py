@@ -6,6 +6,7 @@ for batches and for the frozen prefix is scaled down with them, so that as large
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from metricopt_hf.linear.linearizer import Linearizer
 from .looks import CACHE_BYTES, moved
 
 OBSERVED, TRAINED = 2000, 10_000  # rows of a run's observation set, and of its training set
-MEASURED, BATCH = 16, 4  # rows
+MEASURED, BATCH = 8, 2  # rows
 DIM, LINEARISATIONS = 64, 10  # coordinates and steps of a run, as the library has them by default
 PIXELS, TOKENS, VOCABULARY = 224, 128, 30522
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -104,7 +105,7 @@ def row(name: str) -> list[str]:
     model = known.make()
     shape = (MEASURED, 3, PIXELS, PIXELS) if known.images else (MEASURED, TOKENS)
     inputs = torch.randn(shape) if known.images else torch.randint(VOCABULARY, shape)
-    epoch = seconds_of_an_epoch(model, inputs[:BATCH])
+    epoch = seconds_of_an_epoch(copy.deepcopy(model), inputs[:BATCH])
     phi = FiLM(model.eval().requires_grad_(False))
     one = outputs(model, inputs[:1]).shape[1:]
     data = [{"x": x, "labels": torch.zeros(one[:-1], dtype=torch.long)} for x in inputs]
