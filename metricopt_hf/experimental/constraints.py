@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,4 +142,4 @@ def check(metric: Metric, constraints: str, prediction: Any) -> tuple[Constraint
 
 def _values(result: Any, bounds: Sequence[Constraint]) -> list[float]:
     """The bounded numbers in the result of a metric's function. Raises MetricError where one is missing."""
-    return [number(look_up(result if isinstance(result, dict) else {}, b.key, True), b.key) for b in bounds]
+    return [number(look_up(result if isinstance(result, Mapping) else {}, b.key, True), b.key) for b in bounds]

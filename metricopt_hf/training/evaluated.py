@@ -12,11 +12,11 @@ from ..evaluation.evaluator import undisturbed
 from ..evaluation.model_metric import ModelMetric
 from .subclasses import bookkeeping_kept
 
-PREFIX = "evaluate:"  # of such a metric's name, as in "evaluate:eval_accuracy"
+PREFIX = "evaluate:"  # begins such a metric's name, as in "evaluate:eval_accuracy"
 
 
 def evaluated(trainer: Trainer, key: str, timeout: float | None) -> ModelMetric:
-    """The metric that is the entry `key` of what `trainer.evaluate` returns of a data set."""
+    """The metric that is the entry `key` of `trainer.evaluate(dataset)`."""
 
     def evaluate(model: Any, dataset: Any) -> dict[str, float]:
         with _unnoticed(trainer):

@@ -177,7 +177,7 @@ def with_metric(trainer: Any, dataset: Any) -> Iterator[None]:
     """Inside, `evaluate` reports a metric of predictions that is no part of `compute_metrics`.
 
     Args:
-        dataset: that is evaluated.
+        dataset: the evaluated one.
     """
     args, compute_metrics = trainer.args, trainer.compute_metrics
     apart = trainer.given.metric is not None or getattr(args, "metric_name_or_path", None) is not None
@@ -190,7 +190,7 @@ def with_metric(trainer: Any, dataset: Any) -> Iterator[None]:
     def both(prediction: EvalPrediction) -> dict[str, float]:
         found = {} if compute_metrics is None else compute_metrics(prediction)
         if not {name, f"eval_{name}"} & found.keys():
-            with _told_in_training(trainer, name, found):
+            with _nan_in_training(trainer, name, found):
                 found[name] = float(agreed(args.process_index, args.world_size, lambda: metric(prediction, complete)))
         return found
 
@@ -206,8 +206,8 @@ def _known_metric(trainer: Any) -> Metric | None:
 
 
 @contextmanager
-def _told_in_training(trainer: Any, name: str, found: dict[str, float]) -> Iterator[None]:
-    """A metric that fails in an evaluation of a run is nan among what was found; the run goes on."""
+def _nan_in_training(trainer: Any, name: str, found: dict[str, float]) -> Iterator[None]:
+    """Inside of a run, a metric that fails becomes nan in `found`, with a warning; outside, its error goes through."""
     try:
         yield
     except MetricError as error:
@@ -235,7 +235,7 @@ def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, floa
         return None
     if not metric.of_predictions:
         args, score = trainer.args, {}
-        with _told_in_training(trainer, name, score):
+        with _nan_in_training(trainer, name, score):
             ranks = args.process_index, args.world_size
             score[name] = float(score_of_model(metric, trainer.model, dataset, prefix, *ranks))
         return score
