@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import torch
 
-from metricopt_hf.training import bookkeeping
+from metricopt_hf.training import subclasses
 
 
 def test_numbers_tensors_and_nested_collections_are_put_back():
     losses, total = [{"loss": [1.0]}], torch.ones(2)
     trainer = SimpleNamespace(losses=losses, total=total, seen=3)
-    with bookkeeping.bookkeeping_kept(trainer):
+    with subclasses.bookkeeping_kept(trainer):
         losses[0]["loss"].append(2.0)
         losses.append("more")
         total += 1
@@ -25,6 +25,6 @@ def test_data_sets_that_are_lists_are_not_copied(monkeypatch):
     monkeypatch.setattr(bookkeeping, "undo_of", lambda collection: looked_through.append(collection) or (lambda: None))
     rows = [{"x": 1}]
     trainer = SimpleNamespace(train_dataset=rows, eval_dataset={"a": rows}, eval_examples=rows, losses=[1.0])
-    with bookkeeping.bookkeeping_kept(trainer):
+    with subclasses.bookkeeping_kept(trainer):
         pass
     assert looked_through == [[1.0]]
