@@ -22,7 +22,7 @@ def test_numbers_tensors_and_nested_collections_are_put_back():
 def test_data_sets_that_are_lists_are_not_copied(monkeypatch):
     """A copy of all rows for each batch that is predicted took two thirds of a run."""
     looked_through = []
-    monkeypatch.setattr(bookkeeping, "undo_of", lambda collection: looked_through.append(collection) or (lambda: None))
+    monkeypatch.setattr(subclasses, "undo_of", lambda collection: looked_through.append(collection) or (lambda: None))
     rows = [{"x": 1}]
     trainer = SimpleNamespace(train_dataset=rows, eval_dataset={"a": rows}, eval_examples=rows, losses=[1.0])
     with subclasses.bookkeeping_kept(trainer):
