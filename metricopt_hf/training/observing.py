@@ -78,8 +78,7 @@ class Observing:
         trainer, wanted = self.trainer, self.trainer.args.include_for_metrics
         loss, logits, labels = self._step(batch)
         self.unlabelled = batch if labels is None else None
-        if trainer.preprocess_logits_for_metrics is not None:
-            logits = trainer.preprocess_logits_for_metrics(logits, labels)
+        logits = self._for_metric(logits, labels)
         losses, inputs = None, None
         if "loss" in wanted and loss is not None:
             losses = loss.repeat(find_batch_size(batch) or trainer.args.eval_batch_size)
@@ -94,6 +93,10 @@ class Observing:
         with self._alone(), bookkeeping_kept(trainer):
             return trainer.prediction_step(trainer.model, batch, False, ignore_keys=trainer.ignore_keys)
 
+    def _for_metric(self, logits: Any, labels: Any) -> Any:
+        preprocess = self.trainer.preprocess_logits_for_metrics
+        return logits if preprocess is None else preprocess(logits, labels)
+
     def movement(self, dataset: Any) -> Callable[[], bool]:
         """Says whether the model predicts something else of the first batch than it does now; the same on every rank.
 
@@ -105,8 +108,8 @@ class Observing:
             with undisturbed(self.trainer.model):
                 if not batch:
                     batch.append(next(iter(self.batches_of(dataset)())))
-                leaves = tree_flatten(self._step(copy.deepcopy(batch[0]))[1])[0]
-            return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+                _, logits, labels = self._step(copy.deepcopy(batch[0]))
+            return _floats(self._for_metric(logits, labels)) or _floats(logits)
 
         def moved() -> bool:
             try:
@@ -219,6 +222,10 @@ class Observing:
         if isinstance(dataset, datasets.Dataset):
             return trainer._remove_unused_columns(dataset, "observation"), batch_size, trainer.data_collator
         return dataset, batch_size, trainer._get_collator_with_removed_columns(trainer.data_collator, "observation")
+
+
+def _floats(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _length(dataset: Any) -> int | None:

@@ -126,6 +126,22 @@ class WithCRF(nn.Module):  # lonePatient/BERT-NER-Pytorch 54
         return functional.cross_entropy(scores.transpose(1, 2), labels), tags
 
 
+class LossInTrainModeOnly(nn.Module):  # pytorch/vision 7772: as of torchvision's detectors
+    def __init__(self):
+        super().__init__()
+        self.net = token_model()
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        output = self.net(input_ids, attention_mask, labels=labels)
+        return {"loss": output.loss} if self.net.training else {"logits": output.logits}
+
+
+class PredictsWithoutLoss:
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            return None, model(**inputs)["logits"], inputs["labels"]
+
+
 def right_tags(prediction):
     known = prediction.label_ids != -100
     return {"probability": float((prediction.predictions[known] == prediction.label_ids[known]).mean())}
@@ -225,6 +241,10 @@ FORMS = {
         "label_names": ["labels"],
     },
     "CRF": {"model": WithCRF, "trainer_kwargs": {"compute_metrics": right_tags, **TOKENS}},
+    "loss in train mode only": {
+        "form": PredictsWithoutLoss, "model": LossInTrainModeOnly,
+        "trainer_kwargs": {"compute_metrics": of_tokens, **TOKENS},
+    },
     "logs in the loss": {"form": LogsInside, "logging_steps": 2},
     "weights": {
         "form": WithWeights, "label_names": ["labels", "weight"], "remove_unused_columns": False,

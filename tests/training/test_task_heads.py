@@ -63,6 +63,15 @@ class AllAreComputed(OfATask):
         return torch.stack([self.heads[name](features) for name in TASKS])[TASKS.index(task)]
 
 
+class AllAreReturned(OfATask):
+    """`preprocess_logits_for_metrics` takes one of them."""
+
+    def forward(self, input_ids, task, labels=None):
+        features = self.encoder(input_ids).pooler_output
+        logits = tuple(head(features) for head in self.heads.values())
+        return {"loss": nn.functional.cross_entropy(logits[TASKS.index(task)], labels), "logits": logits}
+
+
 class WholeModels(OfATask):
     def head(self, hidden, size):
         model = BertForSequenceClassification(self.encoder.config)
@@ -84,11 +93,13 @@ class Named:
 
 
 def make(folder, form, task, **kwargs):
-    given = {"data_collator": Named(task), **kwargs.pop("trainer_kwargs", {})}
+    given = {"data_collator": Named(task)}
+    if form is AllAreReturned:
+        given["preprocess_logits_for_metrics"] = lambda logits, labels: logits[TASKS.index(task)]
     return text_trainer(folder, model=form(tiny_bert().config), trainer_kwargs=given, **kwargs)
 
 
-FORMS = [OfATask, OtherSizes, HiddenLayers, Attributes, AllAreComputed, WholeModels]
+FORMS = [OfATask, OtherSizes, HiddenLayers, Attributes, AllAreComputed, AllAreReturned, WholeModels]
 
 
 @pytest.mark.parametrize("task", ["first", "third"])
