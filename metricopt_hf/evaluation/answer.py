@@ -98,7 +98,7 @@ def number(result: Any, name: str) -> float:
     if array.size != 1 or array.dtype.kind not in "fiub" or np.ma.is_masked(result):
         raise MetricError(
             f"The metric {name!r} must return one number, got {brief(result)}. If it has one number per class, return "
-            'their mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
+            'the mean or the least (many `evaluate` modules do with metric_kwargs={"average": "macro"}).'
         )
     value = float(array.reshape(()))
     if not np.isfinite(value):
