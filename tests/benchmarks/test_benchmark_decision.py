@@ -21,6 +21,7 @@ def record(task, method, seed, scores):
         "seed": seed,
         "calls": {},
         "seconds": {"run": 1.0},
+        "config": {},
         "variants": {
             name: {
                 "scores": {"report": score + noise.mean(), "selection": score},
