@@ -277,7 +277,9 @@ def plot_groups(
         places = np.arange(len(groups)) + (i + 0.5) * width - 0.4
         axes.bar(places, means, width, yerr=errors, capsize=2, color=f"C{i}", label=method)
     axes.set_xticks(range(len(groups)), [names[g] if 0 <= g < len(names) else f"group {g}" for g in groups])
+    seeds = len({run.seed for run in runs})
     axes.set_ylabel(axis)
+    axes.set_xlabel(f"mean over {seeds} seed{'s' * (seeds > 1)} on the report split, with its standard error")
     axes.legend(fontsize="small", framealpha=0.6, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, 1.12))
     axes.grid(alpha=0.25, axis="y")
     axes.spines[["top", "right"]].set_visible(False)
