@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from transformers import EvalPrediction
@@ -17,20 +16,20 @@ from transformers import EvalPrediction
 from .evaluation.ledger import Ledger
 from .evaluation.metric import Metric
 
-Candidate = Literal["start", "bias", "phi"]
-START, BIAS, PHI = "start", "bias", "phi"
+START, BIAS, PHI = "start", "bias", "phi"  # candidates
 TITLES = {START: "start", BIAS: "a bias per logit", PHI: "phi, near where it is"}
 
-Recommendation = Literal["nothing to gain here", "a threshold suffices", "guidance pays", "too few examples to tell"]
-RECOMMENDATIONS = NOTHING, THRESHOLD, GUIDANCE, TOO_FEW = Recommendation.__args__
-Verdict = Literal["yes", "no", "cannot tell"]
-YES, NO, OPEN = Verdict.__args__
+YES, NO, OPEN = "yes", "no", "cannot tell"  # verdicts
+NOTHING, THRESHOLD, GUIDANCE = "nothing to gain here", "a threshold suffices", "guidance pays"  # recommendations
+TOO_FEW = "too few examples to tell"
 
 HALVES = 50  # random halves of a fold's rows, whose scatter is the error
 SUMMED = 3  # of them, whose values and the other halves' make up that of all rows, if the metric is a sum over rows
 ERRORS = 2.0  # a gain of more than so many standard errors is none of chance
 FEWEST_ROWS = 16  # of a fold, of which halves say anything
 MOST_NEEDED = 1e6  # examples; beyond, no number is named
+
+Scored = tuple[dict[str, float], dict[str, np.ndarray]]  # by candidate: on all rows; on the same random halves of them
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Gain:
     mean: float
     error: float
 
-    def verdict(self, worthwhile: float) -> Verdict:
+    def verdict(self, worthwhile: float) -> str:
         """Is it better? "no": twice `worthwhile` is ruled out. "cannot tell": the error is too great to say."""
         if self.mean > ERRORS * self.error:
             return YES
@@ -56,19 +55,6 @@ class Gain:
             return "no difference"
         error = f" ± {self.error:.2g}" if math.isfinite(self.error) else ", error unknown"
         return f"{self.mean:+.4g}{error}"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The metric of each candidate's predictions of one fold; greater is better.
-
-    Attributes:
-        whole: candidate -> on all rows.
-        halves: candidate -> [halves] on the same random halves; [0] where the metric makes no sense on a part.
-    """
-
-    whole: Mapping[Candidate, float]
-    halves: Mapping[Candidate, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -90,8 +76,8 @@ class Diagnosis:
     greater_is_better: bool
     examples: int
     worthwhile: float
-    scores: Mapping[Candidate, float]
-    gains: Mapping[tuple[Candidate, Candidate], Gain]
+    scores: Mapping[str, float]
+    gains: Mapping[tuple[str, str], Gain]
     ledger: Ledger
     seconds: float
 
@@ -100,13 +86,13 @@ class Diagnosis:
         """Of phi over what needs no training."""
         return self.gains.get((PHI, BIAS), self.gains[PHI, START])
 
-    def verdict(self, of: Candidate) -> Verdict:
+    def verdict(self, of: str) -> str:
         """Does a bias pay against the start; does phi pay beyond a bias (or the start, where a bias has no place)?"""
         gain = self.beyond if of == PHI else self.gains.get((BIAS, START))
         return NO if gain is None else gain.verdict(self.worthwhile)
 
     @property
-    def recommendation(self) -> Recommendation:
+    def recommendation(self) -> str:
         """What to do."""
         bias, phi = self.verdict(BIAS), self.verdict(PHI)
         if phi == YES and self.gains[PHI, START].verdict(self.worthwhile) == YES:
@@ -156,11 +142,11 @@ class Diagnosis:
 
 def scored(
     score: Callable[[EvalPrediction], float],
-    predictions: Mapping[Candidate, EvalPrediction],
+    predictions: Mapping[str, EvalPrediction],
     num_rows: int,
     take: Callable[[EvalPrediction, np.ndarray], EvalPrediction] | None,
     seed: int,
-) -> Scores:
+) -> Scored:
     """The metric of candidates on one fold, none of whose rows they were fitted to.
 
     Args:
@@ -181,20 +167,20 @@ def scored(
     others = np.array([score(take(predictions[START], np.sort(order[half:]))) for order in orders[:SUMMED]])
     if count and whole[START] and np.allclose(halves[START][:SUMMED] + others, whole[START]):
         halves = {name: 2 * values for name, values in halves.items()}  # a sum over rows, not a mean
-    return Scores(whole, halves)
+    return whole, halves
 
 
 def judged(
-    folds: Sequence[Scores], metric: Metric, examples: int, worthwhile: float | None, ledger: Ledger, seconds: float
+    folds: Sequence[Scored], metric: Metric, examples: int, worthwhile: float | None, ledger: Ledger, seconds: float
 ) -> Diagnosis:
     """What the folds say together; the arguments are those of `Diagnosis`.
 
     Args:
         worthwhile: None: the metric's own standard error on the examples.
     """
-    means = {name: float(np.mean([fold.whole[name] for fold in folds])) for name in TITLES if name in folds[0].whole}
+    means = {name: float(np.mean([whole[name] for whole, _ in folds])) for name in TITLES if name in folds[0][0]}
     pairs = [(of, over) for of, over in ((PHI, START), (BIAS, START), (PHI, BIAS)) if {of, over} <= set(means)]
-    spread = _error([fold.halves[START] for fold in folds])
+    spread = _error([halves[START] for _, halves in folds])
     default = spread if 0 < spread < math.inf else 0.01 * abs(means[START])
     return Diagnosis(
         metric.name,
@@ -208,9 +194,9 @@ def judged(
     )
 
 
-def _gain(folds: Sequence[Scores], of: Candidate, over: Candidate) -> Gain:
-    mean = float(np.mean([fold.whole[of] - fold.whole[over] for fold in folds]))
-    error = _error([fold.halves[of] - fold.halves[over] for fold in folds])
+def _gain(folds: Sequence[Scored], of: str, over: str) -> Gain:
+    mean = float(np.mean([whole[of] - whole[over] for whole, _ in folds]))
+    error = _error([halves[of] - halves[over] for _, halves in folds])
     return Gain(mean, math.inf if error == 0 != mean else error)  # a gain that never varies has an unknown error
 
 

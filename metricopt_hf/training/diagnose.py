@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
-from ..diagnosis import BIAS, PHI, START, Diagnosis, Scores, judged, scored
+from ..diagnosis import BIAS, PHI, START, Diagnosis, Scored, judged, scored
 from ..errors import ConfigurationError, MetricError
 from ..evaluation.evaluator import Evaluator, agreed
 from ..evaluation.ledger import Faults, Ledger
@@ -94,7 +94,7 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None, since: flo
             ledger.add("observe", 0, 0.0, linearizer.cost(prediction, coordinates.dim).passes)
             folds.append(_Fold(evaluator, linear, coordinates, metric.sign * score))
             bar.update()
-        found: list[Scores] = []
+        found: list[Scored] = []
         for fitted, held_out in (folds, folds[::-1]):
             z = _ascended(fitted, plan, generator)
             bar.update()
@@ -122,7 +122,7 @@ def _ascended(fold: _Fold, plan: PhasePlan, generator: torch.Generator) -> Tenso
     return best
 
 
-def _scored(fitted: _Fold, held_out: _Fold, z: Tensor, plan: PhasePlan) -> Scores:
+def _scored(fitted: _Fold, held_out: _Fold, z: Tensor, plan: PhasePlan) -> Scored:
     """Each candidate on the fold that it was not fitted to."""
     evaluator, linear = held_out.evaluator, held_out.linear
     predictions = {START: linear.centre, PHI: linear.at(z)}
