@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from torch import nn
@@ -327,7 +327,8 @@ def run_study(
             print(note)
         learned = [f"{VALUE_FUNCTION}/"] * os.path.isdir(os.path.join(args.output_dir, VALUE_FUNCTION))
         written = ", ".join(["the model", *learned, *written])
-        print(f"{perf_counter() - since:.0f} s in all. {args.output_dir} holds {written}.")
+        spent = f"{perf_counter() - since:.0f} s in all, {process_time():.0f} s of processor time"
+        print(f"{spent}. {args.output_dir} holds {written}.")
     source, dataset = arguments.get("model_name_or_path"), arguments.get("dataset_name")
     card = {**card, "tags": [*card.get("tags", ()), "metricopt"], "finetuned_from": source}
     if dataset is not None and not os.path.exists(dataset):
