@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from metricopt_hf import ConfigurationError
-from metricopt_hf.diagnosis import BIAS, NO, OPEN, PHI, YES
+from metricopt_hf.diagnosis import BIAS, NO, OPEN, PHI, YES, Gain
 
 from .bench_report import ROOT
 from .comparing import OURS, best, rows_of
@@ -109,7 +109,6 @@ def made(task: Task, seed: int, method: str, known: Mapping[str, Any]) -> dict[s
                 {
                     **record,
                     "recommendation": found.recommendation,
-                    "verdicts": {name: found.verdict(name) for name in ASKED},
                     "worthwhile": found.worthwhile,
                     "examples": found.examples,
                     "examples_needed": found.examples_needed,
@@ -136,17 +135,23 @@ def came_to(task: Task, records: Iterable[Mapping[str, Any]]) -> dict[str, Paire
     return {asked: difference for asked, difference in found.items() if difference is not None}
 
 
+def gains_of(record: Mapping[str, Any]) -> dict[str, Gain]:
+    """By what is `ASKED`; a record has no number for an error that is not known."""
+    gains = record["gains"]
+    found = {BIAS: gains.get("bias - start"), PHI: gains.get("phi - bias", gains["phi - start"])}
+    return {asked: Gain(g[0], float("inf") if g[1] is None else g[1]) for asked, g in found.items() if g is not None}
+
+
 def judged(task: Task, records: Sequence[Mapping[str, Any]]) -> list[Judged]:
     """All verdicts on a task, where it is known what came."""
     came, found = came_to(task, records), []
     for record in records:
         if record["method"] == METHOD:
-            gains = record["gains"]
-            errors = {BIAS: gains.get("bias - start"), PHI: gains.get("phi - bias", gains.get("phi - start"))}
-            for asked, difference in came.items():
-                if errors[asked] is not None:
-                    error = float("inf") if errors[asked][1] is None else errors[asked][1]
-                    found.append(Judged(asked, record["verdicts"][asked], difference, record["worthwhile"], error))
+            found += [
+                Judged(asked, gain.verdict(record["worthwhile"]), came[asked], record["worthwhile"], gain.error)
+                for asked, gain in gains_of(record).items()
+                if asked in came
+            ]
     return found
 
 
@@ -186,11 +191,11 @@ def diagnosis_page(records: Sequence[dict[str, Any]]) -> str:
         found, came = judged(task, by_task[name]), came_to(task, by_task[name])
         verdicts += found
         for asked, title in ASKED.items():
-            said = Counter(record["verdicts"][asked] for record in diagnoses)
-            told = ", ".join(f"{verdict} {count}" for verdict, count in said.most_common())
-            rights = [v.right for v in found if v.asked == asked]
-            if asked in came:
-                table.append([f"`{name}`", title, told, interval(came[asked]), f"{sum(rights)} of {len(rights)}"])
+            mine = [v for v in found if v.asked == asked]
+            told = ", ".join(f"{said} {count}" for said, count in Counter(v.said for v in mine).most_common())
+            if mine:
+                right = f"{sum(v.right for v in mine)} of {len(mine)}"
+                table.append([f"`{name}`", title, told, interval(came[asked]), right])
     diagnoses = [record for record in records if record["method"] == METHOD]
     seconds, passes = (mean(record[key] for record in diagnoses) for key in ("seconds", "passes"))
     return page(

@@ -45,10 +45,11 @@ class Gain:
     error: float
 
     def verdict(self, worthwhile: float) -> str:
-        """Is it better? "no": twice `worthwhile` is ruled out. "cannot tell": the error is too great to say."""
+        """Is it better? "no": it looks like nothing, and twice `worthwhile` is ruled out. "cannot tell": neither."""
         if self.mean > ERRORS * self.error:
             return YES
-        return NO if self.mean + ERRORS * self.error < 2 * worthwhile or self.mean <= -self.error else OPEN
+        ruled_out = self.mean <= self.error and self.mean + ERRORS * self.error < 2 * worthwhile
+        return NO if ruled_out or self.mean <= -self.error else OPEN
 
     def __str__(self) -> str:
         if self.mean == self.error == 0:

@@ -156,8 +156,8 @@ def test_refusals(tmp_path):
 
 @pytest.mark.parametrize(
     ("mean", "error", "verdict"),
-    [(0.05, 0.02, YES), (0.05, 0.03, OPEN), (0.0, 0.01, NO), (-0.05, 0.04, NO), (0.0, 0.0, NO), (0.5, np.inf, OPEN),
-     (float("nan"), 0.01, OPEN)],
+    [(0.05, 0.02, YES), (0.05, 0.03, OPEN), (0.01, 0.008, OPEN), (0.0, 0.01, NO), (-0.05, 0.04, NO), (0.0, 0.0, NO),
+     (0.5, np.inf, OPEN), (float("nan"), 0.01, OPEN)],
 )  # fmt: skip
 def test_verdicts_by_hand(mean, error, verdict):
     assert Gain(mean, error).verdict(0.02) == verdict
