@@ -41,7 +41,7 @@ from .training import Budget, make_trainer, train
 
 DIAGNOSES, PAGE = RESULTS / "diagnoses", ROOT / "docs" / "results" / "diagnosis.md"
 METHOD, START = "diagnosis", "start"  # in place of a method's name in a record
-ASKED = {BIAS: "a bias", PHI: "phi beyond it"}
+ASKED = {BIAS: "a bias", PHI: "phi beyond both"}
 SMOKE_TASKS = 2
 
 
@@ -138,7 +138,8 @@ def came_to(task: Task, records: Iterable[Mapping[str, Any]]) -> dict[str, Paire
 def gains_of(record: Mapping[str, Any]) -> dict[str, Gain]:
     """By what is `ASKED`; a record has no number for an error that is not known."""
     gains = record["gains"]
-    found = {BIAS: gains.get("bias - start"), PHI: gains.get("phi - bias", gains["phi - start"])}
+    beyond = min((gains[name] for name in ("phi - bias", "phi - start") if name in gains), key=lambda gain: gain[0])
+    found = {BIAS: gains.get("bias - start"), PHI: beyond}
     return {asked: Gain(g[0], float("inf") if g[1] is None else g[1]) for asked, g in found.items() if g is not None}
 
 

@@ -45,11 +45,11 @@ class Gain:
     error: float
 
     def verdict(self, worthwhile: float) -> str:
-        """Is it better? "no": it looks like nothing, and twice `worthwhile` is ruled out. "cannot tell": neither."""
+        """Is it better? "no": `worthwhile` is ruled out, or, of what looks like nothing, twice that."""
         if self.mean > ERRORS * self.error:
             return YES
-        ruled_out = self.mean <= self.error and self.mean + ERRORS * self.error < 2 * worthwhile
-        return NO if ruled_out or self.mean <= -self.error else OPEN
+        bound = worthwhile if self.mean > self.error else 2 * worthwhile
+        return NO if self.mean + ERRORS * self.error < bound or self.mean <= -self.error else OPEN
 
     def __str__(self) -> str:
         if self.mean == self.error == 0:
@@ -84,11 +84,12 @@ class Diagnosis:
 
     @property
     def beyond(self) -> Gain:
-        """Of phi over what needs no training."""
-        return self.gains.get((PHI, BIAS), self.gains[PHI, START])
+        """Of phi over the better of what needs no training."""
+        gains = [self.gains[pair] for pair in ((PHI, BIAS), (PHI, START)) if pair in self.gains]
+        return min(gains, key=lambda gain: gain.mean)
 
     def verdict(self, of: str) -> str:
-        """Does a bias pay against the start; does phi pay beyond a bias (or the start, where a bias has no place)?"""
+        """Does a bias pay against the start; does phi pay beyond the better of both?"""
         gain = self.beyond if of == PHI else self.gains.get((BIAS, START))
         return NO if gain is None else gain.verdict(self.worthwhile)
 
@@ -96,7 +97,7 @@ class Diagnosis:
     def recommendation(self) -> str:
         """What to do."""
         bias, phi = self.verdict(BIAS), self.verdict(PHI)
-        if phi == YES and self.gains[PHI, START].verdict(self.worthwhile) == YES:
+        if phi == YES:
             return GUIDANCE
         if bias == YES:
             return THRESHOLD
@@ -123,7 +124,7 @@ class Diagnosis:
             pays = self.verdict(name) if name == BIAS or (name == PHI and BIAS not in self.scores) else ""
             rows.append((TITLES[name], f"{score:.4g}", str(self.gains.get((name, START), "")), pays))
         if BIAS in self.scores:
-            rows.append(("phi beyond a bias", "", str(self.beyond), self.verdict(PHI)))
+            rows.append(("phi beyond the better", "", str(self.beyond), self.verdict(PHI)))
         lines = [f"{name:24}{score:12}{gain:24}{pays}".rstrip() for name, score, gain, pays in rows]
         needed, more = self.examples_needed, ""
         if needed is not None and not math.isfinite(self.beyond.error):
