@@ -201,7 +201,8 @@ def diagnosis_page(records: Sequence[dict[str, Any]]) -> str:
     seconds, passes = (mean(record[key] for record in diagnoses) for key in ("seconds", "passes"))
     return page(
         "# Diagnosis before training",
-        f"`trainer.diagnose()` on the benchmark's tasks, against what came. {share_right(verdicts)}",
+        f"`trainer.diagnose()` on {len({record['task'] for record in diagnoses})} of the benchmark's {len(tasks())} "
+        f"tasks, against what came. {share_right(verdicts)}",
         confusion(verdicts),
         markdown(["task", "pays?", "said (seeds)", "came, on the report split", "right"], table),
         "Said: on observation and selection, before any training. Came: what a bias per logit that was tuned on "
@@ -210,7 +211,8 @@ def diagnosis_page(records: Sequence[dict[str, Any]]) -> str:
         'A "yes" is right if the interval lies above zero. A "no" says that there is less to have than twice what is '
         'worthwhile, the metric\'s own standard error, and is right if that is so. "Cannot tell" is right if what came '
         "is within two standard errors of the diagnosis. The loss alone may reach as much as phi does: the diagnosis "
-        "does not speak of it.",
+        "does not speak of it. One rule is younger than the first of these diagnoses: a gain of more than one standard "
+        'error is not called "no" unless all that is worthwhile is ruled out.',
         f"A diagnosis takes {passes:.0f} forward passes and {seconds:.0f} s on average, on one thread beside other "
         "work. Written by `python -m benchmarks.diagnose` from the records in `benchmarks/results/`; do not edit.",
     )
