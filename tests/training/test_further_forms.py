@@ -286,7 +286,7 @@ def test_it_runs_as_with_trainer_and_delivers_what_was_selected(tmp_path, name):
     plain, trainer = plain_and_guided(tmp_path, **FORMS[name])
     trainer.train()
     assert trainer.state.global_step == STEPS and trainer.result.failed_calls == 0
-    if name != "augmented":
+    if name not in ("augmented", "no predictions in evaluation"):  # `predict` says otherwise, or nothing
         assert_delivered(trainer)
     assert set(trainer.evaluate()) - {"eval_probability"} == set(plain.evaluate()) - {"eval_probability"}
     logged = [{key for entry in made.state.log_history for key in entry} for made in (plain, trainer)]
