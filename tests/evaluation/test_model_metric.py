@@ -269,7 +269,7 @@ def test_ranks_call_a_function_equally_often_and_a_command_where_it_is_needed(
     for rank in range(2):
         log = tmp_path / str(rank)
         log.touch()
-        metric = ModelMetric(lambda model, log=log: log.write_text("x") and 0.5, "quality")
+        metric = ModelMetric(lambda model, log=log, own=0.5 + rank: log.write_text("x") and own, "quality")
         if of_command:
             metric = command(f"open(\"{log}\", \"w\").write(\"x\"); print(0.5)")
         taken = evaluator(metric, tiny_bert())
