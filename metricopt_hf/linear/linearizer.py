@@ -23,7 +23,6 @@ from transformers import EvalPrediction
 from ..errors import MetricError
 from ..evaluation.evaluator import Evaluator, agreed, everywhere, shared_out, undisturbed
 from ..phi.coordinates import JACOBIAN, LOSS, RANDOM, Coordinates, Sketch, random_directions
-from ..phi.space import is_sharded
 from ..phi.taps import NotRowByRow
 from .cost import DIFFERENCES, MOST_DIFFERENCES, MOST_LARGEST, Cost, cost, outputs_per_row, way_of
 from .differences import NotLinearizable, by_differences, floats
@@ -117,7 +116,7 @@ class Linearizer:
     def _way(self, prediction: EvalPrediction) -> str:
         if self.way is None:
             evaluator, shapes = self.evaluator, [leaf.shape for leaf in floats(prediction).values()]
-            taps = evaluator.concat and not is_sharded(evaluator.phi.model) and evaluator.phi.taps() is not None
+            taps = evaluator.concat and evaluator.phi.taps() is not None
             many = taps and way_of(shapes, taps, True) != way_of(shapes, taps, False)
             self.way = way_of(shapes, taps, many and self._reads_all(prediction))
             logger.info(f"A linearisation of {self.evaluator.metric.name}'s predictions: {self.cost(prediction)}.")

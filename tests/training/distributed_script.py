@@ -8,8 +8,10 @@ import sys
 import torch
 import torch.distributed as dist
 from helpers import Texts, tiny_bert, true_class_probability
+from linear_models import evaluator, linearizer, texts
 
-from metricopt_hf import Metric, MetricOptConfig, MetricOptTrainer, ValueFunction
+from metricopt_hf import FiLM, Metric, MetricOptConfig, MetricOptTrainer, ValueFunction
+from metricopt_hf.linear.cost import DIFFERENCES, ROW_BY_ROW
 from metricopt_hf.training import checkpoint
 
 FOLDER = sys.argv[1]
@@ -123,12 +125,45 @@ def run_defaults():
     checkpoint.check(os.path.join(folder, "checkpoint-6"))
 
 
+def check_linearisation():
+    """Each rank differentiates its own batches, and all have what one process has."""
+    found = {}
+    for ranks in (1, RANKS):
+        torch.manual_seed(0)
+        rank = dist.get_rank() if ranks > 1 else 0
+        taken = evaluator(FiLM(tiny_bert().eval()), 2 * texts(), rank=rank, world_size=ranks)
+        made, prediction, passes = linearizer(taken), taken.predictions(), []
+        basis = made.coordinates(prediction).basis
+        first = made.linearize(basis, prediction)
+        taken.phi.model.register_forward_hook(lambda *_, passes=passes: passes.append("of a batch"))
+        again = made.linearize(basis, prediction)
+        assert made.way == ROW_BY_ROW
+        assert torch.allclose(first.leaves[0].jacobian, again.leaves[0].jacobian, atol=1e-5)
+        found[ranks] = basis, again.leaves[0].jacobian, len(passes)
+    for one, several in zip(found[1], found[RANKS], strict=True):
+        assert one == 6 and several == 6 / RANKS if isinstance(one, int) else torch.allclose(one, several, atol=1e-4)
+
+    # one that alone meets outputs that cannot be differentiated leaves none waiting
+    predict = taken.predict
+
+    def failing(batch):
+        if dist.get_rank() == RANKS - 1 and taken.phi.model._forward_pre_hooks:
+            raise RuntimeError("no derivatives here")
+        return predict(batch)
+
+    taken.predict = failing
+    linear = made.linearize(basis, prediction)
+    assert made.way == DIFFERENCES and (linear.leaves[0].jacobian - again.leaves[0].jacobian).abs().max() < 0.05
+    same_on_all_ranks(digest(linear.leaves[0].jacobian))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     run("predictions")
+    check_linearisation()
     run("scores", observe="scores", guide="pairs", metric_call_budget=30)
     run("blended", value_weight=1.0, gradient_accumulation_steps=2, per_device_train_batch_size=4 // RANKS)
     run("batchwise", metric=Metric(Batchwise(), "accuracy", batchwise=True), guide="pairs", metric_call_budget=30)

@@ -56,7 +56,7 @@ def train(name, state_dict=FULL, resume=None, **kwargs):
     assert trainer.is_fsdp_enabled and all(isinstance(p, DTensor) for p in trainer.model.parameters())
     result = trainer.result
     same_on_all_ranks([dict(trainer.ledger.calls), result.chosen.phi.tolist(), result.why])
-    assert result.observed == "scores" and result.failed_calls == 0 and len(result.curve) == 3
+    assert result.observed == "predictions" and result.failed_calls == 0 and len(result.curve) == 3
     return trainer
 
 

@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 def launch(folder, ranks, script="distributed_script.py", arguments=(), devices=""):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     # the helpers of the tests, the library, and where else packages are
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    own = [str(folder) for folder in (HERE.parent, HERE.parent / "linear", HERE.parents[1])]
+    paths = os.pathsep.join([*own, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_two_ranks_that_hold_half_of_the_model_each(tmp_path):
-    """Scores are observed; what is saved is whole; an interrupted run ends with the same bits."""
+    """The sharded model is linearised; what is saved is whole; an interrupted run ends with the same bits."""
     launch(tmp_path, 2, "fsdp_script.py", ["cpu"])
 
 
