@@ -3,10 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from toy import TOY
 
-from benchmarks import cost, gpu, growth, protocol
+from benchmarks import cost, gpu, growth, large_models, protocol
 
 
 @pytest.mark.slow
@@ -22,7 +21,7 @@ def test_growth_writes_a_page_with_every_size(tmp_path, monkeypatch):
         rows=[2000], logits=[2], phi=[], coordinates=[], calls=[], page=str(tmp_path / "growth.md")
     )
     measured = []
-    monkeypatch.setattr(growth, "measured", lambda size: measured.append(size) or (1.5, 3 * 2**20))
+    monkeypatch.setattr(growth, "measured", lambda size: measured.append(size) or (1.5, 3 * 2**20, 10))
     monkeypatch.setattr(growth.HfArgumentParser, "parse_args_into_dataclasses", lambda self, argv: (args,))
     assert growth.main([]) == 0
     page = (tmp_path / "growth.md").read_text()
@@ -31,9 +30,19 @@ def test_growth_writes_a_page_with_every_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_large_model_is_a_row_of_what_its_linearisation_costs(monkeypatch):
+    monkeypatch.setattr(large_models, "MINILM", {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1})
+    monkeypatch.setattr(large_models, "TOKENS", 4)
+    rows = [large_models.row(name) for name in ("a text encoder like MiniLM", "that, for tokens")]
+    assert [row[3:5] for row in rows] == [["row by row", "3"], ["by differences", "16"]]
+    assert all(len(row) == len(large_models.HEADERS) and float(row[-1]) > 0 for row in rows)
+    assert "| that, for tokens " in cost.models_text(rows)
+
+
+@pytest.mark.slow
 def test_a_run_of_a_size_is_measured_in_a_process_of_its_own():
-    seconds, memory = growth.measured(growth.Size(rows=40, logits=3, phi=30, coordinates=2, calls=40))
-    assert seconds > 0 and memory >= 0
+    seconds, memory, steps = growth.measured(growth.Size(rows=40, logits=3, phi=30, coordinates=2, calls=40))
+    assert seconds > 0 and memory >= 0 and 0 < steps <= 10
 
 
 @pytest.mark.parametrize(
@@ -59,7 +68,28 @@ def test_the_gpu_page_is_not_written_where_a_test_fails(monkeypatch, output):
         gpu.tests_row()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(capsys):
-    assert gpu.main([]) == 1
-    assert "no GPU" in capsys.readouterr().err
+def measured_on_a_gpu(monkeypatch, tmp_path, there, run):
+    page = tmp_path / "gpu.md"
+    args = gpu.GpuArguments(models=["one", "other"], rows=2, page=str(page))
+    monkeypatch.setattr(gpu.HfArgumentParser, "parse_args_into_dataclasses", lambda self, argv: (args,))
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(gpu, "run_rows", run)
+    monkeypatch.setattr(gpu, "tests_row", lambda: ["pytest -m gpu", "", "9 passed", "yes"])
+    assert gpu.main([]) == 1  # not all was run
+    return page.read_text()
+
+
+def test_without_a_gpu_the_page_names_all_that_was_not_run(monkeypatch, tmp_path):
+    page = measured_on_a_gpu(monkeypatch, tmp_path, False, None)
+    assert page.count(f"not run: {gpu.NO_GPU}") == 3 and "pytest -m gpu" in page and "| other" in page
+
+
+def test_a_model_that_fails_on_the_gpu_is_named_and_the_others_are_measured(monkeypatch, tmp_path):
+    def run(name, args, data):
+        if name == "one":
+            raise RuntimeError("CUDA out of memory\nmore")
+        return [["a run", name, "1.0 s", "yes"]]
+
+    page = measured_on_a_gpu(monkeypatch, tmp_path, True, run)
+    assert "not run: CUDA out of memory " in page and "1.0 s" in page and "9 passed" in page

@@ -86,6 +86,19 @@ class TwoHeads(nn.Module):
         return self.first(self.norm(x)) + torch.tanh(self.second(x))
 
 
+class Tied(nn.Module):
+    """The output layer's weight is the embedding's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mid, self.norm = nn.Embedding(8, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+        self.head = nn.Linear(6, 8)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids):
+        return self.head(self.norm(self.mid(torch.tanh(self.embed(input_ids)))))[:, -1]
+
+
 def with_a_bias(model):
     return FiLM(model, output_bias=False) + Subset(model, r"classifier\.bias")
 
@@ -114,6 +127,7 @@ MODELS = {
     "checkpointed bert": (checkpointed_bert, padded, FiLM),
     "llama": (llama, lambda: {"input_ids": tokens()}, FiLM),
     "film and subset": (tiny_bert, padded, with_a_bias),
+    "tied output layer": (Tied, lambda: {"input_ids": torch.randint(8, (4, 5))}, FiLM),
     "linear layers": (tiny_bert, padded, lambda model: Subset(model, r"layer\.1\.attention.*(query|value)|classifier")),
     "weights only": (MLP, rows, lambda model: Subset(model, r"^[03]\.weight")),
     "lora": (lora, padded, adapter),
