@@ -110,8 +110,8 @@ def models_text(rows: list[list[str]]) -> str:
         f"rows and, for an epoch of AdamW, {held.TRAINED:,} training rows. Seconds are processor time in one thread, "
         "on a machine that does other things too. Memory is that of the derivatives; batches and what lies before phi "
         f"take up to {held.CACHE_BYTES / 1e9:.0f} GB more, in which a part of ViT-B's rows finds no room. A run "
-        f"linearises {held.LINEARISATIONS} times; in the last column stands what that takes. The goal is half an epoch, "
-        "and 1 GiB.",
+        f"linearises {held.LINEARISATIONS} times; in the last column stands what that takes. The goal is half an "
+        "epoch, and 1 GiB.",
         markdown(held.HEADERS, rows),
         "What it costs on the benchmark's small models, with metric calls and selection, is in "
         "[harm.md](results/harm.md#time); how a run grows with its sizes, in [growth.md](results/growth.md); what was "
