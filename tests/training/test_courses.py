@@ -54,7 +54,7 @@ def test_a_batch_size_that_is_found_on_the_way(tmp_path):
 
 
 def test_two_trainers_of_one_model_and_folds_with_the_same_arguments(tmp_path):
-    """One trains without a metric, one is for evaluation (discuss.huggingface.co 10510, 8041)."""
+    """One trains without a metric, one is for evaluation (discuss.huggingface.co 10510)."""
     first, _ = plain_and_guided(tmp_path)
     data, args = Texts(96, seed=1), MetricOptConfig(str(tmp_path), **{**TEXT_RUN, "max_steps": STEPS, **PHASE})
     scores = []
@@ -73,7 +73,7 @@ def test_two_trainers_of_one_model_and_folds_with_the_same_arguments(tmp_path):
     assert len({*scores, trainer.result.start.score}) == 3
 
 
-def test_where_nothing_can_be_cut_it_is_said_before_training(tmp_path):  # accelerate 3013
+def test_where_nothing_can_be_cut_it_is_said_before_training(tmp_path):
     given = {"eval_dataset": datasets.IterableDataset.from_generator(lambda: iter(Texts(48, seed=2)))}
     trainer = text_trainer(tmp_path, trainer_kwargs=given)
     with pytest.raises(ConfigurationError, match="eval_dataset has no length"):
@@ -81,7 +81,7 @@ def test_where_nothing_can_be_cut_it_is_said_before_training(tmp_path):  # accel
     assert trainer.state.global_step == 0
 
 
-def test_a_search_over_learning_rates(tmp_path):  # transformers 14608: model_init, one trainer, several runs
+def test_a_search_over_learning_rates(tmp_path):  # model_init, one trainer, several runs
     pytest.importorskip("optuna")
     given = {"model_init": lambda trial=None: tiny_bert(), "compute_metrics": probability}
     data = {"train_dataset": Texts(96, seed=1), "eval_dataset": Texts(48, seed=2)}
@@ -93,7 +93,7 @@ def test_a_search_over_learning_rates(tmp_path):  # transformers 14608: model_in
     assert best.objective > 0.33 and trainer.result.curve
 
 
-def test_frozen_first_then_whole(tmp_path):  # transformers 4657: two stages with one trainer
+def test_frozen_first_then_whole(tmp_path):  # two stages with one trainer
     _, trainer = plain_and_guided(tmp_path)
     trainer.model.bert.requires_grad_(False)
     trainer.train()

@@ -1,6 +1,6 @@
 """Forms from further public reports, each with Trainer and guided: models, losses, labels, callbacks, arguments.
 
-What each is after stands beside it, as repository and number of an issue or pull request, or the forum's thread.
+What it is after stands beside it, if there is one: repository and number of an issue or pull request, or a thread.
 """
 
 import numpy as np
@@ -126,7 +126,7 @@ class WithCRF(nn.Module):  # lonePatient/BERT-NER-Pytorch 54
         return functional.cross_entropy(scores.transpose(1, 2), labels), tags
 
 
-class LossInTrainModeOnly(nn.Module):  # pytorch/vision 7772: as of torchvision's detectors
+class LossInTrainModeOnly(nn.Module):  # as of torchvision's detectors
     def __init__(self):
         super().__init__()
         self.net = token_model()
@@ -180,7 +180,7 @@ def weighted_mean(prediction):
     return {"probability": float((p * weight).sum() / weight.sum())}
 
 
-class Takes(nn.Module):  # transformers 34278
+class Takes(nn.Module):  # after transformers 34278, with labels
     """An encoder of pairs, whose forward names no argument."""
 
     def __init__(self):
@@ -213,7 +213,7 @@ def texts(rows):
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-class Augmented(Texts):  # discuss.huggingface.co 16104
+class Augmented(Texts):
     """Rows are never twice the same."""
 
     def __getitem__(self, i):
@@ -268,7 +268,7 @@ FORMS = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "a plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", **SAVES, "load_best_model_at_end": True},
     "augmented": {"trainer_kwargs": {"train_dataset": Augmented(96, 1), "eval_dataset": Augmented(48, 2)}},
-    "no predictions in evaluation": {"prediction_loss_only": True},  # transformers 11198
+    "no predictions in evaluation": {"prediction_loss_only": True},
     "freezing": {"trainer_kwargs": {"callbacks": [ShuffledNoise]}},
 }  # fmt: skip
 
