@@ -33,6 +33,11 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
+    *(
+        (lambda device=device: _autocast(device), lambda state, device=device: _set_autocast(device, state))
+        for device in ("cpu", "cuda")
+    ),
+    (lambda: _autocast_nesting(), lambda depth: _set_autocast_nesting(depth)),
     (np.geterr, lambda errors: np.seterr(**errors)),
     (lambda: list(warnings.filters), lambda filters: (warnings.resetwarnings(), warnings.filters.extend(filters))),
     *(
@@ -44,6 +49,29 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
 
 def _set_cudnn(name: str, value: bool) -> None:
     setattr(torch.backends.cudnn, name, value)
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _set_autocast(device: str, state: tuple[bool, torch.dtype]) -> None:
+    torch.set_autocast_enabled(device, state[0])
+    torch.set_autocast_dtype(device, state[1])
+
+
+def _autocast_nesting() -> int:
+    """Number of open autocast contexts; torch drops its cast copies of weights when the last one closes."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _set_autocast_nesting(depth: int) -> None:
+    while _autocast_nesting() > depth:
+        torch.autocast_decrement_nesting()
+    while _autocast_nesting() < depth:
+        torch.autocast_increment_nesting()
+    torch.clear_autocast_cache()
 
 
 _kept = threading.local()  # whether a context of `world_kept` is open
