@@ -263,7 +263,7 @@ class MetricInputs:
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self._evaluated: Any = None  # the data set that `evaluate` is about
+        self.evaluates, self.evaluated = False, None  # whether `evaluate` predicts one data set, and that
 
     @property
     def indices(self) -> bool:
@@ -281,11 +281,12 @@ class MetricInputs:
         strategy = args.train_sampling_strategy
         if self.completes and strategy == "group_by_length":  # Trainer groups by length in evaluation too
             args.train_sampling_strategy = "random"
-        self._evaluated = None if isinstance(dataset, dict) else dataset
+        self.evaluates = not isinstance(dataset, dict)
+        self.evaluated = dataset if self.evaluates else None
         try:
             yield
         finally:
-            self._evaluated, args.train_sampling_strategy = None, strategy
+            self.evaluates, self.evaluated, args.train_sampling_strategy = False, None, strategy
 
     def completing(self, dataset: Any) -> Callable[[EvalPrediction], EvalPrediction] | None:
         """Completes predictions on a data set; None where nothing is added."""
@@ -309,8 +310,8 @@ class MetricInputs:
             return compute_metrics
 
         def completed(prediction: EvalPrediction, **kwargs: Any) -> Any:
-            if self._evaluated is not None:
-                prediction = self.complete(self._evaluated, prediction)
+            if self.evaluated is not None:
+                prediction = self.complete(self.evaluated, prediction)
             return compute_metrics(prediction, **kwargs)
 
         completed.__wrapped__ = compute_metrics

@@ -18,13 +18,14 @@ from ..evaluation.answer import weights_of
 from ..evaluation.evaluator import agreed
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
-from ..evaluation.model_metric import score_of_model
+from ..evaluation.model_metric import ModelMetric, score_of_model
 from ..hub import ValueFunction
 from ..phase.phase import MetricPhase
 from ..phase.selection import Candidate
 from ..phi import Coordinates
 from ..phi.space import model_class, whole
 from ..value import Signature, Trajectory, ValueNetwork, fit
+from .evaluated import PREFIX
 from .observing import Observing
 
 
@@ -172,33 +173,28 @@ def value_function_of(phase: MetricPhase) -> ValueFunction | None:
     return phase.value_function
 
 
-@contextmanager
-def with_metric(trainer: Any, dataset: Any) -> Iterator[None]:
-    """Inside, `evaluate` reports a metric of predictions that is no part of `compute_metrics`.
-
-    Args:
-        dataset: the evaluated one.
-    """
-    args, compute_metrics = trainer.args, trainer.compute_metrics
-    apart = trainer.given.metric is not None or getattr(args, "metric_name_or_path", None) is not None
-    metric = _known_metric(trainer) if apart and not args.batch_eval_metrics else None
-    if metric is None or not metric.of_predictions or isinstance(dataset, dict):
-        yield
-        return
-    name, complete = metric.name.removeprefix("eval_"), trainer.metric_inputs.completing(dataset)
+def with_metric(trainer: Any, compute_metrics: Callable | None) -> Callable | None:
+    """A `compute_metrics` that, inside of `evaluate`, reports a metric of predictions given apart from it too."""
+    args, metric = trainer.args, trainer.given.metric or getattr(trainer.args, "metric_name_or_path", None)
+    of_model = isinstance(metric, ModelMetric) or str(metric).startswith(PREFIX)
+    if metric is None or of_model or args.batch_eval_metrics:
+        return compute_metrics
 
     def both(prediction: EvalPrediction) -> dict[str, float]:
         found = {} if compute_metrics is None else compute_metrics(prediction)
-        if not {name, f"eval_{name}"} & found.keys():
-            with _nan_in_training(trainer, name, found):
-                found[name] = float(agreed(args.process_index, args.world_size, lambda: metric(prediction, complete)))
+        inputs = trainer.metric_inputs
+        metric = _known_metric(trainer) if inputs.evaluates else None
+        if metric is not None and metric.of_predictions:
+            name, complete = metric.name.removeprefix("eval_"), inputs.completing(inputs.evaluated)
+            if not {name, f"eval_{name}"} & found.keys():
+                with _nan_in_training(trainer, name, found):
+                    score = agreed(args.process_index, args.world_size, lambda: metric(prediction, complete))
+                    found[name] = float(score)
         return found
 
-    trainer.compute_metrics = both
-    try:
-        yield
-    finally:
-        trainer.compute_metrics = compute_metrics
+    if compute_metrics is not None:
+        both.__wrapped__ = compute_metrics
+    return both
 
 
 def _known_metric(trainer: Any) -> Metric | None:

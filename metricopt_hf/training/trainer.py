@@ -90,7 +90,7 @@ class MetricOptTrainer(Trainer):
         if eval_examples is not None:
             self.eval_examples = eval_examples
         self.metric_inputs = MetricInputs(self)
-        self.compute_metrics = self.metric_inputs.wrapped(self.compute_metrics)
+        self.compute_metrics = reporting.with_metric(self, self.metric_inputs.wrapped(self.compute_metrics))
 
     # Results
 
@@ -209,7 +209,7 @@ class MetricOptTrainer(Trainer):
         """Trainer's numbers, and the optimised metric where they lack it."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         named = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        with self.metric_inputs.evaluating(named, self.args), reporting.with_metric(self, named):
+        with self.metric_inputs.evaluating(named, self.args):
             found = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **gen_kwargs)
         if (more := reporting.missing_score(self, named, metric_key_prefix, found)) is not None:
             found.update(more)
