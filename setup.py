@@ -62,6 +62,7 @@ setup(
     keywords=["transformers", "trainer", "fine-tuning", "black-box metric", "worst-group accuracy"],
     python_requires=">=3.10",
     packages=find_packages(include=["metricopt_hf", "metricopt_hf.*"]),
+    entry_points={"console_scripts": ["metricopt = metricopt_hf.cli:main"]},
     # The `evaluate` scripts lie in folders that are no packages: `evaluate.load` reads them as files.
     package_data={"metricopt_hf": ["py.typed", "metrics/*/*.py", "hub/templates/*.md"]},
     install_requires=INSTALL_REQUIRES,

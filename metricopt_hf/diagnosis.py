@@ -83,10 +83,10 @@ class Diagnosis:
     seconds: float
 
     @property
-    def beyond(self) -> Gain:
-        """Of phi over the better of what needs no training."""
+    def beyond(self) -> Gain | None:
+        """Of phi over the better of what needs no training; None where only a bias was looked at."""
         gains = [self.gains[pair] for pair in ((PHI, BIAS), (PHI, START)) if pair in self.gains]
-        return min(gains, key=lambda gain: gain.mean)
+        return min(gains, key=lambda gain: gain.mean, default=None)
 
     def verdict(self, of: str) -> str:
         """Does a bias pay against the start; does phi pay beyond the better of both?"""
@@ -107,8 +107,8 @@ class Diagnosis:
     def examples_needed(self) -> float | None:
         """About how many examples would settle what cannot be told, two digits, rounded up; None where all can be told,
         inf where more would be needed than anybody has."""
-        found = [self.beyond] * (self.verdict(PHI) == OPEN)
-        found += [self.gains[BIAS, START]] if self.verdict(BIAS) == OPEN else []
+        gains = {PHI: self.beyond, BIAS: self.gains.get((BIAS, START))}
+        found = [gain for of, gain in gains.items() if gain is not None and self.verdict(of) == OPEN]
         if not found:
             return None
         ratio = max((ERRORS * gain.error / max(abs(gain.mean), self.worthwhile)) ** 2 for gain in found)
@@ -123,20 +123,23 @@ class Diagnosis:
         for name, score in self.scores.items():
             pays = self.verdict(name) if name == BIAS or (name == PHI and BIAS not in self.scores) else ""
             rows.append((TITLES[name], f"{score:.4g}", str(self.gains.get((name, START), "")), pays))
-        if BIAS in self.scores:
+        if {BIAS, PHI} <= self.scores.keys():
             rows.append(("phi beyond the better", "", str(self.beyond), self.verdict(PHI)))
         lines = [f"{name:24}{score:12}{gain:24}{pays}".rstrip() for name, score, gain, pays in rows]
         needed, more = self.examples_needed, ""
-        if needed is not None and not math.isfinite(self.beyond.error):
+        if needed is not None and not all(math.isfinite(gain.error) for gain in self.gains.values()):
             more = f" An error takes {FEWEST_ROWS} examples in each set, and a metric that makes sense on half of them."
         elif needed is not None:
             many = f"about {needed:,.0f} examples" if math.isfinite(needed) else "more examples than you will get"
             more = f" To tell what cannot be told would take {many}."
+        advice = f"Recommendation: {self.recommendation}."
+        if PHI not in self.scores and self.recommendation == NOTHING:
+            advice = "A bias does not pay. Whether phi does, trainer.diagnose() says: that takes the model."
         calls, passes = (sum(spent.values()) for spent in (self.ledger.calls, self.ledger.passes))
         direction = "greater" if self.greater_is_better else "smaller"
         return (
             f"Diagnosis before training: {self.metric} ({direction} is better), {self.examples} examples, each judged "
-            "by what was fitted to others\n\n" + "\n".join(lines) + f"\n\nRecommendation: {self.recommendation}."
+            "by what was fitted to others\n\n" + "\n".join(lines) + f"\n\n{advice}"
             f"{more}\n± is one standard error; a gain below {self.worthwhile:.2g} is not worth having; {passes} passes "
             f"and {calls} metric calls in {self.seconds:.1f} s. Nothing was trained."
         )

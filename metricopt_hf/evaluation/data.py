@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,9 @@ from ..errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 
-def cut(dataset: Any, size: int | None, seed: int, label_name: str = "labels") -> tuple[Any, Any]:
+def cut(
+    dataset: Any, size: int | None, seed: int, label_name: str = "labels", row_groups: str | None = None
+) -> tuple[Any, Any]:
     """Two disjoint random parts of a data set of known length, for observation and for selection.
 
     Where its class labels can be read without its rows (see `class_labels`), each class has its share of both, and a
@@ -25,9 +27,10 @@ def cut(dataset: Any, size: int | None, seed: int, label_name: str = "labels") -
 
     Args:
         size: examples of each; None: half of the data set each.
+        row_groups: column whose equal rows come into the same part; then neither is of exactly that size.
 
     Raises:
-        ConfigurationError: it is too small, or it has no length.
+        ConfigurationError: it is too small, it has no length, or that column cannot be read.
     """
     if not hasattr(dataset, "__len__"):
         raise ConfigurationError(
@@ -41,6 +44,9 @@ def cut(dataset: Any, size: int | None, seed: int, label_name: str = "labels") -
             "selection: pass observation_dataset and selection_dataset, or a smaller observation_size."
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
+    if row_groups is not None:
+        parts = _by_group(column(dataset, (row_groups,)), size, seed, row_groups)
+        return take(dataset, parts[0]), take(dataset, parts[1])
     labels = class_labels(dataset, label_name)
     parts = (order[:size], order[size : 2 * size]) if labels is None else _stratified(order, labels, 2, size)
     if labels is not None:
@@ -68,22 +74,47 @@ def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
     Of a `datasets.Dataset` the column, of a list of dicts the entry, of a torch data set (or a `Subset` of one) its
     attribute, called `label_name`, "label", "labels" or, as torchvision's, "targets".
     """
-    names = (label_name, "label", "labels", "targets")
+    labels = column(dataset, (label_name, "label", "labels", "targets"))
+    is_classes = labels is not None and labels.dtype.kind in "iub"
+    return labels if is_classes and 1 < len(np.unique(labels)) <= len(labels) // 2 else None
+
+
+def column(dataset: Any, names: Sequence[str]) -> np.ndarray | None:
+    """[rows] values of the first column of these names that there is; None if it cannot be read without its rows."""
     if isinstance(dataset, Subset):
-        labels = class_labels(dataset.dataset, label_name)
-        return None if labels is None else labels[np.asarray(dataset.indices)]
+        values = column(dataset.dataset, names)
+        return None if values is None else values[np.asarray(dataset.indices)]
     try:
         if isinstance(dataset, list):
             name = next(name for name in names if isinstance(dataset[0], Mapping) and name in dataset[0])
-            labels = np.asarray([np.asarray(row[name]) for row in dataset])
+            values = np.asarray([np.asarray(row[name]) for row in dataset])
         elif (columns := getattr(dataset, "column_names", None)) is not None:
-            labels = np.asarray(dataset.with_format("numpy")[next(name for name in names if name in columns)][:])
+            values = np.asarray(dataset.with_format("numpy")[next(name for name in names if name in columns)][:])
         else:
-            labels = np.asarray(next(getattr(dataset, name) for name in names if hasattr(dataset, name)))
+            values = np.asarray(next(getattr(dataset, name) for name in names if hasattr(dataset, name)))
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
         return None
-    is_classes = labels.shape == (len(dataset),) and labels.dtype.kind in "iub"
-    return labels if is_classes and 1 < len(np.unique(labels)) <= len(labels) // 2 else None
+    return values if values.shape == (len(dataset),) else None
+
+
+def _by_group(values: np.ndarray | None, size: int, seed: int, name: str) -> list[np.ndarray]:
+    """Rows of two parts of about `size`, none of which shares a value with the other."""
+    if values is None:
+        raise ConfigurationError(
+            f"The column {name!r} of row_groups cannot be read from eval_dataset, so it cannot be cut along it: pass "
+            "observation_dataset and selection_dataset, none of whose groups is in both."
+        )
+    _, group = np.unique(values, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(group.max() + 1)
+    ends = np.cumsum(np.bincount(group)[order])  # rows of the groups so far
+    last = len(values) if size == len(values) // 2 else 2 * size
+    parts = [np.flatnonzero(np.isin(group, order[(ends > a) & (ends <= b)])) for a, b in ((0, size), (size, last))]
+    if not all(len(part) for part in parts):
+        raise ConfigurationError(
+            f"eval_dataset has too few groups in the column {name!r} of row_groups to cut it: pass "
+            "observation_dataset and selection_dataset."
+        )
+    return parts
 
 
 def _stratified(order: np.ndarray, labels: np.ndarray, count: int, size: int) -> list[np.ndarray]:

@@ -65,6 +65,7 @@ class Evaluator:
     """Predicts a data set and calls the metric on it.
 
     On several ranks each predicts a share of the batches and all get all of them; the first calls the metric.
+    `row_groups` is the place among the label columns of the one whose equal rows stay together in random halves.
 
     Args:
         phi: the numbers that are tuned.
@@ -84,6 +85,8 @@ class Evaluator:
     Attributes:
         call_seconds: duration of the last metric call, without the pass.
     """
+
+    row_groups: int | None = None
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from ..evaluation.metric import world_kept
 from ..phi import Coordinates
 from ..value import Trajectory
 from .linearization import Linearization
+from .rows import groups_of, half_of
 
 PERTURBED = 64  # leading coordinates that are perturbed: in more, a few hundred pairs tell less about each
 
@@ -98,8 +99,9 @@ class LocalMetric:
         """Draw another random half of the rows for the calls to come, where the metric makes sense on a part."""
         if self.linearization is None or self.on_all_rows or self.linearization.unsplittable is not None:
             return
-        count = self.linearization.num_rows
-        self.rows = np.sort(torch.randperm(count, generator=self.generator)[: max(1, count // 2)].numpy())
+        linear = self.linearization
+        groups = groups_of(linear.centre, self.evaluator.row_groups, linear.concat, linear.batch_sizes)
+        self.rows = half_of(groups, self.generator)
         self.part = self.linearization.rows(self.rows)
 
     def values(self, z: Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ from transformers import EvalPrediction
 from ..errors import MetricError
 from ..evaluation.evaluator import Evaluator, agreed
 from .linearization import Linearization
-from .rows import num_rows, take_rows, unsplittable
+from .rows import groups_of, half_of, take_rows, unsplittable
 
 HALVES = 16
 
@@ -39,9 +39,8 @@ def _halves(
     concat = evaluator.concat
     if unsplittable(prediction, concat, batch_sizes) is not None:
         return []
-    count = num_rows(prediction, concat, batch_sizes)
-    drawn = [torch.randperm(count, generator=generator)[: max(1, count // 2)] for _ in range(HALVES)]
-    return [take_rows(prediction, np.sort(rows.numpy()), concat, batch_sizes) for rows in drawn]
+    groups = groups_of(prediction, evaluator.row_groups, concat, batch_sizes)
+    return [take_rows(prediction, half_of(groups, generator), concat, batch_sizes) for _ in range(HALVES)]
 
 
 def _scatter(evaluator: Evaluator, halves: Sequence[list[EvalPrediction]]) -> float:

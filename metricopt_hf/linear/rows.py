@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import EvalPrediction
 
 FIELDS = ("predictions", "label_ids", "inputs", "losses")
@@ -81,6 +82,29 @@ def take_rows(
             for name, value in values.items()
         }
     return EvalPrediction(**picked)
+
+
+def groups_of(
+    prediction: EvalPrediction, place: int | None, concat: bool, sizes: Sequence[int] | None
+) -> list[np.ndarray]:
+    """Rows that stay together in a half: those equal in a label column; without one, each row by itself.
+
+    Args:
+        place: of that column among the label columns.
+        concat, sizes: as for `take_rows`.
+    """
+    if place is None:
+        return list(np.arange(num_rows(prediction, concat, sizes))[:, None])
+    labels = prediction.label_ids
+    column = labels[place] if concat else np.concatenate([batch[place] for batch in labels])
+    _, group = np.unique(column, return_inverse=True)
+    return np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
+
+
+def half_of(groups: Sequence[np.ndarray], generator: torch.Generator) -> np.ndarray:
+    """The rows of a random half of the groups, in increasing order."""
+    drawn = torch.randperm(len(groups), generator=generator)[: max(1, len(groups) // 2)]
+    return np.sort(np.concatenate([groups[i] for i in drawn]))
 
 
 def sizes_of(prediction: EvalPrediction, rows: np.ndarray, batch_sizes: Sequence[int] | None = None) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from ..guides import AUTO, GuideContext, from_spec
 from ..linear.linearization import Linearization
 from ..linear.linearizer import Linearizer, NotLinearizable
 from ..linear.local_metric import LocalMetric
-from ..linear.rows import take_rows
+from ..linear.rows import groups_of, take_rows
 from ..phase.ascent import ascend
 from ..phase.plan import PhasePlan
 from ..phi import Coordinates
@@ -133,10 +133,13 @@ def _scored(fitted: _Fold, held_out: _Fold, z: Tensor, plan: PhasePlan) -> Score
             predictions[BIAS if name == START else PHI] = add_bias(predictions[name], bias)
     on_part = not plan.on_all_rows and evaluator.complete is None and linear.unsplittable is None
 
-    def take(prediction: EvalPrediction, rows: np.ndarray) -> EvalPrediction:
+    groups = groups_of(linear.centre, evaluator.row_groups, evaluator.concat, linear.batch_sizes) if on_part else []
+
+    def take(prediction: EvalPrediction, drawn: np.ndarray) -> EvalPrediction:
+        rows = np.sort(np.concatenate([groups[i] for i in drawn]))
         return take_rows(prediction, rows, evaluator.concat, linear.batch_sizes)
 
-    compute = partial(scored, held_out.score, predictions, linear.num_rows, take if on_part else None, plan.seed)
+    compute = partial(scored, held_out.score, predictions, len(groups), take if on_part else None, plan.seed)
     return agreed(evaluator.rank, evaluator.world_size, compute)
 
 

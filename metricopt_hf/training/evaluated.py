@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from transformers import Trainer
@@ -34,6 +35,7 @@ def _unnoticed(trainer: Trainer) -> Iterator[None]:
     trainer.callback_handler.callbacks, trainer.state.log_history = [], list(history)
     try:
         with undisturbed(trainer.model), bookkeeping_kept(trainer):
+            trainer.log = partial(type(trainer).log, trainer)  # where TRL adds its numbers to those of `evaluate`
             yield
     finally:
         trainer.callback_handler.callbacks, trainer.state.log_history = callbacks, history

@@ -59,7 +59,7 @@ class Observing:
         make = Evaluator
         if not self.metric.of_predictions:
             make = partial(ModelEvaluator, dataset=dataset, split=split)
-        return make(
+        made = make(
             self.phi,
             self.predict,
             tuple if dataset is None else self.batches_of(dataset),
@@ -72,6 +72,9 @@ class Observing:
             self.trainer.metric_inputs.completing(dataset),
             args.eval_accumulation_steps,
         )
+        if (name := self.trainer.given.row_groups) is not None:
+            made.row_groups = self.trainer.label_names.index(name)
+        return made
 
     def predict(self, batch: Any) -> BatchOutput:
         """The outputs of the trainer's `prediction_step` for a batch. It waits for no other rank."""

@@ -127,7 +127,12 @@ def eval_part(args: TrainingArguments, eval_dataset: Any) -> str | None:
 
 
 def split(
-    observation: Any, selection: Any, eval_dataset: Any, args: MetricOptConfig, label_name: str
+    observation: Any,
+    selection: Any,
+    eval_dataset: Any,
+    args: MetricOptConfig,
+    label_name: str,
+    row_groups: str | None = None,
 ) -> tuple[Any, Any]:
     """The observation and the selection set: those given, else cut from the eval set, with a warning.
 
@@ -147,8 +152,18 @@ def split(
         "held out. Pass observation_dataset and selection_dataset, or report on another set."
     )
     if observation is None and selection is None:
-        return data.cut(source, args.observation_size, args.seed, label_name)
+        return data.cut(source, args.observation_size, args.seed, label_name, row_groups)
     return (source, selection) if observation is None else (observation, source)
+
+
+def check_row_groups(name: str | None, label_names: Sequence[str]) -> str | None:
+    """Raises ConfigurationError where `row_groups` names no label column beside others."""
+    if name is not None and name not in label_names[1:]:
+        raise ConfigurationError(
+            f"row_groups={name!r} must be a label column behind the labels, and label_names={list(label_names)}: say "
+            f"label_names={[*label_names, name] if name not in label_names else ['labels', name]}."
+        )
+    return name
 
 
 def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:

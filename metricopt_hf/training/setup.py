@@ -36,6 +36,7 @@ class Given:
     phi: Phi = None
     value_function: ValueFunction | str | None = None
     guide: Guide | str | None = None
+    row_groups: str | None = None
 
     def names_metric(self, trainer: Trainer) -> bool:
         """Whether there is a metric to optimise."""
@@ -129,7 +130,8 @@ class Setup:
         sets = given.observation_dataset, given.selection_dataset
         if metric.of_predictions or metric.takes_dataset:
             label_name = trainer.label_names[0] if trainer.label_names else "labels"
-            sets = preflight.split(*sets, trainer.eval_dataset, trainer.args, label_name)
+            groups = preflight.check_row_groups(given.row_groups, trainer.label_names)
+            sets = preflight.split(*sets, trainer.eval_dataset, trainer.args, label_name, groups)
         value_function = preflight.load_value_function(given.value_function, trainer.args)
         given.guide_name(trainer.args)
         phi = given.resolve_phi(trainer.model, trainer.args)

@@ -45,6 +45,8 @@ class MetricOptTrainer(Trainer):
             `args.phi` could be; default: `args.phi`.
         value_function: one to start from, of the same model and phi; or its folder, or its name on the Hub.
         guide: a `Guide`, or what `args.guide` could be; default: `args.guide`.
+        row_groups: one of `label_names`, whose equal rows (pairs, pages of a document) the metric only makes sense of
+            together: they stay together in random halves, and in what is cut from `eval_dataset`.
         post_process_function: `(examples, features, predictions) -> EvalPrediction` for the metric, as in transformers'
             question-answering example. `features` are the rows that were predicted, with all of their columns.
         eval_examples: the examples from which the features were made; default: the features themselves.
@@ -74,11 +76,12 @@ class MetricOptTrainer(Trainer):
         phi: Phi = None,
         value_function: ValueFunction | str | None = None,
         guide: Any = None,
+        row_groups: str | None = None,
         post_process_function: Any = None,
         eval_examples: Any = None,
         **kwargs,
     ):
-        self.given = Given(metric, observation_dataset, selection_dataset, phi, value_function, guide)
+        self.given = Given(metric, observation_dataset, selection_dataset, phi, value_function, guide, row_groups)
         self.setup: Setup | None = None
         self.phase: MetricPhase | None = None
         self.checkpoint_settings: dict[str, Any] | None = None  # those of the resumed checkpoint
