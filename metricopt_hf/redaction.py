@@ -74,8 +74,8 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, (set, frozenset)):
         return [without_secrets(item) for item in value]
     with suppress(Exception):  # an object of any kind is shown by its repr
-        if (shown := text_without_secrets(repr(value))) != repr(value):
-            return shown
+        if (text := text_without_secrets(repr(value))) != repr(value):
+            return text
     return value
 
 

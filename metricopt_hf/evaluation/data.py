@@ -45,10 +45,10 @@ def cut(
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
     if row_groups is not None:
-        parts = _by_group(column(dataset, (row_groups,)), size, seed, row_groups)
-        return take(dataset, parts[0]), take(dataset, parts[1])
+        first, second = _by_group(column(dataset, (row_groups,)), size, seed, row_groups)
+        return take(dataset, first), take(dataset, second)
     labels = class_labels(dataset, label_name)
-    parts = (order[:size], order[size : 2 * size]) if labels is None else _stratified(order, labels, 2, size)
+    parts = [order[:size], order[size : 2 * size]] if labels is None else _stratified(order, labels, 2, size)
     if labels is not None:
         for name, rows in zip(("observation", "selection"), parts, strict=True):
             _warn_of_missing(labels, rows, f"the {name} set that was cut from eval_dataset")

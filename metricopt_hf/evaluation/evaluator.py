@@ -281,7 +281,7 @@ class Evaluator:
                     break
             else:
                 self._kept = kept
-        return self._kept or None
+        return self._kept if isinstance(self._kept, list) and self._kept else None
 
 
 # What several ranks of a run must agree on, since a black box may answer otherwise the next time it is asked

@@ -39,12 +39,17 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     ),
     (lambda: _autocast_nesting(), lambda depth: _set_autocast_nesting(depth)),
     (np.geterr, lambda errors: np.seterr(**errors)),
-    (lambda: list(warnings.filters), lambda filters: (warnings.resetwarnings(), warnings.filters.extend(filters))),
+    (lambda: list(warnings.filters), lambda filters: _set_filters(filters)),
     *(
         (lambda name=name: getattr(torch.backends.cudnn, name), lambda value, name=name: _set_cudnn(name, value))
         for name in ("deterministic", "benchmark")
     ),
 )
+
+
+def _set_filters(filters: list[Any]) -> None:
+    warnings.resetwarnings()
+    warnings.filters[:] = filters  # type: ignore[index]  # a list, whatever its stub says
 
 
 def _set_cudnn(name: str, value: bool) -> None:
@@ -153,7 +158,8 @@ class Metric:
         exact: bool = False,
         batchwise: bool = False,
     ):
-        self.function, self.name, self.timeout = function, str(name), plain(timeout)
+        self.function: Callable[..., Any] = function
+        self.name, self.timeout = str(name), plain(timeout)
         self.greater_is_better = bool(given(greater_is_better))
         self.exact, self.batchwise = exact, batchwise
         self._abandoned: threading.Thread | None = None

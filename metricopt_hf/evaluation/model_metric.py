@@ -176,6 +176,7 @@ class ModelEvaluator(Evaluator):
     def evaluate_with_predictions(self, purpose: str, complete: Callable | None = None) -> tuple[float, None]:
         with self.ledger.charge(purpose, passes=1):
             self._check_finite()
+            assert isinstance(self.metric, ModelMetric)  # of others nobody makes a `ModelEvaluator`
             return score_of_model(
                 self.metric, self.phi.model, self.dataset, self.split, self.rank, self.world_size
             ), None

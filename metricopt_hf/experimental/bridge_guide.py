@@ -68,7 +68,7 @@ class BridgeGuide(Guide):
     def _fit(self, steps: int) -> None:
         optimizer = torch.optim.AdamW(self.network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         for _ in range(steps):
-            loss = 0.0
+            loss: Any = 0.0
             for read, values in self.updates:
                 error = expected(self.network, read) - values
                 loss = loss + (error - error.mean()).square().mean() + LEVEL_WEIGHT * error.mean().square()

@@ -228,23 +228,23 @@ class FiLM(PhiSpace):
     def _values(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """The parameters' values at phi, in float32 or, of such parameters, float64."""
         origin = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in self._origin)
-        parts = iter(parts)
+        left = iter(parts)
         for site in self._sites:
-            scale = 1 + next(parts)
+            scale = 1 + next(left)
             yield scale * next(origin)
             if _has(site.norm, "bias"):
-                yield scale * next(origin) + next(parts)
+                yield scale * next(origin) + next(left)
         if self._output_layer:
-            yield next(origin) + next(parts)
+            yield next(origin) + next(left)
 
     def pull(self, gradients: Sequence[Tensor]) -> Tensor:
         origin = iter(self._origin)
-        gradients = iter([whole(g.detach()).reshape(-1).float() for g in gradients])
+        left = iter([whole(g.detach()).reshape(-1).float() for g in gradients])
         parts = []
         for site in self._sites:
-            by_scale = next(gradients) * next(origin).float()
+            by_scale = next(left) * next(origin).float()
             if _has(site.norm, "bias"):
-                by_shift = next(gradients)
+                by_shift = next(left)
                 parts += [by_scale + by_shift * next(origin).float(), by_shift]
             else:
                 parts.append(by_scale)

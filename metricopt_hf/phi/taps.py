@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ class Channels(Tap):
     def perturbed(self, output: Tensor) -> Tensor:
         across = [1] * output.dim()
         across[self.dim] = -1
-        moved = 0.0
+        moved: Any = 0.0
         if self.scale is not None:
             plain = output.detach().float()
             if self.shift is not None:

@@ -52,9 +52,10 @@ def _number(least: float, most: float = math.inf, above: bool = False) -> Callab
     """A check for finite numbers from `least` (`above`: greater than it) to below `most`."""
 
     def fine(value: Any) -> bool:
+        number: Any = value
         if not isinstance(value, Real) or isinstance(value, bool):
             return False
-        return (value > least if above else value >= least) and value < most
+        return (number > least if above else number >= least) and number < most
 
     return fine
 
@@ -225,7 +226,8 @@ class MetricOptConfig(TrainingArguments):
     def __post_init__(self):
         for name, value in vars(self).items():
             setattr(self, name, plain(value))
-        self._given_direction = self.greater_is_better = direction.given(self.greater_is_better)
+        self.greater_is_better: Any = direction.given(self.greater_is_better)
+        self._given_direction = self.greater_is_better
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # None leaves it to Trainer, to whom everything but a loss is better the greater it is
             self.greater_is_better = direction.by_name(self.metric_for_best_model)

@@ -9,7 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from itertools import islice
 from typing import Any
 
@@ -56,7 +56,7 @@ class Observing:
             split: name of the set, for a metric that wants it.
         """
         args = self.trainer.args
-        make = Evaluator
+        make: Callable[..., Evaluator] = Evaluator
         if not self.metric.of_predictions:
             make = partial(ModelEvaluator, dataset=dataset, split=split)
         made = make(
@@ -105,7 +105,9 @@ class Observing:
 
         Where that cannot be told, as of generated text, it says yes.
         """
-        args, batch, before = self.trainer.args, [], []
+        args = self.trainer.args
+        batch: list[Any] = []
+        before: list[Tensor] = []
 
         def outputs() -> list[Tensor]:
             with undisturbed(self.trainer.model):
@@ -161,7 +163,7 @@ class Observing:
         try:
             with undisturbed(trainer.model), bookkeeping_kept(trainer):
                 for batch in self.train_batches(count, generator):
-                    rows.append(self.phi.gradient(lambda batch=batch: self.loss(batch)).cpu())
+                    rows.append(self.phi.gradient(partial(self.loss, batch)).cpu())
         except Exception as error:  # such as of torchvision's detectors, which have losses in train mode only
             logger.warning(f"The loss has no gradient in eval mode, so coordinates of phi are drawn at random: {error}")
         return torch.stack(rows) if rows else torch.zeros(0, self.phi.dim)
@@ -312,10 +314,10 @@ class MetricInputs:
         if compute_metrics is None or not self.completes:
             return compute_metrics
 
+        @wraps(compute_metrics, (), ())
         def completed(prediction: EvalPrediction, **kwargs: Any) -> Any:
             if self.evaluated is not None:
                 prediction = self.complete(self.evaluated, prediction)
             return compute_metrics(prediction, **kwargs)
 
-        completed.__wrapped__ = compute_metrics
         return completed

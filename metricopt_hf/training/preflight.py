@@ -103,7 +103,8 @@ def resolve_metric(
         name = metric_name(args, eval_dataset)
         metric = Metric(compute_metrics, name, True, args.metric_timeout, exact=True, batchwise=batchwise)
     else:
-        metric = modules.resolve(given, True, args.metric_inputs, args.metric_kwargs, args.metric_timeout)
+        kwargs: Any = args.metric_kwargs  # a dict: JSON has been read
+        metric = modules.resolve(given, True, args.metric_inputs, kwargs, args.metric_timeout)
     if directed and not isinstance(given, Metric):  # a user's knows its direction
         metric.greater_is_better = args.direction_of(metric.name, description)
     return metric

@@ -227,10 +227,11 @@ def missing_score(trainer: Any, dataset: Any, prefix: str, found: dict[str, floa
     name, weights = f"{prefix}_{metric.name.removeprefix('eval_')}", weights_of(metric.name)
     if name in found:
         return None
-    if not metric.of_predictions and not metric.wants_copy:  # what `evaluate` itself returns
-        return None
-    if not metric.of_predictions:
-        args, score = trainer.args, {}
+    if isinstance(metric, ModelMetric):
+        if not metric.wants_copy:  # it is what `evaluate` itself returns
+            return None
+        score: dict[str, float] = {}
+        args = trainer.args
         with _nan_in_training(trainer, name, score):
             ranks = args.process_index, args.world_size
             score[name] = float(score_of_model(metric, trainer.model, dataset, prefix, *ranks))

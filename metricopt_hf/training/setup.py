@@ -13,6 +13,7 @@ from transformers import Trainer
 from .. import phi as spaces
 from ..errors import ConfigurationError, brief
 from ..evaluation.metric import Metric
+from ..evaluation.model_metric import ModelMetric
 from ..guides import AUTO, GUIDES, Guide
 from ..hub import ValueFunction
 from ..phi import PhiSpace
@@ -128,7 +129,7 @@ class Setup:
         preflight.check_supported(trainer, state.distributed_type, getattr(state, "fsdp_plugin", None))
         preflight.check_metric(metric, state.distributed_type)
         sets = given.observation_dataset, given.selection_dataset
-        if metric.of_predictions or metric.takes_dataset:
+        if not isinstance(metric, ModelMetric) or metric.takes_dataset:
             label_name = trainer.label_names[0] if trainer.label_names else "labels"
             groups = preflight.check_row_groups(given.row_groups, trainer.label_names)
             sets = preflight.split(*sets, trainer.eval_dataset, trainer.args, label_name, groups)

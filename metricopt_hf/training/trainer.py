@@ -63,9 +63,9 @@ class MetricOptTrainer(Trainer):
         trainer.train()
     """
 
-    post_process_function = None  # a subclass may have it as a method
-    eval_examples = None
-    whole_output = None  # (prediction, data set) -> the argument of a post-processing, in place of the predictions
+    post_process_function: Any = None  # a subclass may have it as a method
+    eval_examples: Any = None
+    whole_output: Any = None  # (prediction, data set) -> the argument of a post-processing, in place of the predictions
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class MetricOptTrainer(Trainer):
         if eval_examples is not None:
             self.eval_examples = eval_examples
         self.metric_inputs = MetricInputs(self)
-        self.compute_metrics = reporting.with_metric(self, self.metric_inputs.wrapped(self.compute_metrics))
+        self.compute_metrics: Any = reporting.with_metric(self, self.metric_inputs.wrapped(self.compute_metrics))
 
     # Results
 

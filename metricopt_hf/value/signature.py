@@ -57,7 +57,7 @@ class Signature:
     basis: Tensor
 
     def __post_init__(self):
-        values = {name: readable(getattr(self, name)) for name in ("model", "coordinates", "metric")}
+        values: dict[str, Any] = {name: readable(getattr(self, name)) for name in ("model", "coordinates", "metric")}
         values.update(phi=_readable_phi(self.phi), greater_is_better=bool(self.greater_is_better))
         for name, value in values.items():
             object.__setattr__(self, name, value)  # it is frozen for everybody else

@@ -14,9 +14,10 @@ from types import ModuleType
 import given
 import pytest
 from helpers import ROOT, example
+from transformers import HfArgumentParser
 
 from benchmarks.__main__ import commands
-from metricopt_hf import MetricOptConfig
+from metricopt_hf import MetricOptConfig, cli
 
 markdown_it = pytest.importorskip("markdown_it")
 for needed in ("tabulate", "matplotlib"):
@@ -130,6 +131,10 @@ def check(words: list[str]) -> None:
         assert words[1] in targets
         given = [word.removeprefix("ARGS=") for word in words if word.startswith("ARGS=")]
         assert words[1] != "bench" or not given or given[0].split()[0] in commands()
+    elif words[0] == "metricopt":
+        name = next(name for name in cli.COMMANDS if words[1 : 1 + len(name.split())] == name.split())
+        known = HfArgumentParser(cli.COMMANDS[name][1]).format_help()
+        assert [word for word in words if word.startswith("--") and word not in known] == []
     elif words[0] == "pip":
         extras = re.findall(r"\[([\w,]+)\]", " ".join(words))
         assert all(f'"{extra}"' in (ROOT / "setup.py").read_text() for extra in ",".join(extras).split(",") if extra)
