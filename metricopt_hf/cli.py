@@ -226,7 +226,8 @@ def read_rows(given: RunArguments) -> datasets.Dataset:
     rows = rows.select_columns(wanted)
     for name in wanted[1:]:
         feature = rows.features[name]
-        if name == given.label_column and not isinstance(feature, datasets.ClassLabel) or feature.dtype == "string":
+        is_text = "string" in str(feature.dtype)
+        if is_text or (name == given.label_column and not isinstance(feature, datasets.ClassLabel)):
             rows = rows.class_encode_column(name)
     return rows.rename_columns({content: "image" if is_folder else "text", given.label_column: "labels"})
 

@@ -41,7 +41,7 @@ def by_differences(evaluator: Evaluator, basis: Tensor, prediction: EvalPredicti
     moving = floats(prediction)
     if not moving:
         raise NotLinearizable("the model's outputs hold no floating-point numbers")
-    size = cost([leaf.shape for leaf in moving.values()], *basis.shape, DIFFERENCES).nbytes
+    size = cost([leaf.shape for leaf in moving.values()], len(basis), basis.shape[1], DIFFERENCES).nbytes
     if size > MOST_BYTES:
         raise NotLinearizable(f"the derivatives of all outputs would take {size / 2**30:.1f} GiB")
     slopes: dict[int, list[Tensor]] = {i: [] for i in moving}

@@ -134,7 +134,8 @@ class Linearizer:
         other = Linearization(prediction, {}).planted({position: torch.as_tensor(traded)})
 
         def ask() -> bool:
-            return not np.isclose(*(evaluator.score(predicted, "observe") for predicted in (prediction, other)))
+            first, second = (evaluator.score(predicted, "observe") for predicted in (prediction, other))
+            return not np.isclose(first, second)
 
         try:
             return agreed(evaluator.rank, evaluator.world_size, ask)
@@ -158,7 +159,8 @@ class Linearizer:
 
     def _decisive_directions(self, dim: int) -> Tensor:
         """[d, <= dim] from all rows, or from as many of each batch as `BATCH_BYTES` hold."""
-        evaluator, kept = self.evaluator, []
+        evaluator = self.evaluator
+        kept: list[Any] = []
         sketch, room = Sketch(evaluator.phi.dim, dim), KEPT_BYTES / evaluator.world_size
 
         def take_in(made: RowDerivatives) -> bool:

@@ -35,7 +35,7 @@ def _unnoticed(trainer: Trainer) -> Iterator[None]:
     trainer.callback_handler.callbacks, trainer.state.log_history = [], list(history)
     try:
         with undisturbed(trainer.model), bookkeeping_kept(trainer):
-            trainer.log = partial(type(trainer).log, trainer)  # where TRL adds its numbers to those of `evaluate`
+            vars(trainer)["log"] = partial(type(trainer).log, trainer)  # where TRL adds its numbers to those of `evaluate`
             yield
     finally:
         trainer.callback_handler.callbacks, trainer.state.log_history = callbacks, history
