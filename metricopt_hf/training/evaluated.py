@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from transformers import Trainer
@@ -34,8 +33,8 @@ def _unnoticed(trainer: Trainer) -> Iterator[None]:
     callbacks, history = trainer.callback_handler.callbacks, trainer.state.log_history
     trainer.callback_handler.callbacks, trainer.state.log_history = [], list(history)
     try:
-        with undisturbed(trainer.model), bookkeeping_kept(trainer):
-            vars(trainer)["log"] = partial(type(trainer).log, trainer)  # where TRL adds its numbers to those of `evaluate`
+        # in `log` TRL adds its numbers to those of `evaluate`
+        with undisturbed(trainer.model), bookkeeping_kept(trainer, quiet=False):
             yield
     finally:
         trainer.callback_handler.callbacks, trainer.state.log_history = callbacks, history

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,18 +17,18 @@ PLAIN = (int, float, complex, str, bool, type(None), tuple)
 
 
 @contextmanager
-def bookkeeping_kept(trainer: Trainer) -> Iterator[None]:
+def bookkeeping_kept(trainer: Trainer, quiet: bool = True) -> Iterator[None]:
     """On leaving, numbers, texts, tensors and collections on the trainer have their values from before.
 
     Subclasses keep records of losses and batches there, which passes of the metric phase must not change. Inside,
-    the trainer logs nothing, whatever its subclass logs in its loss.
+    the trainer logs nothing, whatever its subclass logs in its loss; unless `quiet` is False.
     """
     attributes = vars(trainer)
     log = attributes.get("log")
     plain = {name: value for name, value in attributes.items() if isinstance(value, (*PLAIN, Tensor))}
     undo = [undo_of(value) for name, value in attributes.items() if type(value) in COLLECTIONS and name not in DATA]
     tensors = [(value, value.detach().clone()) for value in plain.values() if isinstance(value, Tensor)]
-    attributes["log"] = lambda *args, **kwargs: None
+    attributes["log"] = (lambda *args, **kwargs: None) if quiet else partial(type(trainer).log, trainer)
     try:
         yield
     finally:
