@@ -160,7 +160,7 @@ def draw(path: str, diagnosis: Diagnosis, folds: list[Scored], sign: int) -> Non
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     for name, label, color in ((START, "as predicted", "tab:gray"), (BIAS, "with a bias per logit", "tab:blue")):
-        axes.hist(sign * np.concatenate([fold.halves[name] for fold in folds]), 20, alpha=0.5, color=color, label=label)
+        axes.hist(sign * np.concatenate([halves[name] for _, halves in folds]), 20, alpha=0.5, color=color, label=label)
         axes.axvline(diagnosis.scores[name], color=color)
     axes.set(xlabel=f"{diagnosis.metric} on random halves of rows that the bias was not fitted to", ylabel="halves")
     axes.set_title(f"a bias: {diagnosis.gains[BIAS, START]}")
