@@ -248,7 +248,7 @@ class FiLM(PhiSpace):
                 parts += [by_scale + by_shift * next(origin).float(), by_shift]
             else:
                 parts.append(by_scale)
-        return torch.cat([*parts, *gradients])
+        return torch.cat([*parts, *left])
 
     def taps(self) -> Sequence[Tap] | None:
         if self.is_shared:  # as of heads that share their bias
