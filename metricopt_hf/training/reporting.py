@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import torch
@@ -192,9 +192,7 @@ def with_metric(trainer: Any, compute_metrics: Callable | None) -> Callable | No
                     found[name] = float(score)
         return found
 
-    if compute_metrics is not None:
-        both.__wrapped__ = compute_metrics
-    return both
+    return both if compute_metrics is None else wraps(compute_metrics, (), ())(both)
 
 
 def _known_metric(trainer: Any) -> Metric | None:
