@@ -90,8 +90,10 @@ def test_every_method_spends_the_same(name):
     assert best == record["selected"]["score"]
     if name in ours:
         assert [kind for kind in curve["kind"] if kind != BIAS] == [START, MEAN] and best in curve["selection"]
-        assert curve["step"] == [0] + [TINY.metric_steps] * (len(curve["step"]) - 1)
-        assert 0 < record["calls"]["observe"] <= CALLS[PREDICTIONS] and 0 < record["calls"]["post-hoc"] <= 160
+        begun = TINY.steps - TINY.metric_steps
+        assert curve["step"] == [begun] + [TINY.steps] * (len(curve["step"]) - 1)
+        assert 0 < record["calls"]["observe"] <= CALLS[PREDICTIONS] and 0 < record["calls"]["post-hoc"] <= 3 * 160
+        assert record["calls"]["select"] >= 2 * (begun // (TINY.steps // TINY.rounds) + 1)  # the looks of both settings
     else:
         observes = name not in ("loss_only", "loss_small", "train_obs", "obs", "formula")
         assert curve["step"] == list(range(21)) and best == max(curve["selection"])

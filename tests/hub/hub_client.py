@@ -94,7 +94,7 @@ def probability(prediction):
     return float(chances[np.arange(len(chances)), prediction.label_ids].mean())
 
 
-def trainer(folder, **changes):
+def trainer(folder, value_function=None, **changes):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     return MetricOptTrainer(
@@ -117,6 +117,7 @@ def trainer(folder, **changes):
         observation_dataset=Squares(48, 1),
         selection_dataset=Squares(48, 2),
         metric=probability,
+        value_function=value_function,
     )
 
 

@@ -86,7 +86,7 @@ def test_what_cannot_be_had_is_refused_with_a_way_out(published):
 def test_only_what_is_read_is_fetched_and_the_rest_refused_before(published):
     result = of(published[0], "only_what_is_read_is_fetched")
     assert result["loads"]
-    assert "observations.parquet is missing" in result["no value function"]
+    assert "is not that of a value function" in result["no value function"]
     assert "config.json has 16777217 bytes; at most 1048576 are read" in result["huge"]
     assert result["fetched"] == PARTS[1:]
 

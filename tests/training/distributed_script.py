@@ -174,7 +174,7 @@ if __name__ == "__main__":
         run(f"resumed{step}", os.path.join(FOLDER, f"whole-{RANKS}", f"checkpoint-{step}"), max_steps=6, metric_steps=3)
     run_defaults()
     detached = run("detached", model=detached_on_the_last_rank(), max_steps=1, metric_steps=1)
-    assert detached.phase.linearizer.way == "differences"
+    assert detached.phase.linearizer.way == DIFFERENCES
     dist.barrier()
     print(f"all asserts held on {RANKS} ranks", flush=True)
     dist.destroy_process_group()
