@@ -89,7 +89,9 @@ def test_every_method_spends_the_same(name):
     best, curve = record["variants"]["plain"]["scores"]["selection"], record["curve"]
     assert best == record["selected"]["score"]
     if name in ours:
-        assert [kind for kind in curve["kind"] if kind != BIAS] == [START, MEAN] and best in curve["selection"]
+        kinds = [kind for kind in curve["kind"] if kind != BIAS]
+        assert kinds == [START, MEAN] or (name in comparing.CONTROLS and kinds == [START])  # theirs may all be taken back
+        assert best in curve["selection"]
         begun = TINY.steps - TINY.metric_steps
         assert curve["step"] == [begun] + [TINY.steps] * (len(curve["step"]) - 1)
         assert 0 < record["calls"]["observe"] <= CALLS[PREDICTIONS] and 0 < record["calls"]["post-hoc"] <= 3 * 160
