@@ -90,7 +90,7 @@ def test_every_method_spends_the_same(name):
     assert best == record["selected"]["score"]
     if name in ours:
         kinds = [kind for kind in curve["kind"] if kind != BIAS]
-        assert kinds == [START, MEAN] or (name in comparing.CONTROLS and kinds == [START])  # theirs may all be taken back
+        assert kinds == [START, MEAN] or (name in comparing.CONTROLS and kinds == [START])  # all taken back
         assert best in curve["selection"]
         begun = TINY.steps - TINY.metric_steps
         assert curve["step"] == [begun] + [TINY.steps] * (len(curve["step"]) - 1)
