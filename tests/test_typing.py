@@ -29,6 +29,8 @@ args = MetricOptConfig("out", max_steps=10, metric_steps=10, label_names=["label
 trainer = MetricOptTrainer(model, args, metric=Metric(worst_group, "worst_group"))
 reveal_type(trainer.diagnose())
 trainer.train()
+trainer.save_model()
+print(trainer.evaluate())
 assert trainer.result is not None  # it was guided
 reveal_type(trainer.result)
 reveal_type(trainer.result.best_score)

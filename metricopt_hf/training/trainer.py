@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
 
 from ..diagnosis import Diagnosis
 from ..evaluation.ledger import Ledger
@@ -162,7 +163,12 @@ class MetricOptTrainer(Trainer):
 
     # The run
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         if not self.guided:
             preflight.warn_of_no_guidance(self.args, self.compute_metrics, self.eval_dataset)
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -208,7 +214,9 @@ class MetricOptTrainer(Trainer):
             logs.update({f"metricopt/{name}": value for name, value in self.phase.log_scalars().items()})
         super().log(logs, start_time)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", **gen_kwargs):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **gen_kwargs
+    ) -> dict[str, float]:
         """Trainer's numbers, and the optimised metric where they lack it."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         named = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
@@ -245,7 +253,7 @@ class MetricOptTrainer(Trainer):
 
     # Sharing
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with sharing.whole_weights(self, _internal_call and output_dir is not None and not self.args.push_to_hub):
             super().save_model(output_dir, _internal_call)
 
@@ -273,7 +281,7 @@ class MetricOptTrainer(Trainer):
     def init_hf_repo(self, *args, **kwargs):
         return sharing.pushed(self, lambda: super(MetricOptTrainer, self).init_hf_repo(*args, **kwargs))
 
-    def push_to_hub(self, *args, **kwargs):
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.push_to_hub`: pushes `output_dir` with model, card and value function. Takes the arguments of
         `create_model_card` too.
 
