@@ -21,7 +21,7 @@ from examples.comparison.report import mean_and_error, require
 from metricopt_hf import ConfigurationError, Ledger, Metric
 from metricopt_hf.posthoc import add_bias, tune_bias
 
-from .measure import POST_HOC_CALLS
+from .by_loss import POST_HOC_CALLS
 from .problem import Task, joined, no_data
 from .run import quiet
 from .tasks import tasks

@@ -7,7 +7,7 @@ from collections import defaultdict
 from metricopt_hf.phase.plan import CALLS, CLASSES, MOST_CLASSES, PREDICTIONS
 
 from . import protocol
-from .measure import POST_HOC_CALLS
+from .by_loss import POST_HOC_CALLS
 from .methods import FIRST, RIVALS
 from .records import TUNING, read, setting
 

@@ -136,7 +136,7 @@ def diagnose_predictions(
     since, ledger, count = perf_counter(), Ledger(), len(prediction.predictions)
     metric(prediction)
 
-    def merit(of: EvalPrediction) -> float:
+    def value(of: EvalPrediction) -> float:
         try:
             with ledger.charge("select"):
                 return metric.sign * metric(of)
@@ -148,7 +148,7 @@ def diagnose_predictions(
     folds = []
     for fitted, held in (parts, parts[::-1]):
         biased = add_bias(held, tune_bias(metric, fitted, ledger))
-        folds.append(scored(merit, {START: held, BIAS: biased}, len(held.predictions), take, seed))
+        folds.append(scored(value, {START: held, BIAS: biased}, len(held.predictions), take, seed))
     return judged(folds, metric, count, worthwhile, ledger, perf_counter() - since), folds
 
 
