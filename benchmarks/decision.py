@@ -17,43 +17,42 @@ from .tables import cost, markdown
 YOURS = {
     "threshold": ("F1, G-mean, MCC, a cost, the worst class", "the loss orders well, and decides at the wrong place"),
     "beyond threshold": (
-        "the worst group, fairness, recall at a precision",
-        "groups, cameras or sources differ; no one threshold fits all",
+        "the worst group, fairness, money, uplift",
+        "it has a column that the loss does not read",
     ),
     "no conflict": ("accuracy, average precision, a correlation", "train is drawn like the data to be judged on"),
 }
-WORTHWHILE = 0.02  # of a score between 0 and 1; the default of `diagnose`
 OURS_PAYS = "**MetricOpt**"
 ASK = "what **`diagnose()`** says: MetricOpt, or the loss alone"
 THRESHOLD = "**a threshold**: `posthoc.tune_bias` on held-out data"
-NOTHING = "**the loss alone**: nothing to gain"
+NOTHING = "**the loss alone**"
 BEGIN, END = "<!-- decision table, written by make bench-report -->", "<!-- end of the decision table -->"
 COST, END_COST = "<!-- cost, written by make bench-report -->", "<!-- end of the cost -->"
 
 
-def worth_having(difference: Paired | None) -> bool:
-    """Whether a gain is real, and as great as `trainer.diagnose()` asks for."""
-    return difference is not None and difference.low > 0 and difference.mean >= WORTHWHILE
+def better(difference: Paired | None) -> bool:
+    """Whether the 95 % interval lies above zero."""
+    return difference is not None and difference.low > 0
 
 
 def bias_pays(results: Sequence[Result]) -> tuple[list[str], int]:
     """The tasks where a bias per logit makes the model better as it came, untrained; and how many have one."""
     found = {result.task.name: result.difference(("start", POST_HOC), ("start", PLAIN)) for result in results}
     found = {name: difference for name, difference in found.items() if difference is not None}
-    return [name for name, difference in found.items() if worth_having(difference)], len(found)
+    return [name for name, difference in found.items() if better(difference)], len(found)
 
 
 def ours_pays(results: Sequence[Result]) -> tuple[list[str], int]:
     """The tasks where MetricOpt is better than the best of what is cheap; and how many."""
     found = {result.task.name: result.ours.difference for result in results if result.ours is not None}
-    return [name for name, difference in found.items() if worth_having(difference)], len(found)
+    return [name for name, difference in found.items() if better(difference)], len(found)
 
 
 def advice(pays: int, of: int, bias: int, of_bias: int) -> str:
-    """What to use, by what pays on at least half of the tasks, or, of MetricOpt, on some; "" where nothing was run."""
-    if of and 2 * pays >= of:
+    """What to use, by what pays on most of the tasks, or, of MetricOpt, on some; "" where nothing was run."""
+    if 2 * pays > of:
         return OURS_PAYS
-    if of_bias and 2 * bias >= of_bias:
+    if 2 * bias > of_bias:
         return THRESHOLD
     if pays:
         return ASK
@@ -67,7 +66,7 @@ def specialists(results: Sequence[Result]) -> str:
         for (method, variant), entry in result.compared.items():
             rival = RIVALS[method]
             special = rival.reads_labels or rival.reads_groups or rival.knows_formula
-            if special and variant == PLAIN and worth_having(entry.difference):
+            if special and variant == PLAIN and better(entry.difference):
                 found.setdefault(rival.title, []).append(result.task.name)
     return "; ".join(f"{title} ({_named(names)})" for title, names in found.items())
 
@@ -97,14 +96,12 @@ def page(results: Sequence[Result]) -> str:
     return (
         "# What to use\n\n"
         f"{table(results, '')}\n\n"
-        "A row is a kind of task, and says what paid on at least half of its tasks; where MetricOpt paid on some, "
-        "before any training which kind yours is has to be measured. MetricOpt is compared with "
-        "the best of loss only and the model as it came, each with and without a tuned bias per logit; a bias alone, "
-        "with the model as it came. Better "
-        f"means that the interval excludes zero, and that the gain is at least {WORTHWHILE}, as `trainer.diagnose()` "
-        "asks by default. The lines under the table name methods that are better than the rival and see more than a "
-        "metric's answers: they train on the labels of the observation split, are told its groups, or know the "
-        "metric's formula. Which row is yours, `trainer.diagnose()` measures.\n\n"
+        "A row is a kind of task, and names what paid on most of its tasks. MetricOpt is compared with the "
+        "best of loss only and the model as it came, each with and without a tuned bias per logit; a bias alone, with "
+        "the model as it came. Better means that the 95 % interval lies above zero. The lines under the table name "
+        "methods that are better than the rival and see more than a metric's answers: they train on the labels of the "
+        "observation split, are told its groups, or know the metric's formula. Which row is yours, "
+        "`trainer.diagnose()` measures before any training.\n\n"
         "Written by `make bench-report` from the records in `benchmarks/results/`; do not edit.\n"
     )
 
