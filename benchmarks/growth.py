@@ -4,16 +4,17 @@
     python -m benchmarks.growth --calls 100000
 
 One thing is varied at a time, the others stay as in the first row. Every run is a process of its own: seconds are its
-processor time, in one thread, and memory is what its peak has beyond the process that it was forked from. The model is
-a linear layer with phi as a layer beside it, so that little of either is the model's own. Needs no data.
+processor time, in one thread, and memory is how far its peak is above where it started; one that
+takes longer than `--most_seconds` is ended, and has no figures. The model is a linear layer with phi as a layer beside
+it, so that little of either is the model's own. Needs no data.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import resource
+import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,6 +55,7 @@ class GrowthArguments:
     phi: list[int] = field(default_factory=lambda: [100, 10_000, 100_000])
     coordinates: list[int] = field(default_factory=lambda: [8, 64, 256])
     calls: list[int] = field(default_factory=lambda: [100, 10_000, 100_000])
+    most_seconds: int = field(default=360, metadata={"help": "Of processor time, of one run."})
     page: str = field(default=str(PAGE), metadata={"help": "Where the table is written to."})
 
 
@@ -96,8 +98,10 @@ def recall_of_the_worst_half(prediction) -> float:
     return float(np.sort(recalls)[: max(1, len(recalls) // 2)].mean())
 
 
-def run(size: Size, told: Connection) -> None:
-    """One guided run; sends its seconds, its peak memory (bytes of this process), and its metric steps."""
+def run(size: Size, told: Connection, most_seconds: int) -> None:
+    """One guided run; sends its seconds, the bytes by which its memory grew, and its metric steps."""
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_CPU, (most_seconds, most_seconds))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = process_time()
@@ -127,45 +131,56 @@ def run(size: Size, told: Connection) -> None:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    told.send((process_time() - start, peak, len(trainer.result.curve)))
+    told.send((process_time() - start, max(0, peak - before), len(trainer.result.curve)))
 
 
-def measured(size: Size) -> tuple[float, float, int]:
-    """Seconds, bytes and metric steps of a run, in a process of its own."""
+def measured(size: Size, most_seconds: int) -> tuple[float, float, int] | None:
+    """Seconds, bytes and metric steps of a run, in a process of its own; None where it was ended, being too slow."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    process = context.Process(target=run, args=(size, theirs))
+    process = context.Process(target=run, args=(size, theirs, most_seconds))
     process.start()
     theirs.close()
     try:
-        seconds, peak, steps = ours.recv()
+        return ours.recv()
     except EOFError:
+        process.join()  # sets its exit code
+        if process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return None
         raise SystemExit(f"The run of {size} ended without a result.") from None
-    process.join()
-    return seconds, max(0, peak - before), steps
+    finally:
+        process.join()
 
 
-def sizes(args: GrowthArguments) -> Iterator[tuple[str, Size]]:
+def sizes(args: GrowthArguments) -> list[tuple[str, Size]]:
     """What is varied, and the run; the base comes first."""
-    yield "", Size()
-    for name in ("rows", "logits", "phi", "coordinates", "calls"):
-        for value in getattr(args, name):
-            yield name, replace(Size(), **{name: value})
+    names = ("rows", "logits", "phi", "coordinates", "calls")
+    return [("", Size()), *((name, replace(Size(), **{name: n})) for name in names for n in getattr(args, name))]
 
 
-def page(rows: list[list[str]]) -> str:
+def cells(name: str, size: Size, found: tuple[float, float, int] | None) -> list[str]:
+    """A row of the table."""
+    of_size = [f"**{value:,}**" if key == name else f"{value:,}" for key, value in vars(size).items()]
+    if found is None:
+        return [*of_size, "", "not measured", ""]
+    seconds, memory, steps = found
+    return [*of_size, f"{steps}", f"{seconds:.1f}", f"{memory / 2**20:,.0f}"]
+
+
+def page(rows: list[list[str]], most_seconds: int) -> str:
     """The page with the table."""
     headers = ["observation rows", "logits", "phi", "coordinates", "metric calls", "steps", "seconds", "MiB"]
     table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=["right"] * len(headers))
     return (
         "# Growth\n\n"
         "Written by `python -m benchmarks.growth`; do not edit.\n\n"
-        "Seconds (processor time in one thread) and memory (peak beyond the libraries) of a guided run, by the size of "
-        "what it is about. One thing is varied at a time, in bold; the first row is what the others differ from.\n\n"
+        "Seconds (processor time in one thread) and memory (peak above the start, pages of libraries included) of a "
+        "guided run, by the size of what it is about. One thing is varied at a time, in bold; the first row is what "
+        "the others differ from.\n\n"
         f"{table}\n\n"
         "A run has ten metric steps, and fewer where three in a row made the metric worse. Calls are the most that it "
-        "may make; observations that are kept are bounded, and so is what a checkpoint holds.\n"
+        "may make; observations that are kept are bounded, and so is what a checkpoint holds. "
+        f'"Not measured" took more than {most_seconds:,} s, and was ended.\n'
     )
 
 
@@ -173,13 +188,13 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(GrowthArguments).parse_args_into_dataclasses(argv)
     transformers.logging.set_verbosity_error()
     threadpool_limits(1)  # the runs are forked from this process and inherit it
-    rows = []
-    for name, size in sizes(args):
-        seconds, memory, steps = measured(size)
-        cells = {key: f"**{value:,}**" if key == name else f"{value:,}" for key, value in vars(size).items()}
-        rows.append([*cells.values(), f"{steps}", f"{seconds:.1f}", f"{memory / 2**20:,.0f}"])
-        print(*rows[-1], flush=True)
-        Path(args.page).write_text(page(rows))
+    found: dict[int, list[str]] = {}
+    places = sizes(args)
+    factor = [max(a / b for a, b in zip(vars(s).values(), vars(Size()).values(), strict=True)) for _, s in places]
+    for place in sorted(range(len(places)), key=factor.__getitem__):  # the cheap ones first
+        found[place] = cells(*places[place], measured(places[place][1], args.most_seconds))
+        print(*found[place], flush=True)
+        Path(args.page).write_text(page([found[i] for i in sorted(found)], args.most_seconds))
     print(f"Written to {args.page}.")
     return 0
 

@@ -1,5 +1,6 @@
 """The commands that measure what guidance costs: each runs, and says what it should."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -18,15 +19,21 @@ def test_a_task_is_a_row_of_what_it_costs():
 
 def test_growth_writes_a_page_with_every_size(tmp_path, monkeypatch):
     args = growth.GrowthArguments(
-        rows=[2000], logits=[2], phi=[], coordinates=[], calls=[], page=str(tmp_path / "growth.md")
+        rows=[2000], logits=[2], phi=[], coordinates=[], calls=[9000], page=str(tmp_path / "growth.md")
     )
     measured = []
-    monkeypatch.setattr(growth, "measured", lambda size: measured.append(size) or (1.5, 3 * 2**20, 10))
+
+    def made_up(size, most_seconds):
+        measured.append(size)
+        return (1.5, 3 * 2**20, 10) if size.calls == 1000 else None
+
+    monkeypatch.setattr(growth, "measured", made_up)
     monkeypatch.setattr(growth.HfArgumentParser, "parse_args_into_dataclasses", lambda self, argv: (args,))
     assert growth.main([]) == 0
     page = (tmp_path / "growth.md").read_text()
-    assert [size.rows for size in measured] == [1000, 2000, 1000] and [size.logits for size in measured] == [10, 10, 2]
+    assert [size.rows for size in measured] == [1000, 1000, 2000, 1000]  # the cheap ones first
     assert "**2,000**" in page and "**2**" in page and page.count("1.5 |") == page.count("3 |\n") == 3
+    assert re.search(r"\*\*9,000\*\* \| +\| not measured", page) and "more than 360 s" in page
 
 
 @pytest.mark.slow
@@ -41,8 +48,13 @@ def test_a_large_model_is_a_row_of_what_its_linearisation_costs(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_of_a_size_is_measured_in_a_process_of_its_own():
-    seconds, memory, steps = growth.measured(growth.Size(rows=40, logits=3, phi=30, coordinates=2, calls=40))
+    seconds, memory, steps = growth.measured(growth.Size(rows=40, logits=3, phi=30, coordinates=2, calls=40), 60)
     assert seconds > 0 and memory >= 0 and 0 < steps <= 10
+
+
+@pytest.mark.slow
+def test_a_run_that_is_too_slow_is_ended():
+    assert growth.measured(growth.Size(calls=10**6), 1) is None
 
 
 @pytest.mark.parametrize(
