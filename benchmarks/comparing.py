@@ -20,6 +20,7 @@ WAYS = ("pairs", "rows")  # of MetricOpt's, each alone
 CHEAP = ("loss_only", "loss_small", "start")  # at the setting chosen for it, in small steps, and no step at all
 LOSS_ONLY = CHEAP[0]
 BLACK_BOX = ("cma", "cma_virtual", "cma_flat", "spsa")
+EQUAL_CALLS = BLACK_BOX[1]  # with MetricOpt's linearisations, calls and candidates
 SIGNIFICANT = 0.05
 WIN, ABOVE, TIE, BELOW, LOSS = "win", "above", "tie", "below", "loss"
 Key = tuple[str, str]  # method, variant
@@ -40,12 +41,9 @@ class Row:
     @property
     def title(self) -> str:
         rival = RIVALS[self.method]
-        marks = "†" * self.reads_labels + "§" * rival.reads_groups + "¶" * rival.needs_group + "‡" * rival.knows_formula
+        seen = {"†": rival.reads_labels, "§": rival.reads_groups, "¶": rival.needs_group, "‡": rival.knows_formula}
+        marks = "".join(mark for mark, given in seen.items() if given)
         return rival.title + ("" if self.variant == PLAIN else f" + {self.variant}") + (f" {marks}" if marks else "")
-
-    @property
-    def reads_labels(self) -> bool:
-        return RIVALS[self.method].reads_labels or POST_HOC in self.variant
 
     def of(self, seed: int) -> dict:
         return self.runs[seed]["variants"][self.variant]
@@ -172,6 +170,11 @@ class Result:
     def ours(self) -> Compared | None:
         """MetricOpt, as it comes out of a run."""
         return self.compared.get((OURS, PLAIN))
+
+    @property
+    def searched(self) -> Paired | None:
+        """MetricOpt minus CMA-ES on the same linearisation, at as many calls."""
+        return self.difference((OURS, PLAIN), (EQUAL_CALLS, PLAIN))
 
     @property
     def best_with_labels(self) -> Compared | None:

@@ -18,7 +18,7 @@ YOURS = {
     "threshold": ("F1, G-mean, MCC, a cost, the worst class", "the loss orders well, and decides at the wrong place"),
     "beyond threshold": (
         "the worst group, fairness, money, uplift",
-        "it has a column that the loss does not read",
+        "the metric reads groups, money, treatment, source",
     ),
     "no conflict": ("accuracy, average precision, a correlation", "train is drawn like the data to be judged on"),
 }
@@ -85,7 +85,7 @@ def table(results: Sequence[Result], to_results: str) -> str:
         rows.append([metric, data, advice(len(pays), of, len(bias), of_bias), *counts])
         said = [f"MetricOpt is better on {_named(pays, to_results)}"] if pays else []
         if special := specialists(members):
-            said.append(f"of those that see more, better are {special}")
+            said.append(f"of the methods that see more, better than the rival are {special}")
         if said:
             lines.append(f"- {metric}: {'; '.join(said)}.")
     headers = ["your metric", "your data", "use", "MetricOpt better on", "a bias alone on"]
@@ -95,6 +95,8 @@ def table(results: Sequence[Result], to_results: str) -> str:
 def page(results: Sequence[Result]) -> str:
     return (
         "# What to use\n\n"
+        "MetricOpt is for one situation: **your metric reads something that your loss cannot: groups, money, "
+        "treatment, source.** For a better F1 or G-mean, take another threshold.\n\n"
         f"{table(results, '')}\n\n"
         "A row is a kind of task, and names what paid on most of its tasks. MetricOpt is compared with the "
         "best of loss only and the model as it came, each with and without a tuned bias per logit; a bias alone, with "

@@ -9,7 +9,7 @@ from statistics import mean
 
 from examples.comparison.report import mean_and_error, require
 
-from .comparing import CHEAP, CONTROLS, OURS, WAYS, Compared, Result, Row, groups
+from .comparing import CHEAP, CONTROLS, EQUAL_CALLS, OURS, WAYS, Compared, Result, Row, groups
 from .conduct import harms, loss_seconds
 from .measure import PLAIN
 from .methods import RIVALS
@@ -97,7 +97,7 @@ def methods_csv(result: Result) -> str:
                 method,
                 variant,
                 row.title,
-                int(row.reads_labels),
+                int(RIVALS[method].reads_labels),
                 int(RIVALS[method].knows_formula),
                 len(row.runs),
                 f"{mean(row.scores('selection')):.4f}",
@@ -114,7 +114,8 @@ def methods_csv(result: Result) -> str:
 
 
 def controls_table(results: Iterable[Result]) -> str:
-    """Guides that know nothing, against the rival, and MetricOpt against the first of them."""
+    """Guides that know nothing, against the rival, and MetricOpt against the first of them; of the tasks that have
+    any."""
     table = [
         [
             result.name,
@@ -124,7 +125,7 @@ def controls_table(results: Iterable[Result]) -> str:
         for result in results
     ]
     headers = ["task", f"MetricOpt - {CONTROLS[0]}", *(f"{name} - rival" for name in CONTROLS)]
-    return markdown(headers, table)
+    return markdown(headers, _measured(table))
 
 
 def ways_table(results: Iterable[Result]) -> str:
@@ -132,7 +133,18 @@ def ways_table(results: Iterable[Result]) -> str:
     table = [
         [result.name, *(interval(result.difference((way, PLAIN), (OURS, PLAIN))) for way in WAYS)] for result in results
     ]
-    return markdown(["task", *(f"{way} alone - MetricOpt" for way in WAYS)], table)
+    return markdown(["task", *(f"{way} alone - MetricOpt" for way in WAYS)], _measured(table))
+
+
+def searched_table(results: Iterable[Result]) -> str:
+    """MetricOpt against CMA-ES at equal calls, over the seeds that both have."""
+    table = [[result.name, interval(result.searched)] for result in results]
+    return markdown(["task", f"MetricOpt - {RIVALS[EQUAL_CALLS].title}"], _measured(table))
+
+
+def _measured(table: Iterable[Sequence[str]]) -> list[Sequence[str]]:
+    """The rows that say something behind the task's name."""
+    return [row for row in table if any(row[1:])]
 
 
 def share(count: int, of: int) -> str:
