@@ -26,6 +26,7 @@ TOO_FEW = "too few examples to tell"
 HALVES = 50  # random halves of a fold's rows, whose scatter is the error
 SUMMED = 3  # of them, whose values and the other halves' make up that of all rows, if the metric is a sum over rows
 ERRORS = 2.0  # a gain of more than so many standard errors is none of chance
+ATTEMPTS = 3  # to call the metric on all rows of a fold, where it fails
 FEWEST_ROWS = 16  # of a fold, of which halves say anything
 MOST_NEEDED = 1e6  # examples; beyond, no number is named
 
@@ -46,14 +47,16 @@ class Gain:
 
     def verdict(self, worthwhile: float) -> str:
         """Is it better? "no": `worthwhile` is ruled out, or, of what looks like nothing, twice that."""
-        if self.mean > ERRORS * self.error:
-            return YES
         bound = worthwhile if self.mean > self.error else 2 * worthwhile
-        return NO if self.mean + ERRORS * self.error < bound or self.mean <= -self.error else OPEN
+        if self.mean + ERRORS * self.error < bound or self.mean <= -self.error:
+            return NO
+        return YES if self.mean > ERRORS * self.error else OPEN
 
     def __str__(self) -> str:
         if self.mean == self.error == 0:
             return "no difference"
+        if math.isnan(self.mean):
+            return "the metric fails"
         error = f" ± {self.error:.2g}" if math.isfinite(self.error) else ", error unknown"
         return f"{self.mean:+.4g}{error}"
 
@@ -127,7 +130,9 @@ class Diagnosis:
             rows.append(("phi beyond the better", "", str(self.beyond), self.verdict(PHI)))
         lines = [f"{name:24}{score:12}{gain:24}{pays}".rstrip() for name, score, gain, pays in rows]
         needed, more = self.examples_needed, ""
-        if needed is not None and not all(math.isfinite(gain.error) for gain in self.gains.values()):
+        if any(math.isnan(gain.mean) for gain in self.gains.values()):
+            more = f" The metric failed {ATTEMPTS} times on the same rows."
+        elif needed is not None and not all(math.isfinite(gain.error) for gain in self.gains.values()):
             more = f" An error takes {FEWEST_ROWS} examples in each set, and a metric that makes sense on half of them."
         elif needed is not None:
             many = f"about {needed:,.0f} examples" if math.isfinite(needed) else "more examples than you will get"
@@ -164,7 +169,10 @@ def scored(
     generator, half = np.random.default_rng(seed), num_rows // 2
     count = HALVES if take is not None and num_rows >= FEWEST_ROWS else 0
     orders = [generator.permutation(num_rows) for _ in range(count)]
-    whole = {name: score(prediction) for name, prediction in predictions.items()}
+    whole = {
+        name: next(filter(math.isfinite, (score(prediction) for _ in range(ATTEMPTS))), math.nan)
+        for name, prediction in predictions.items()
+    }
     halves = {
         name: np.array([score(take(prediction, np.sort(order[:half]))) for order in orders])
         for name, prediction in predictions.items()

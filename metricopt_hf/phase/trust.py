@@ -41,7 +41,7 @@ class Trust:
         self.guides = self._make_guides(linearised)
         for name, guide in list(self.guides.items()):
             guide.start(context)
-            if metric is not None and not _applies(guide, metric):
+            if metric is not None and not applies(guide, metric):
                 del self.guides[name]
         self.rates = dict.fromkeys(self.guides, 1.0)
 
@@ -63,7 +63,8 @@ class Trust:
             guide.load_state_dict(state["guides"][name])
 
 
-def _applies(guide: Guide, metric: LocalMetric) -> bool:
+def applies(guide: Guide, metric: LocalMetric) -> bool:
+    """Whether the guide has something to say of the metric, and calls to find out."""
     try:
         return guide.applies(metric)
     except BudgetSpent:

@@ -27,6 +27,7 @@ from ..linear.local_metric import LocalMetric
 from ..linear.rows import groups_of, take_rows
 from ..phase.ascent import ascend
 from ..phase.plan import PhasePlan
+from ..phase.trust import applies
 from ..phi import Coordinates
 from ..posthoc import add_bias, logits_of, tune_bias
 from ..value import Trajectory
@@ -112,7 +113,7 @@ def _ascended(fold: _Fold, plan: PhasePlan, generator: torch.Generator) -> Tenso
         near = evaluator, fold.coordinates, fold.linear, plan.spread(dim), generator, Faults(), Trajectory()
         local = LocalMetric(*near, 0, fold.value, plan.on_all_rows, allowance=plan.calls // 2)
         guide.start(GuideContext(dim, generator))
-        if not guide.applies(local):
+        if not applies(guide, local):
             continue
         rate = plan.learning_rate(dim) / 2
         z = ascend(guide, local, UPDATES, rate, lambda parameter, rate: torch.optim.Adam([parameter], rate))

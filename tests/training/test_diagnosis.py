@@ -106,6 +106,26 @@ def test_without_an_error_nothing_is_told(tmp_path, size, config):
     assert " ± " not in str(found).partition("Recommendation")[0]
 
 
+def test_a_metric_that_fails_once_is_asked_again(tmp_path):
+    calls = []
+
+    def flaky(prediction):
+        calls.append(1)
+        return accuracy(prediction) if len(calls) % 3 else float("nan")
+
+    found = scores_trainer(tmp_path, flaky).diagnose()
+    assert all(np.isfinite(score) for score in found.scores.values())
+    broken = diagnosis((float("nan"), 0.01))
+    assert broken.recommendation == TOO_FEW and "the metric fails" in str(broken) and "nan ±" not in str(broken)
+    assert "The metric failed 3 times on the same rows." in str(broken)
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_without_calls_phi_stays_where_it_is(tmp_path, calls):
+    found = scores_trainer(tmp_path, accuracy, metric_call_budget=calls).diagnose()
+    assert found.gains["phi", "bias"] == Gain(0.0, 0.0) and found.recommendation == NOTHING
+
+
 def test_nothing_is_left_behind(tmp_path):
     model = tiny_bert().train()
     model.bert.eval()
@@ -157,7 +177,7 @@ def test_refusals(tmp_path):
 @pytest.mark.parametrize(
     ("mean", "error", "verdict"),
     [(0.05, 0.02, YES), (0.05, 0.03, OPEN), (0.01, 0.008, OPEN), (0.006, 0.005, NO), (0.0, 0.01, NO), (-0.05, 0.04, NO),
-     (0.0, 0.0, NO), (0.5, np.inf, OPEN), (float("nan"), 0.01, OPEN)],
+     (0.0, 0.0, NO), (0.005, 0.001, NO), (0.019, 0.001, YES), (0.5, np.inf, OPEN), (float("nan"), 0.01, OPEN)],
 )  # fmt: skip
 def test_verdicts_by_hand(mean, error, verdict):
     assert Gain(mean, error).verdict(0.02) == verdict
