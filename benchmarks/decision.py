@@ -24,7 +24,7 @@ YOURS = {
 }
 OURS_PAYS = "**MetricOpt**"
 ASK = "what **`diagnose()`** says: MetricOpt, or the loss alone"
-THRESHOLD = "**a threshold**: `posthoc.tune_bias` on held-out data"
+THRESHOLD = "**a threshold**, tuned on held-out data"
 NOTHING = "**the loss alone**"
 BEGIN, END = "<!-- decision table, written by make bench-report -->", "<!-- end of the decision table -->"
 COST, END_COST = "<!-- cost, written by make bench-report -->", "<!-- end of the cost -->"

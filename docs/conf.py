@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from docutils import nodes
 from transformers import TrainingArguments
 
 import metricopt_hf
@@ -21,6 +22,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"metricopt_hf {version}"
 html_copy_source = False
+html_static_path, html_css_files = ["_static"], ["phone.css"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3  # links to headings, as on GitHub
@@ -53,6 +55,13 @@ def fill_in(app, docname: str, source: list[str]) -> None:
         source[0] = source[0].replace(f"]({up}../{outside}.md)", f"]({up}{outside.lower()}.md)")
 
 
+def link_pictures(app, doctree) -> None:
+    """A picture is a link to itself: on a phone its text is too small to read."""
+    for picture in doctree.findall(nodes.image):
+        if not isinstance(picture.parent, nodes.reference):  # a badge
+            picture["width"] = "100%"  # Sphinx links pictures that it scales
+
+
 def for_sphinx(app, what, name, obj, options, lines: list[str]) -> None:
     """Docstrings are written to be read in the source: what reStructuredText would take for markup is text."""
     text = "\n".join(lines)
@@ -64,4 +73,5 @@ def for_sphinx(app, what, name, obj, options, lines: list[str]) -> None:
 
 def setup(app) -> None:
     app.connect("source-read", fill_in)
+    app.connect("doctree-read", link_pictures)
     app.connect("autodoc-process-docstring", for_sphinx, priority=0)  # before napoleon

@@ -63,6 +63,12 @@ def test_no_block_is_left_out(page):
         assert directive or block.language in (CODE, COMMANDS, *OTHER), f"{block}: what is {block.language!r}?"
 
 
+@pytest.mark.parametrize("block", of(CODE), ids=str)
+def test_no_line_of_code_is_cut_off_on_a_screen_of_1280_pixels(block):
+    widest = 91 if block.page.startswith("docs/") else 105  # of the site's theme; of GitHub
+    assert [line for line in block.text.splitlines() if len(line) > widest] == []
+
+
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     return given.hub(tmp_path_factory.mktemp("hub"))

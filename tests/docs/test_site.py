@@ -16,3 +16,5 @@ def test_the_site_builds_without_a_warning(tmp_path, capfd):
     api = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
     arguments = (tmp_path / "site" / "arguments.html").read_text(encoding="utf-8")
     assert "metricopt_hf.MetricOptTrainer" in api and "metric_steps" in arguments
+    pictures = (tmp_path / "site" / "how_it_works.html").read_text(encoding="utf-8")
+    assert 'href="_images/how_it_works.png"' in pictures and "phone.css" in pictures  # legible on a phone
