@@ -3,9 +3,9 @@
     python -m benchmarks.paper            (make bench ARGS=paper)
     python -m benchmarks.paper --studies retrieval --seeds 42
 
-Neither is a classification: embeddings and boxes have no bias per logit, and no decision of a row. A script's run of
-one seed is a process, and becomes one record; what is recorded already is not run again, and the page is written from
-the records alone. The number of metric calls is fixed, so that a slow machine finds the same.
+Neither is a classification: of embeddings and boxes there is no decision of a row. A script's run of one seed is a
+process, and becomes one record; what is recorded already is not run again, and the page is written from the records
+alone. The number of metric calls is fixed, so that a slow machine finds the same.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from examples.comparison.methods import REFERENCE, in_order
-from examples.comparison.report import MethodRun, comparison_table, table_note
+from examples.comparison.methods import METHODS, REFERENCE, in_order
+from examples.comparison.report import MethodRun, compare, comparison_table, mean_and_error, table_note
 from metricopt_hf import ConfigurationError
+from metricopt_hf.phase.selection import MEAN, START
 
 from .bench_report import ROOT
 from .pages import page
 from .problem import data_root, no_data
 from .records import RESULTS, context, read, rounded, write
+from .tables import markdown
 
-METHODS = ("loss_only", "shuffled", "random", "metricopt")
-OURS = "MetricOpt"  # as its rows are called
+RUN = ("loss_only", "shuffled", "random", "metricopt")
+OURS, CONTROL = METHODS["metricopt"].title, METHODS["shuffled"].title
 PAGE, RECORDS = ROOT / "docs" / "results" / "paper.md", RESULTS / "paper"
 KEPT = ("method", "seed", "scores", "calls", "seconds")  # of a row
 
@@ -42,21 +45,24 @@ class Study(NamedTuple):
 
     Attributes:
         about: what was measured, in a sentence.
+        finding: what came, and why.
     """
 
     script: str
     options: tuple[str, ...]
     title: str
     about: str
+    finding: str
 
 
 STUDIES = {
     "retrieval": Study(
         "image_retrieval.py",
-        ("--metric", "recall_at_k", "--metric_call_budget", "2000"),
+        ("--metric", "recall_at_k", "--metric_call_budget", "2000", "--observation_size", "1200"),
         "Retrieval: Omniglot, Recall@1",
         "A small ResNet's embeddings of characters; no class, and no alphabet, is in two of the splits, so that a gain "
         "has to hold for classes that nothing was fitted to.",
+        "",
     ),
     "detection": Study(
         "object_detection.py",
@@ -64,6 +70,7 @@ STUDIES = {
         "Detection: blood cells, COCO's mean average precision",
         "A small RT-DETR that was trained from scratch, once; some fifty images each to observe, to select and to "
         "report on.",
+        "",
     ),
 }
 
@@ -79,36 +86,71 @@ class PaperArguments:
 
 
 def recorded(name: str, results: Mapping[str, Any], seed: int, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a script's `results.json`: all rows, and why MetricOpt's run ended with what it kept."""
-    rows = [{key: row[key] for key in KEPT} for row in results["runs"]]
+    """The record of a script's `results.json`: all rows, what steps gave, and why MetricOpt kept what it kept."""
+    rows = [{key: row[key] for key in KEPT} | steps_of(row["details"]) for row in results["runs"]]
     why = next(row["details"]["why"] for row in results["runs"] if row["method"] == OURS)
     return rounded({"task": name, "seed": seed, **known, "metric": results["metric"], "rows": rows, "why": why})
+
+
+def steps_of(details: Mapping[str, Any]) -> dict[str, Any]:
+    """What a guided run's steps gave, before anything was chosen: greater is better.
+
+    On observation the values behind the last half of the steps, on selection their mean as a candidate, each against
+    the start of the metric phase.
+    """
+    curve, scores = details.get("curve"), {c["kind"]: c["score"] for c in details.get("candidates", ())}
+    if not curve or MEAN not in scores:
+        return {}
+    taken = [step for step in curve if step["guide"] is not None]
+    sign = 1 if details["greater_is_better"] else -1
+    gains = {
+        "observation": mean(step["value"] for step in taken[len(taken) // 2 :]) - curve[0]["before"],
+        "selection": sign * (scores[MEAN] - scores[START]),
+    }
+    return {"steps": {"made": len(curve), "taken": len(taken), **gains}}
 
 
 def run(name: str, seed: int, known: Mapping[str, Any]) -> dict[str, Any]:
     """A seed of a study, in a process of its own."""
     study, folder = STUDIES[name], ROOT / "out" / "paper" / name
-    command = [sys.executable, str(ROOT / "examples" / study.script), *study.options, "--methods", *METHODS]
+    command = [sys.executable, str(ROOT / "examples" / study.script), *study.options, "--methods", *RUN]
     command += ["--seeds", str(seed), "--diagnose", "false", "--use_cpu", "true", "--disable_tqdm", "true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "METRICOPT_DATA": str(data_root())}
     subprocess.run([*command, "--output_dir", str(folder)], check=True, env=environment, capture_output=True)
     return recorded(name, json.loads((folder / "results.json").read_text(encoding="utf-8")), seed, known)
 
 
+def steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """By method: steps taken of those made, and the gain on observation and on selection, means over seeds."""
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows if "steps" in row):
+        steps = [row["steps"] for row in rows if row["method"] == method and "steps" in row]
+        gains = [mean_and_error([each[split] for each in steps]) for split in ("observation", "selection")]
+        taken = f"{sum(each['taken'] for each in steps)} of {sum(each['made'] for each in steps)}"
+        table.append([method, taken, *(f"{gain:+.4f} ± {error:.4f}" for gain, error in gains)])
+    return markdown(["method", "steps taken", "observation", "selection"], table)
+
+
 def section(name: str, records: Iterable[Mapping[str, Any]]) -> str:
     """The table of a study, and what each seed's run said at its end."""
     study, records = STUDIES[name], sorted(records, key=lambda record: record["seed"])
-    runs = in_order([MethodRun(**row) for record in records for row in record["rows"]])
-    return "\n\n".join(
-        [
-            f"## {study.title}",
-            study.about,
-            comparison_table(runs, REFERENCE, ("observation", "selection", "report"), tablefmt="github"),
-            table_note(len(records)),
-            "Why MetricOpt's runs ended with what they kept, by the selection split:",
-            "\n".join(f"- seed {record['seed']}: {record['why']}" for record in records),
-        ]
+    rows = [row for record in records for row in record["rows"]]
+    runs = in_order([MethodRun(**{key: row[key] for key in KEPT}) for row in rows])
+    control = compare([run for run in runs if run.method in (OURS, CONTROL)], CONTROL, "report")[OURS]
+    parts = (
+        f"## {study.title}",
+        study.about,
+        study.finding,
+        comparison_table(runs, REFERENCE, ("observation", "selection", "report"), tablefmt="github"),
+        f"MetricOpt against the shuffled control, on report: {control.mean:+.4f} ± {control.error:.4f} "
+        f"({control.verdict}). {table_note(len(records))}",
+        "What the metric phase's steps gave by themselves, whatever was kept: on the rows that they followed "
+        "(observation), and on others (selection).",
+        steps_table(rows),
+        "Why MetricOpt's runs ended with what they kept, by the selection split:",
+        "\n".join(f"- seed {record['seed']}: {record['why']}" for record in records),
     )
+    return "\n\n".join(filter(None, parts))
 
 
 def paper_page(records: Iterable[Mapping[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from ..linear.noise import standard_error
 from ..phi import Coordinates
 from ..value import Trajectory, ValueNetwork
 from .ascent import ascend
-from .plan import MOST_MOVED, PREDICTIONS, PhasePlan
+from .plan import FEW_CALLS, MOST_MOVED, PREDICTIONS, PhasePlan
 from .selection import Selection
 from .trust import Trust
 
@@ -172,11 +172,9 @@ class MetricPhase:
 
     def _tried(self, step: int, loss_gradient: Callable[[], Tensor] | None) -> dict[str, Step]:
         """The step of each guide that is still followed."""
-        phi, tried = self.phi.read(), {}
-        gradient = None
+        phi, tried, gradient, followed = self.phi.read(), {}, None, self.trust.followed
         if self.plan.blends and loss_gradient is not None:
             gradient = (self.coordinates.basis.T @ loss_gradient()).cpu()
-        followed = self.trust.followed
         left = self.ledger.remaining / max(1, self.start_step + self.plan.steps - step)  # calls of this step
         for i, name in enumerate(followed):
             before = self.ledger.calls["observe"]
@@ -213,7 +211,7 @@ class MetricPhase:
 
     def _judge(self, tried: dict[str, Step], step: int) -> None:
         """Take the best step, unless its value is worse by more than the metric's standard error."""
-        error = self._standard_error()
+        error, before = self._standard_error(), self.value
         best = max(tried, key=lambda name: tried[name].value, default=None)
         taken = best is not None and tried[best].value >= self.value - error
         self.trust.judge({name: made.value for name, made in tried.items()}, self.value)
@@ -227,6 +225,7 @@ class MetricPhase:
             {
                 "step": step,
                 "guide": best if taken else None,
+                "before": before,
                 "value": self.value,
                 "tried": {name: made.value for name, made in tried.items()},
                 "standard_error": error,
@@ -241,7 +240,9 @@ class MetricPhase:
             self._end(f"{self.taken_back} steps in a row made the metric worse, and were taken back")
 
     def _standard_error(self) -> float:
-        """Standard error of the metric on the observation set; 0 where it is not known."""
+        """Standard error of the metric on the observation set, of few calls the first step's; 0: it is not known."""
+        if self.curve and self.plan.calls < FEW_CALLS * self.plan.steps:
+            return self.curve[-1]["standard_error"]
         if self._linearization is None or self.plan.on_all_rows or self.evaluator.complete is not None:
             return 0.0
         return standard_error(self.evaluator, self._linearization, self.generator)
@@ -307,8 +308,7 @@ class MetricPhase:
         """The numbers of the phase for Trainer's log."""
         if not self.curve:
             return {}
-        latest = self.curve[-1]
-        scalars = {name: float(latest[name]) for name in ("standard_error", "calls", "passes")}
+        scalars = {name: float(self.curve[-1][name]) for name in ("standard_error", "calls", "passes")}
         scalars |= {"value": self.metric.sign * self.value, "failed_calls": float(self.faults.total)}
         return scalars | {f"rate_{name}": rate for name, rate in self.trust.rates.items()}
 

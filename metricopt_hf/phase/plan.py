@@ -8,10 +8,12 @@ from typing import Any
 
 from ..linear.linearization import Linearization
 from ..linear.local_metric import PERTURBED
+from ..linear.noise import HALVES
 
 # Observed are predictions, on which the metric is called without a pass, or scores, which take a pass each
 PREDICTIONS, SCORES = "predictions", "scores"
 CALLS = {PREDICTIONS: 5000, SCORES: 160}  # metric calls
+FEW_CALLS = 10 * HALVES  # of a step; beside fewer, a standard error in each step would cost too many
 UPDATES = {PREDICTIONS: 20, SCORES: 2}  # updates of the coordinates in a step
 STEP_LENGTH = 0.32  # length in phi of an update by Adam; chosen for FiLM, in which 1 doubles a channel
 SPREAD_LENGTH = 1.6  # length in phi of a perturbation

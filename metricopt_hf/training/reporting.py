@@ -42,8 +42,8 @@ class RunResult:
         chosen: the selected candidate; while the run goes on, the latest one.
         why: the reason for that choice, in a sentence; empty while the run goes on.
         candidates: all candidates, in order.
-        curve: one entry per metric step: step, guide (whose step was taken, or None), value (the metric on the
-            observation set, greater is better), tried (by guide), standard_error, rates, calls, passes.
+        curve: one entry per metric step: step, guide (whose step was taken, or None), before and value (the metric on
+            the observation set, greater is better), tried (by guide), standard_error, rates, calls, passes.
         ended: the reason of an early end; None without one.
         trajectory: the points of metric calls and their values, greater is better.
         ledger: metric calls, forward passes and seconds by purpose.

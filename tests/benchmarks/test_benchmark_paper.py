@@ -8,7 +8,19 @@ import pytest
 from benchmarks import paper, records
 from metricopt_hf import ConfigurationError
 
-REPORT = {"pretrained": 0.5, "loss only": 0.6, "control: random": 0.6, "MetricOpt": 0.7}
+REPORT = {"pretrained": 0.5, "loss only": 0.6, "control: shuffled": 0.6, "MetricOpt": 0.7}
+DETAILS = {
+    "greater_is_better": True,
+    "curve": [
+        {"guide": guide, "before": 0.5, "value": value}
+        for guide, value in (("pairs", 0.55), (None, 0.55), ("pairs", 0.6), ("pairs", 0.7))
+    ],
+    "candidates": [{"kind": "start", "score": 0.6}, {"kind": "mean of the last steps", "score": 0.59}],
+}
+
+
+def details(method, seed):
+    return {**DETAILS, "why": f"better: {seed}"} if method == "MetricOpt" else {}
 
 
 @pytest.fixture
@@ -21,7 +33,7 @@ def scripts(monkeypatch, tmp_path):
         folder, seed = (command[command.index(option) + 1] for option in ("--output_dir", "--seeds"))
         rows = [
             {"method": name, "seed": int(seed), "scores": dict.fromkeys(("observation", "selection", "report"), score)}
-            | {"calls": {"select": 3}, "seconds": 1.0, "details": {"why": f"better: {seed}"}, "by_group": {}}
+            | {"calls": {"select": 3}, "seconds": 1.0, "details": details(name, seed), "by_group": {}}
             for name, score in REPORT.items()
         ]
         (tmp_path / "out" / "paper" / "retrieval").mkdir(parents=True, exist_ok=True)
@@ -45,6 +57,9 @@ def test_a_seed_is_run_once_and_stands_on_the_page(scripts, tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| MetricOpt"))
     assert "0.700±0.000" in row and "+0.100±0.000 better" in row and "Means over 3 seeds" in text
     assert all(f"- seed {seed}: better: {seed}\n" in text for seed in (1, 2, 3))
+    assert "MetricOpt against the shuffled control, on report: +0.1000 ± 0.0000 (better)" in text
+    steps = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| MetricOpt")][1]
+    assert [cell.strip() for cell in steps[1:]] == ["9 of 12", "+0.1500 ± 0.0000", "-0.0100 ± 0.0000"]
     assert "## Detection" not in text and text == paper.paper_page(records.read(tmp_path / "records"))
 
 

@@ -294,3 +294,11 @@ def test_a_run_of_one_step_and_a_run_that_ends_early(tmp_path, caplog):
         assert ("ended at step 2, before its metric phase" in caplog.text) is True
         if step == 6:
             assert trainer.result.chosen in trainer.result.candidates and trainer.result.why
+
+
+@pytest.mark.parametrize(("calls", "errors"), [(100, 1), (4 * plan.FEW_CALLS, 4)])
+def test_beside_few_calls_the_standard_error_is_taken_once(tmp_path, calls, errors):
+    trainer = bert_trainer(tmp_path, metric_call_budget=calls)
+    trainer.train()
+    found = [row["standard_error"] for row in trainer.result.curve]
+    assert len(found) == 4 and len(set(found)) == errors and min(found) > 0
