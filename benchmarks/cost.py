@@ -102,14 +102,15 @@ def models_text(rows: list[list[str]]) -> str:
     return page(
         "# Performance",
         "Written by `python -m benchmarks.cost --what models`; do not edit.",
-        "What a linearisation costs is known before it is made: with FiLM, and outputs that are a few numbers per row, "
-        "one forward pass and one backward pass per output, of many logits for each row's five largest; else one "
-        "forward pass for each of 16 coordinates. The log of a run says it at the start of the metric phase. These "
-        "passes compute only what lies behind phi's first layer, where there is memory to keep what lies before.",
+        "What a linearisation costs is known before it is made: with FiLM, and outputs that are a few numbers per row "
+        "(or per token, where no token sees another one behind phi's first layer), one forward pass and one backward "
+        "pass per output, of many logits for each row's five largest; else one forward pass for each of 16 "
+        "coordinates. The log of a run says it at the start of the metric phase. These passes compute only what lies "
+        "behind phi's first layer, where there is memory to keep what lies before.",
         f"Measured are {held.MEASURED} rows, as random as the weights, and scaled to {held.OBSERVED:,} observation "
         f"rows and, for an epoch of AdamW, {held.TRAINED:,} training rows. Seconds are processor time in one thread, "
-        "on a machine that does other things too. Memory is that of the derivatives; batches and what lies before phi "
-        f"take up to {held.CACHE_BYTES / 1e9:.0f} GB more, in which a part of ViT-B's rows finds no room. A run "
+        "on a machine that does other things too. Memory is that of the derivatives; batches, or in their place what "
+        f"was computed of them before phi, take up to {held.CACHE_BYTES / 1e9:.0f} GB more. A run "
         f"linearises {held.LINEARISATIONS} times; in the last column stands what that takes. The goal is half an "
         "epoch, and 1 GiB.",
         markdown(held.HEADERS, rows),

@@ -54,14 +54,15 @@ class Setting:
 
     def __init__(self, model, batches, attach=FiLM, predict=lambda model, batch: model(batch), max_bytes=float("inf")):
         self.model, self.batches, self.phi, self.predict = model.eval(), batches, attach(model), predict
-        self.cache = PrefixCache(model, self.phi.names, max_bytes, moved_by(self.phi))
+        self.cache = PrefixCache(model, self.phi.names, max_bytes, moved_by(self.phi), batches.__getitem__)
+        self.held = list(batches)  # what the cache may take inputs out of
 
     def run(self, batch):
         return self.predict(self.model, batch)
 
     @torch.no_grad()
     def cached(self):
-        return [self.cache.forward(i, self.run, self.batches) for i in range(len(self.batches))]
+        return [self.cache.forward(i, self.run, self.held) for i in range(len(self.batches))]
 
     @torch.no_grad()
     def full(self):

@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
@@ -118,12 +118,18 @@ class Evaluator:
         """
         if is_sharded(self.phi.model):
             return  # ranks that skip other modules than the rest would wait for each other
+        if self._prefix is not None:
+            self._kept = None  # some inputs are gone
         with undisturbed(self.phi.model):  # a loader draws its seed from the global RNG
             batches = self._kept_batches()
         if batches is not None:
             on_cpu = next(self.phi.model.parameters()).device.type == "cpu"  # else outputs are kept in another memory
             room = self._max_bytes - nbytes(batches) * on_cpu
-            self._prefix = PrefixCache(self.phi.model, self.phi.names, room, moved)
+
+            def collate(index: int) -> Any:
+                return next(islice(self._batches(), index, None))
+
+            self._prefix = PrefixCache(self.phi.model, self.phi.names, room, moved, collate)
 
     def predictions(self) -> EvalPrediction:
         """Predictions and labels at the present phi, as numpy arrays, in the data set's order."""

@@ -3,6 +3,7 @@
 While phi is tuned everything else is frozen, so the model computes the same for every phi before it first touches phi.
 One forward pass finds the modules of this prefix; their outputs are kept, and in the next pass the modules return them
 instead of computing. A trial at another phi compares replayed and full passes; where they differ, nothing is cached.
+Inputs that only the prefix reads, such as images, are not kept beside its outputs.
 
 We compare the model's raw outputs (class decisions would hide errors) and the predictions computed from them (a hook
 may have captured a frozen layer).
@@ -11,7 +12,7 @@ may have captured a frozen layer).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -38,8 +39,12 @@ def nbytes(tree: Any) -> int:
     return getattr(tree, "nbytes", 0)
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
 def _same(first: Any, second: Any) -> bool:
-    a, b = ([leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)] for tree in (first, second))
+    a, b = _tensors(first), _tensors(second)
     return 0 < len(a) == len(b) and all(
         x.shape == y.shape and x.device == y.device and torch.allclose(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
         for x, y in zip(a, b, strict=True)
@@ -72,6 +77,7 @@ class PrefixCache:
         phi_names: parameters of phi.
         max_bytes: memory for kept outputs; batches that find no room are computed in full.
         moved: context with another phi inside; used once, for the trial.
+        collate: index -> that batch anew.
     """
 
     def __init__(
@@ -80,8 +86,9 @@ class PrefixCache:
         phi_names: tuple[str, ...],
         max_bytes: float,
         moved: Callable[[], AbstractContextManager],
+        collate: Callable[[int], Any],
     ):
-        self.model, self._moved = model, moved
+        self.model, self._moved, self._collate = model, moved, collate
         self._room = max_bytes
         phi = {id(model.get_parameter(name)) for name in phi_names}
         everywhere = model.named_parameters(remove_duplicate=False)  # layers may share a parameter
@@ -98,8 +105,12 @@ class PrefixCache:
         """Whether a trial has found replayed passes equal to full ones."""
         return bool(self._calls)
 
-    def forward(self, index: int, run: Run, batches: Sequence[Any]) -> Any:
-        """`run(batches[index])`, which runs the model; the prefix is replayed if it can be."""
+    def forward(self, index: int, run: Run, batches: MutableSequence[Any]) -> Any:
+        """`run(batches[index])`, which runs the model; the prefix is replayed if it can be.
+
+        Args:
+            batches: of which inputs that replaying makes superfluous are taken out.
+        """
         if self._calls is None:
             self._try(run, batches)
         if not self.active:
@@ -108,7 +119,7 @@ class PrefixCache:
             with self._returned() as returned, self._replayed(self._kept[index]):
                 result = run(batches[index])
             # one that generates may go on for longer at this phi, without what skipped modules would have noted
-            return result if len(returned) == self._passes[index] else run(batches[index])
+            return result if len(returned) == self._passes[index] else run(self._collate(index))
         if index in self._kept:
             return run(batches[index])
         with self._returned() as returned:
@@ -123,6 +134,11 @@ class PrefixCache:
                     call: (tree_map_only(Tensor, _placed, output), needed) for call, (output, needed) in kept.items()
                 }
                 self._room -= size
+                without = tree_map_only(Tensor, _poison, batches[index])
+                # a result without tensors, such as derivatives, does not show what of the inputs another one would hold
+                if _tensors(result) and self._right(kept, lambda: run(without), expected):
+                    self._room += nbytes(batches[index]) - nbytes(without)
+                    batches[index] = without
         return result
 
     def _try(self, run: Run, batches: Sequence[Any]) -> None:

@@ -21,7 +21,7 @@ class Cost:
         way: `ROW_BY_ROW`, `LARGEST` or `DIFFERENCES`.
         dim: coordinates.
         forwards, backwards: passes over the data set.
-        rows: examples (or, as of tokens, entries of the arrays) whose derivatives are kept.
+        rows: examples (or, by differences, entries of the arrays) whose derivatives are kept.
         nbytes: memory of the derivatives.
     """
 
@@ -42,12 +42,12 @@ class Cost:
 
 
 def outputs_per_row(shape: Sequence[int], way: str) -> int:
-    """How many outputs of each row are differentiated.
+    """How many outputs of each row, or token, are differentiated.
 
     Args:
-        shape: of the predictions, [rows] or [rows, outputs].
+        shape: of the predictions, [rows], [rows, outputs] or [rows, tokens, outputs].
     """
-    outputs = shape[1] if len(shape) > 1 else 1
+    outputs = shape[-1] if len(shape) > 1 else 1
     return min(outputs, MOST_LARGEST) if way == LARGEST else outputs
 
 
@@ -59,7 +59,7 @@ def way_of(shapes: Sequence[Sequence[int]], taps: bool, reads_all: bool) -> str:
         taps: whether phi and the model allow derivatives row by row.
         reads_all: whether the metric reads other outputs than each row's `MOST_LARGEST`.
     """
-    if not taps or len(shapes) != 1 or not 1 <= len(shapes[0]) <= 2:
+    if not taps or len(shapes) != 1 or not 1 <= len(shapes[0]) <= 3:
         return DIFFERENCES
     outputs = outputs_per_row(shapes[0], ROW_BY_ROW)
     if outputs > MOST_LARGEST and not reads_all:
@@ -81,6 +81,6 @@ def cost(shapes: Sequence[Sequence[int]], phi_dim: int, dim: int, way: str) -> C
         dim = min(dim, MOST_DIFFERENCES)
         return Cost(way, dim, dim, 0, max((s[0] for s in shapes if s), default=0), 4 * dim * sum(map(prod, shapes)))
     outputs = outputs_per_row(shapes[0], way)
-    a_row = 4 * outputs * dim
+    a_row = 4 * prod(shapes[0][1:-1]) * outputs * dim
     rows = min(shapes[0][0], max(1, int(MOST_BYTES / a_row)))
     return Cost(way, dim, 1, outputs, rows, rows * a_row)

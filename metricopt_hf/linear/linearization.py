@@ -29,8 +29,8 @@ class LinearLeaf:
 
     Attributes:
         outputs: its values at phi, float32, rows first.
-        jacobian: [*shape, k] float32, or, with `columns`, [rows, m, k].
-        columns: [rows, m] int64 which outputs of each row move; None: all of them.
+        jacobian: [*shape, k] float32, or, with `columns`, [..., m, k] in place of the last dimension.
+        columns: [..., m] int64 which outputs of each row (or token) move; None: all of them.
     """
 
     outputs: Tensor
@@ -40,14 +40,14 @@ class LinearLeaf:
     def at(self, z: Tensor) -> Tensor:
         """Values where phi is moved by z: [k]."""
         moved = self.jacobian @ z
-        return self.outputs + moved if self.columns is None else self.outputs.scatter_add(1, self.columns, moved)
+        return self.outputs + moved if self.columns is None else self.outputs.scatter_add(-1, self.columns, moved)
 
     def at_each(self, z: Tensor) -> Tensor:
         """Values where phi is moved by each of z, [n, k]: [n, *shape]."""
         moved = torch.tensordot(z, self.jacobian, dims=([1], [-1]))
         if self.columns is None:
             return self.outputs + moved
-        return self.outputs.expand(len(z), *self.outputs.shape).scatter_add(2, self.columns.expand_as(moved), moved)
+        return self.outputs.expand(len(z), *self.outputs.shape).scatter_add(-1, self.columns.expand_as(moved), moved)
 
     def rows(self, rows: Tensor) -> LinearLeaf:
         """The same for some rows."""
@@ -57,7 +57,7 @@ class LinearLeaf:
     def pull(self, gradient: Tensor) -> Tensor:
         """The gradient of a number by the outputs, as one by z: [k]."""
         if self.columns is not None:
-            gradient = gradient.gather(1, self.columns)
+            gradient = gradient.gather(-1, self.columns)
         return torch.tensordot(gradient, self.jacobian, gradient.dim())
 
 

@@ -1,8 +1,9 @@
 """Linearizer: makes a `Linearization` of a data set at the present phi, in the cheapest way that the model allows.
 
 Row by row: every layer that phi sets gets a perturbation for each row (see `phi.taps`), so that one backward pass per
-output gives that output's derivatives for all rows, in all of phi. Else by differences: one forward pass more for each
-coordinate, which works for any outputs that are a smooth function of phi.
+output gives that output's derivatives for all rows, in all of phi; where no token sees another one behind phi's first
+layer, tokens are rows. Else by differences: one forward pass more for each coordinate, which works for any outputs that
+are a smooth function of phi.
 
 On several ranks each differentiates its own batches, and what is gathered is in coordinates.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,7 @@ class Linearizer:
         self._kept: list[RowDerivatives] = []  # this rank's in all of phi, at the phi where coordinates were found
         self._kept_batches = 0  # that all ranks together have kept: all or none
         self._checked = False  # whether derivatives row by row were compared with a small step
+        self._leading = 1  # dimensions of the outputs that make rows
 
     def coordinates(self, prediction: EvalPrediction | None) -> Coordinates:
         """The coordinates at the present phi: those that move the model's decisions most.
@@ -75,7 +78,7 @@ class Linearizer:
         dim = min(self.dim, phi.dim)
         basis, kind = None, JACOBIAN
         if prediction is not None and self._way(prediction) != DIFFERENCES:
-            basis = self._row_by_row(lambda: self._decisive_directions(dim))
+            basis = self._row_by_row(prediction, lambda: self._decisive_directions(dim))
         if basis is None:
             dim, kind = min(dim, MOST_DIFFERENCES), LOSS
             if self.loss_gradients is not None:
@@ -98,7 +101,7 @@ class Linearizer:
         """
         found = None
         if self._way(prediction) != DIFFERENCES:
-            found = self._row_by_row(lambda: self._by_rows(basis, prediction))
+            found = self._row_by_row(prediction, lambda: self._by_rows(basis, prediction))
         if found is None:
             with undisturbed(self.evaluator.phi.model):
                 found = by_differences(self.evaluator, basis, prediction)
@@ -128,9 +131,9 @@ class Linearizer:
         if evaluator.ledger.remaining < 2:
             return False
         ((position, outputs),) = floats(prediction).items()
-        others = np.sort(np.argsort(outputs, 1)[:, :-MOST_LARGEST], 1)
+        others = np.sort(np.argsort(outputs, -1)[..., :-MOST_LARGEST], -1)
         traded = outputs.copy()
-        np.put_along_axis(traded, others, np.take_along_axis(outputs, np.roll(others, 1, 1), 1), 1)
+        np.put_along_axis(traded, others, np.take_along_axis(outputs, np.roll(others, 1, -1), -1), -1)
         other = Linearization(prediction, {}).planted({position: torch.as_tensor(traded)})
 
         def ask() -> bool:
@@ -144,8 +147,10 @@ class Linearizer:
 
     # Row by row
 
-    def _row_by_row(self, compute: Callable[[], Any]) -> Any:
+    def _row_by_row(self, prediction: EvalPrediction, compute: Callable[[], Any]) -> Any:
         """`compute`, or None where the outputs cannot be differentiated row by row: from then on by differences."""
+        ((_, outputs),) = floats(prediction).items()
+        self._leading = max(1, outputs.ndim - 1)
         try:
             with undisturbed(self.evaluator.phi.model):
                 if not self._checked:
@@ -153,9 +158,12 @@ class Linearizer:
                     self._checked = True
                 return compute()
         except (NotRowByRow, RuntimeError) as error:
-            logger.info(f"Outputs are linearised by differences of forward passes, not row by row: {error}")
             self.way = DIFFERENCES
+            logger.info(f"Outputs are linearised {self.cost(prediction)}, not row by row: {error}")
             return None
+
+    def _derivatives(self, batch: Any, **kwargs: Any) -> RowDerivatives:
+        return row_derivatives(self.evaluator, batch, self.way, self._leading, **kwargs)
 
     def _decisive_directions(self, dim: int) -> Tensor:
         """[d, <= dim] from all rows, or from as many of each batch as `BATCH_BYTES` hold."""
@@ -171,7 +179,7 @@ class Linearizer:
             kept[:] = [*kept, made] if room >= 0 else []
             return room >= 0
 
-        batches = evaluator.outputs(lambda b: row_derivatives(evaluator, b, self.way, None, BATCH_BYTES), take_in)
+        batches = evaluator.outputs(partial(self._derivatives, most_bytes=BATCH_BYTES), take_in)
         all_kept = [is_kept for _, is_kept in batches]
         self._kept, self._kept_batches = kept, len(all_kept) if all(all_kept) else 0
         sketch.sum = sum(everywhere(evaluator.rank, evaluator.world_size, lambda: sketch.sum))
@@ -185,7 +193,7 @@ class Linearizer:
         evaluator, kept, count = self.evaluator, self._kept, self._kept_batches
         self._kept, self._kept_batches = [], 0
         if not count:
-            return [made for _, made in evaluator.outputs(lambda b: row_derivatives(evaluator, b, self.way, basis))]
+            return [made for _, made in evaluator.outputs(partial(self._derivatives, basis=basis))]
 
         def reduced(batch: int) -> RowDerivatives:
             made = kept[batch // evaluator.world_size]
@@ -199,10 +207,21 @@ class Linearizer:
         widths = {part.jacobian.shape[1] for part in parts}
         if widths != {outputs_per_row(predicted.shape, self.way)} or any(part.leaf != position for part in parts):
             raise NotRowByRow("batches differ in what the model returns.")
-        jacobian = torch.cat([part.jacobian for part in parts])
-        columns = None if parts[0].columns is None else torch.cat([part.columns for part in parts])
-        if len(jacobian) != total:
-            raise NotRowByRow(f"{len(jacobian)} rows were differentiated, and {total} are predicted.")
+
+        if (found := sum(part.shape[0] for part in parts)) != total:
+            raise NotRowByRow(f"{found} rows were differentiated, and {total} are predicted.")
+
+        def joined(values: list[Tensor]) -> Tensor:
+            """[rows, ...] or [examples, tokens, ...]; zeros for tokens that other batches have more of."""
+            joint, start = values[0].new_zeros(*predicted.shape[: self._leading], *values[0].shape[1:]), 0
+            for part, value in zip(parts, values, strict=True):
+                rows = slice(start, start + part.shape[0])
+                joint[(rows, *map(slice, part.shape[1:]))] = value.reshape(*part.shape, *value.shape[1:])
+                start = rows.stop
+            return joint
+
+        jacobian = joined([part.jacobian for part in parts])
+        columns = None if parts[0].columns is None else joined([part.columns for part in parts])
         if (most := self.cost(prediction, basis.shape[1]).rows) < total:
             if (reason := unsplittable(prediction, True, sizes)) is not None:
                 raise NotLinearizable(f"the derivatives of all rows would take up too much memory, and {reason}")
@@ -216,7 +235,8 @@ class Linearizer:
     def _check(self) -> None:
         """Are derivatives right for the first batch? They are not where rows of a batch depend on each other.
 
-        A layer without any derivative, to which a gradient may just not find its way, must not move the outputs.
+        A small step must move the outputs about as they say. A layer without any derivative, to which a gradient may
+        just not find its way, must not move them.
 
         Raises:
             NotRowByRow: they are off; the same on every rank.
@@ -230,12 +250,11 @@ class Linearizer:
             with phi.restored():
                 phi.write(phi.read() + by)
                 output = evaluator.first()
-            after = tree_flatten(output.logits)[0][made.leaf].float().cpu()
-            after = after[:, None] if after.dim() == 1 else after
+            after = tree_flatten(output.logits)[0][made.leaf].float().cpu().reshape(len(made.outputs), -1)
             return (after if made.columns is None else after.gather(1, made.columns)) - made.outputs
 
         def off() -> Tensor:
-            made = evaluator.first(lambda batch: row_derivatives(evaluator, batch, self.way, by_layer))
+            made = evaluator.first(partial(self._derivatives, basis=by_layer, check=True))
             true = moved(made, step)
             parts = [true - made.jacobian.sum(-1)]
             still = (made.jacobian == 0).flatten(0, 1).all(0).to(step.device)

@@ -1,4 +1,7 @@
-"""RowDerivatives: some outputs of each row of a batch with their derivatives by phi, from one backward pass each."""
+"""RowDerivatives: some outputs of each row of a batch with their derivatives by phi, from one backward pass each.
+
+Of outputs of tokens each token is a row, if no token sees another one behind the first layer that phi sets.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..evaluation.evaluator import Evaluator
-from ..phi.taps import NotRowByRow, jacobian_rows, tapped
+from ..phi.taps import NotRowByRow, check_rows, jacobian_rows, tapped
 from .cost import LARGEST, MOST_LARGEST
 
 
@@ -22,37 +25,51 @@ class RowDerivatives:
 
     Attributes:
         leaf: position of the array of outputs among the leaves of the batch's logits.
+        shape: (rows,), or (examples, tokens), of which together there are as many.
         outputs: [rows, m] float32.
         jacobian: [rows, m, d], or [rows, m, k] in coordinates, float32; of fewer rows where not all are wanted.
         columns: [rows, m] which outputs; None: all.
     """
 
     leaf: int
+    shape: tuple[int, ...]
     outputs: Tensor
     jacobian: Tensor
     columns: Tensor | None
 
 
 def row_derivatives(
-    evaluator: Evaluator, batch: Any, way: str, basis: Tensor | None = None, most_bytes: float = float("inf")
+    evaluator: Evaluator,
+    batch: Any,
+    way: str,
+    leading: int,
+    basis: Tensor | None = None,
+    most_bytes: float = float("inf"),
+    check: bool = False,
 ) -> RowDerivatives:
     """Run a batch, and differentiate its outputs row by row.
 
     Args:
         way: `ROW_BY_ROW` or `LARGEST`.
+        leading: dimensions of the outputs that make rows: 1, or 2 of examples and tokens.
         basis: [d, k]; None: derivatives are in all of phi.
         most_bytes: of the derivatives; those of the first rows are made, of one at least.
+        check: whether to look if rows depend on each other, in one more backward pass.
 
     Raises:
         NotRowByRow: that is not possible.
     """
     phi = evaluator.phi
     taps = phi.taps()
-    with differentiable(phi.model) as returned, tapped(taps):
+    with differentiable(phi.model) as returned, tapped(taps, leading):
         output = evaluator.predict(batch)
         leaf, outputs = _differentiable_leaf(output.logits, returned)
         with torch.enable_grad():
-            flat, columns = outputs[:, None] if outputs.dim() == 1 else outputs, None
+            if outputs.dim() not in (leading, leading + 1):
+                raise NotRowByRow(f"outputs of shape {list(outputs.shape)} are not some numbers per row.")
+            flat, columns = outputs.reshape(outputs.shape[:leading].numel(), -1), None
+            if check:
+                check_rows(flat, taps)
             if way == LARGEST and flat.shape[1] > MOST_LARGEST:
                 columns = flat.detach().topk(MOST_LARGEST, 1).indices.sort(1).values
                 flat = flat.gather(1, columns)
@@ -60,7 +77,7 @@ def row_derivatives(
             count = max(1, int(min(most_bytes / a_row, len(flat))))
             jacobian = torch.stack([jacobian_rows(column, taps, basis, count) for column in flat.unbind(1)], 1)
     columns = None if columns is None else columns.cpu()
-    return RowDerivatives(leaf, flat.detach().float().cpu(), jacobian.cpu(), columns)
+    return RowDerivatives(leaf, outputs.shape[:leading], flat.detach().float().cpu(), jacobian.cpu(), columns)
 
 
 @contextmanager
@@ -103,8 +120,6 @@ def _differentiable_leaf(logits: Any, returned: list[Any]) -> tuple[int, Tensor]
     if len(returned) != 1 or len(leaves) != 1:
         raise NotRowByRow(f"{len(returned)} calls of the model make {len(leaves)} arrays of outputs.")
     ((position, leaf),) = leaves
-    if leaf.dim() > 2 or leaf.dim() == 0:
-        raise NotRowByRow(f"outputs of shape {list(leaf.shape)} are more than some numbers per row.")
     output = returned[0]
     for tensor in tree_flatten(dict(output) if hasattr(output, "keys") else output)[0]:
         if isinstance(tensor, Tensor) and tensor.shape == leaf.shape and tensor.requires_grad:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 JACOBIAN, LOSS, RANDOM, GIVEN = "jacobian", "loss gradients", "random", "given"  # how a basis was found
 MOST_EXACT = 2048  # numbers of phi, up to which J^T J is held as it is
+CHUNK_BYTES = 2**24  # of derivatives in float64, which are taken in at once
 OVERSAMPLED = 16  # random directions beyond those that are wanted, where it is not
 
 
@@ -72,11 +73,12 @@ class Sketch:
         What moves all outputs of a row alike decides nothing, so each row's mean over outputs is taken out. What is
         not finite is left out.
         """
-        if jacobian.shape[1] > 1:
-            jacobian = jacobian - jacobian.mean(1, keepdim=True)
-        rows = jacobian.flatten(0, 1)
-        rows = rows[rows.isfinite().all(1)].double()
-        self.sum += rows.T @ (rows if self._omega is None else rows @ self._omega)
+        for part in jacobian.split(max(1, CHUNK_BYTES // (8 * jacobian[0].numel()))):
+            if part.shape[1] > 1:
+                part = part - part.mean(1, keepdim=True)
+            rows = part.flatten(0, 1)
+            rows = rows[rows.isfinite().all(1)].double()
+            self.sum += rows.T @ (rows if self._omega is None else rows @ self._omega)
 
     def directions(self) -> Tensor | None:
         """[d, <= dim] float32, orthonormal, the leading one first; None where nothing but zeros was taken in."""

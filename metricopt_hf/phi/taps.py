@@ -2,7 +2,7 @@
 
 The outputs of a row depend on a layer's weights through the layer's output for that row alone. So each row gets its
 own perturbation of the layer's output, a leaf of zeros, and the gradient of the sum over rows of one output holds, row
-by row, that output's derivatives.
+by row, that output's derivatives. Tokens are rows of their own where none sees another one behind the first tap.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Tap(ABC):
         self.module = module
         self.leaves: list[Tensor] = []  # made by the forward pass since `clear`
         self.in_backward = False  # activation checkpointing calls the module again in a backward pass
+        self.leading = 1  # dimensions of the output that together make rows: two where tokens are rows
 
     def clear(self) -> None:
         self.leaves = []
@@ -48,7 +49,7 @@ class Tap(ABC):
         if not self.in_backward:
             if self.leaves:
                 raise NotRowByRow(f"{type(module).__name__} is called more than once in a forward pass.")
-            if not isinstance(output, Tensor) or not output.dim():
+            if not isinstance(output, Tensor) or output.dim() < self.leading:
                 raise NotRowByRow(f"{type(module).__name__} returns no tensor with rows.")
             self.begin(args, output)
         return self.perturbed(output)
@@ -63,7 +64,7 @@ class Tap(ABC):
 
     @abstractmethod
     def derivatives(self, gradients: Sequence[Tensor], rows: slice) -> Tensor:
-        """Gradients of the leaves -> [rows, numbers of this part of phi] float32, of some rows."""
+        """Gradients of the leaves, [rows, ...] -> [rows, numbers of this part of phi] float32, of some rows."""
 
 
 class Channels(Tap):
@@ -80,7 +81,9 @@ class Channels(Tap):
         self.dim, self.scale, self.shift = dim, scale, shift
 
     def begin(self, args: tuple, output: Tensor) -> None:
-        shape = [output.shape[0]] + [1] * (output.dim() - 1)
+        if self.dim % output.dim() < self.leading:
+            raise NotRowByRow(f"{type(self.module).__name__} has its channels where other layers have tokens.")
+        shape = [*output.shape[: self.leading], *[1] * (output.dim() - self.leading)]
         shape[self.dim] = output.shape[self.dim]
         tuned = [part for part in (self.scale, self.shift) if part is not None]
         self.leaves = [torch.zeros(shape, device=output.device, requires_grad=True) for _ in tuned]
@@ -122,7 +125,7 @@ class Linear(Tap):
     def begin(self, args: tuple, output: Tensor) -> None:
         if not args:
             raise NotRowByRow(f"{type(self.module).__name__} is called with its input as a keyword.")
-        self.inputs = args[0].detach()
+        self.inputs = args[0].detach().flatten(0, self.leading - 1)
         self.leaves = [torch.zeros(output.shape, device=output.device, dtype=output.dtype, requires_grad=True)]
 
     def perturbed(self, output: Tensor) -> Tensor:
@@ -141,10 +144,16 @@ class Linear(Tap):
 
 
 @contextmanager
-def tapped(taps: Sequence[Tap]) -> Iterator[None]:
-    """Inside, forward passes are differentiable by the taps' leaves; outputs are unchanged."""
+def tapped(taps: Sequence[Tap], leading: int = 1) -> Iterator[None]:
+    """Inside, forward passes are differentiable by the taps' leaves; outputs are unchanged.
+
+    Args:
+        leading: dimensions of a layer's output that together make rows.
+    """
     handles = [tap.module.register_forward_hook(tap.hook) for tap in taps]
     try:
+        for tap in taps:
+            tap.leading = leading
         yield
     finally:
         for handle in handles:
@@ -153,19 +162,17 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
             tap.clear()
 
 
-def jacobian_rows(outputs: Tensor, taps: Sequence[Tap], basis: Tensor | None = None, most: int | None = None) -> Tensor:
-    """Derivatives of one number per row, [rows], by phi: [rows, d] float32, or in coordinates [rows, k].
+def row_gradients(outputs: Tensor, taps: Sequence[Tap]) -> list[Tensor]:
+    """Of the sum of one number per row, [rows], by the taps' leaves: each [rows, ...].
 
     Args:
         outputs: of a forward pass in `tapped`; its graph is kept.
-        basis: [d, k] of the coordinates; a few rows at a time are multiplied with it, so that [rows, d] is never held.
-        most: rows, the first of which are wanted; None: all.
 
     Raises:
         NotRowByRow: a leaf has another number of rows.
     """
     leaves = [leaf for tap in taps for leaf in tap.leaves]
-    if any(len(leaf) != len(outputs) for leaf in leaves):
+    if any(leaf.shape[: tap.leading].numel() != len(outputs) for tap in taps for leaf in tap.leaves):
         raise NotRowByRow(f"{len(outputs)} rows of outputs, and a tapped layer with another number of rows.")
     for tap in taps:
         if not tap.leaves:
@@ -178,7 +185,36 @@ def jacobian_rows(outputs: Tensor, taps: Sequence[Tap], basis: Tensor | None = N
     finally:
         for tap in taps:
             tap.in_backward = False
-    gradients = iter([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
+    filled = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+    return [g.flatten(0, tap.leading - 1) for g, tap in zip(filled, (t for t in taps for _ in t.leaves), strict=True)]
+
+
+def check_rows(outputs: Tensor, taps: Sequence[Tap]) -> None:
+    """Outputs of a random half of the rows must not depend at all on what the other half perturbs.
+
+    Args:
+        outputs: [rows, m], as for `row_gradients`.
+
+    Raises:
+        NotRowByRow: they do, as where batches are normalised over their rows, or tokens attend to each other.
+    """
+    half = torch.rand(len(outputs), generator=torch.Generator().manual_seed(0)).to(outputs.device) < 0.5
+    if any(part[~half].any() for part in row_gradients(outputs.sum(1) * half, taps)):
+        raise NotRowByRow("the outputs of a row depend on other rows, or tokens on other tokens.")
+
+
+def jacobian_rows(outputs: Tensor, taps: Sequence[Tap], basis: Tensor | None = None, most: int | None = None) -> Tensor:
+    """Derivatives of one number per row, [rows], by phi: [rows, d] float32, or in coordinates [rows, k].
+
+    Args:
+        outputs: as for `row_gradients`.
+        basis: [d, k] of the coordinates; a few rows at a time are multiplied with it, so that [rows, d] is never held.
+        most: rows, the first of which are wanted; None: all.
+
+    Raises:
+        NotRowByRow: a leaf has another number of rows.
+    """
+    gradients = iter(row_gradients(outputs, taps))
     of_taps = [(tap, [next(gradients) for _ in tap.leaves]) for tap in taps]
     count = len(outputs) if most is None else most
     with torch.autocast(outputs.device.type, enabled=False):

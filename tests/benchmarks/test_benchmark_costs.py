@@ -41,7 +41,7 @@ def test_a_large_model_is_a_row_of_what_its_linearisation_costs(monkeypatch):
     monkeypatch.setattr(large_models, "MINILM", {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1})
     monkeypatch.setattr(large_models, "TOKENS", 4)
     rows = [large_models.row(name) for name in ("a text encoder like MiniLM", "that, for tokens")]
-    assert [row[3:5] for row in rows] == [["row by row", "3"], ["by differences", "16"]]
+    assert [row[3:5] for row in rows] == [["row by row", "3"], ["row by row, of the largest outputs", "6"]]
     assert all(len(row) == len(large_models.HEADERS) and float(row[-1]) > 0 for row in rows)
     assert "| that, for tokens " in cost.models_text(rows)
 

@@ -215,8 +215,8 @@ BATCH_BYTES = SIZE * (5 * 4 + 8)  # numbers and labels
 
 @pytest.mark.parametrize(
     ("max_bytes", "replayed"),
-    [(1e9, 3), (BATCH_BYTES + 100, 1), (BATCH_BYTES, 0), (0, 0)],
-    ids=["all kept", "one batch's activations kept", "batches kept", "streamed"],
+    [(1e9, 3), (BATCH_BYTES + 100, 2), (BATCH_BYTES, 0), (0, 0)],
+    ids=["all kept", "two batches' activations kept, in place of the inputs of one", "batches kept", "streamed"],
 )
 def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(monkeypatch, max_bytes, replayed):
     phi, reference = FiLM(Model()), FiLM(Model())
@@ -240,6 +240,10 @@ def test_with_the_rest_frozen_the_score_is_the_same_at_any_phi(monkeypatch, max_
         computed.clear()
         assert frozen.evaluate("observe") == pytest.approx(plain.evaluate("observe"), rel=1e-5)
     assert computed.count(phi.model[0]) == 3 - replayed
+    for model in (phi.model, reference.model):
+        nn.init.constant_(model[0].weight, 0.1)
+    frozen.freeze(moved)  # once more
+    assert frozen.evaluate("observe") == pytest.approx(plain.evaluate("observe"), rel=1e-5)
 
 
 # ---- several ranks

@@ -93,12 +93,32 @@ def test_a_module_used_before_and_behind_phi_is_replayed_before_and_computed_beh
     assert model.act[0].calls - before == 3  # of three calls per batch, the one behind phi
 
 
+def with_inputs(model, x):
+    return model(x), x
+
+
 @pytest.mark.parametrize(("room", "calls"), [(0, 6), (1, 4), (2, 2), (3, 0)])
 def test_batches_that_find_no_room_are_computed(room, calls):
     kept = 5 * 6 * 4  # bytes of one batch's activations in front of the norm
+    assert computed_again(counted(max_bytes=room * kept, predict=with_inputs)) == calls
     setting = counted(max_bytes=room * kept)
-    assert computed_again(setting) == calls
+    computed_again(setting)
     setting.assert_equal_at_several_phi()
+
+
+def test_inputs_that_the_prefix_alone_reads_make_room_for_its_outputs():
+    setting = counted(max_bytes=1.1 * 5 * 6 * 4)
+    assert computed_again(setting) == 0 and nbytes(setting.held) == 3 * 4
+    setting.assert_equal_at_several_phi()
+
+
+def test_inputs_that_predictions_hold_or_phi_reads_are_kept():
+    for setting in (
+        counted(predict=with_inputs),
+        Setting(Residual(), rows(), lambda model: FiLM(model) + Subset(model, "stem")),
+    ):
+        setting.cached()
+        assert all(map(torch.equal, setting.held, setting.batches))
 
 
 def test_longer_batches_than_the_first_do_not_outgrow_the_memory():
@@ -106,7 +126,7 @@ def test_longer_batches_than_the_first_do_not_outgrow_the_memory():
     setting = Setting(Residual(), batches, max_bytes=60 * 6 * 4)
     setting.cached()
     needed = [output for kept in setting.cache._kept.values() for output, is_needed in kept.values() if is_needed]
-    assert 0 < nbytes(needed) <= 60 * 6 * 4
+    assert 0 < nbytes(needed) and nbytes([needed, setting.held]) <= nbytes(batches) + 60 * 6 * 4
 
 
 def test_bytes_are_counted_in_whatever_a_collator_returns():

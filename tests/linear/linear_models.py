@@ -6,6 +6,7 @@ import timm
 import torch
 from helpers import tiny_bert
 from torch import nn
+from transformers import BertForTokenClassification
 
 from metricopt_hf.evaluation.data import InOrder
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
@@ -40,6 +41,14 @@ class Regression(MLP):
 class Tokens(MLP):
     def forward(self, x):
         return super().forward(x[:, None] + torch.arange(5.0)[:, None])
+
+
+class Attending(Tokens):
+    """Each token attends to all tokens of its row."""
+
+    def forward(self, x):
+        h = self.hidden(x[:, None] + torch.arange(5.0)[:, None])
+        return self.head(h + 0.1 * torch.softmax(h @ h.mT, -1) @ h)
 
 
 class InBatch(MLP):
@@ -102,6 +111,15 @@ def texts():
         ids, mask = torch.randint(2, 8, (9,), generator=generator), torch.ones(9, dtype=torch.long)
         mask[4 + i % 6 :] = 0
         rows.append({"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(i % 3)})
+    return rows
+
+
+def tagged():
+    """Texts whose batches differ in length."""
+    rows = texts()
+    for i, row in enumerate(rows):
+        for name in ("input_ids", "attention_mask"):
+            row[name] = row[name][: (9, 6, 8)[i // BATCH]]
     return rows
 
 
@@ -172,7 +190,10 @@ CASES = {
     "batch-wise": (InBatch, vectors, lambda model: FiLM(model, layers="norm1"), DIFFERENCES),
     "rows attend to rows": (Softly, vectors, FiLM, DIFFERENCES),
     "reentrant": (Reentrant, vectors, FiLM, DIFFERENCES),
-    "tokens": (Tokens, vectors, FiLM, DIFFERENCES),
+    "tokens": (Tokens, vectors, FiLM, ROW_BY_ROW),
+    "tokens, linear layers": (Tokens, vectors, lambda model: Subset(model, "mid|head"), ROW_BY_ROW),
+    "tokens of a bert": (lambda: BertForTokenClassification(tiny_bert().config), tagged, FiLM, ROW_BY_ROW),
+    "tokens attend to tokens": (Attending, vectors, FiLM, DIFFERENCES),
 }
 
 

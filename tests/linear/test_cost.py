@@ -1,5 +1,7 @@
 """Cost: what a linearization takes, by its sizes alone; test_linearizer.py compares it with a count of passes."""
 
+from math import prod
+
 import pytest
 
 from metricopt_hf.linear.cost import DIFFERENCES, LARGEST, MOST_BYTES, ROW_BY_ROW, cost, way_of
@@ -16,7 +18,10 @@ ROWS, TOKENS, LABELS = 2000, 128, 9
         ([(ROWS, 10)], True, True, ROW_BY_ROW, 1 + 10, ROWS * 10 * 64),
         ([(ROWS, 512)], True, True, DIFFERENCES, 16, ROWS * 512 * 16),
         ([(ROWS, 2)], False, False, DIFFERENCES, 16, ROWS * 2 * 16),
-        ([(ROWS, TOKENS, LABELS)], True, False, DIFFERENCES, 16, ROWS * TOKENS * LABELS * 16),
+        ([(ROWS, TOKENS, LABELS)], True, False, LARGEST, 1 + 5, ROWS * TOKENS * 5 * 64),
+        ([(ROWS, TOKENS, LABELS)], True, True, ROW_BY_ROW, 1 + 9, ROWS * TOKENS * LABELS * 64),
+        ([(ROWS, TOKENS, LABELS)], False, True, DIFFERENCES, 16, ROWS * TOKENS * LABELS * 16),
+        ([(ROWS, 3, 8, 8)], True, True, DIFFERENCES, 16, ROWS * 3 * 64 * 16),
         ([(ROWS, 100, 4), (ROWS, 100, 92)], True, True, DIFFERENCES, 16, ROWS * 100 * 96 * 16),
         ([], True, True, DIFFERENCES, 16, 0),
     ],
@@ -34,6 +39,7 @@ def test_there_are_no_more_coordinates_than_numbers_of_phi():
 
 
 @pytest.mark.parametrize("rows", [10**5, 10**6, 10**8])
-def test_rows_are_drawn_where_all_would_take_more_than_the_most(rows):
-    found = cost([(rows, 1000)], 2304, 64, LARGEST)
-    assert found.rows == min(rows, MOST_BYTES // (4 * 5 * 64)) and found.nbytes <= MOST_BYTES
+@pytest.mark.parametrize("tokens", [(), (10,)])
+def test_rows_are_drawn_where_all_would_take_more_than_the_most(rows, tokens):
+    found = cost([(rows, *tokens, 1000)], 2304, 64, LARGEST)
+    assert found.rows == min(rows, MOST_BYTES // (4 * 5 * 64 * prod(tokens))) and found.nbytes <= MOST_BYTES

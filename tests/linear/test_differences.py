@@ -84,7 +84,7 @@ def test_what_does_not_depend_on_phi_or_is_too_large_is_refused(monkeypatch):
     taken = evaluator(Subset(model, "idle"))
     with pytest.raises(NotLinearizable, match="do not depend on phi"):
         linearizer(taken).linearize(linearizer(taken).coordinates(taken.predictions()).basis, taken.predictions())
-    taken, _ = case("tokens")
+    taken, _ = case("tokens attend to tokens")
     monkeypatch.setattr(module, "MOST_BYTES", 100)
     with pytest.raises(NotLinearizable, match="GiB"):
         linearizer(taken).linearize(linearizer(taken).coordinates(taken.predictions()).basis, taken.predictions())

@@ -32,8 +32,9 @@ def test_predictions_near_phi_are_as_they_are_said_to_be(name, caplog):
     assert linear.nbytes == made.cost(linear.centre, coordinates.dim).nbytes
     assert linear.num_rows == ROWS and linear.unsplittable is None
     assert all(torch.equal(before[n], t) for n, t in taken.phi.model.state_dict().items())
-    assert f"predictions: {made.cost(linear.centre)}" in caplog.text or "not row by row" in caplog.text
-    assert ("not row by row" in caplog.text) == (name in ("batch-wise", "rows attend to rows", "reentrant"))
+    after_all = name in ("batch-wise", "rows attend to rows", "reentrant", "tokens attend to tokens")
+    told = "Outputs are linearised {}, not row by row" if after_all else "predictions: {}."
+    assert told.format(made.cost(linear.centre)) in caplog.text and ("not row by row" in caplog.text) == after_all
 
 
 @pytest.mark.parametrize("name", ["mlp", "bert", "lora", "timm", "tokens"])
@@ -202,12 +203,11 @@ def test_a_metric_that_cannot_be_asked_is_taken_for_one_of_the_largest(budget):
 def test_a_rank_that_fails_alone_leaves_none_waiting(monkeypatch):
     """Of the two ranks the other has met outputs that cannot be differentiated."""
     taken, _ = case("mlp")
-    taken.world_size = 2
-    own = []
+    prediction, own, taken.world_size = taken.predictions(), [], 2
     monkeypatch.setattr(evaluators, "gather_object", lambda o: own.extend(o) or [*o, (None, "rank 1: no gradient")])
     made = linearizer(taken)
     made.way = ROW_BY_ROW
-    assert made._row_by_row(lambda: own.append("computed")) is None
+    assert made._row_by_row(prediction, lambda: own.append("computed")) is None
     assert made.way == DIFFERENCES and own[0][1] is None and "computed" not in own
     monkeypatch.setattr(evaluators, "gather_object", lambda o: own.append(o[0]) or [*o, ([], None)])
     with pytest.raises(ValueError, match="here"):
@@ -246,7 +246,7 @@ def test_under_autocast_derivatives_are_float32():
 
 
 def test_where_outputs_are_not_differentiated_coordinates_are_those_of_the_loss():
-    taken, _ = case("tokens")
+    taken, _ = case("tokens attend to tokens")
     wanted = torch.randn(taken.phi.dim)
     made = linearizer(taken, loss_gradients=lambda count: wanted.expand(count, -1))
     coordinates = made.coordinates(taken.predictions())
