@@ -73,7 +73,7 @@ class Sketch:
         What moves all outputs of a row alike decides nothing, so each row's mean over outputs is taken out. What is
         not finite is left out.
         """
-        for part in jacobian.split(max(1, CHUNK_BYTES // (8 * jacobian[0].numel()))):
+        for part in jacobian.split(max(1, CHUNK_BYTES // (8 * jacobian.shape[1:].numel()))):
             if part.shape[1] > 1:
                 part = part - part.mean(1, keepdim=True)
             rows = part.flatten(0, 1)

@@ -70,7 +70,7 @@ def test_rows_of_nan_infinity_or_nothing_are_left_out():
     bad = torch.stack([torch.full((5,), value) for value in (NAN, torch.inf, -torch.inf, 0.0)])
     bad = torch.cat([bad, torch.tensor([[1.0, NAN, 0, 0, 0]])])
     assert torch.allclose(directions(torch.cat([bad, good, bad]), 2), directions(good, 2), atol=1e-6)
-    assert directions(bad, 2) is None
+    assert directions(bad, 2) is None and directions(bad[:0], 2) is None
 
 
 def test_sums_of_several_ranks_add_up():
