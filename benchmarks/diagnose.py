@@ -211,8 +211,9 @@ def diagnosis_page(records: Sequence[dict[str, Any]]) -> str:
         'A "yes" is right if the interval lies above zero. A "no" says that there is less to have than twice what is '
         'worthwhile, the metric\'s own standard error, and is right if that is so. "Cannot tell" is right if what came '
         "is within two standard errors of the diagnosis. The loss alone may reach as much as phi does: the diagnosis "
-        "does not speak of it. One rule is younger than the first of these diagnoses: a gain of more than one standard "
-        'error is not called "no" unless all that is worthwhile is ruled out.',
+        "does not speak of it. Two rules are younger than the first of these diagnoses: a gain beyond one standard "
+        'error is not called "no" unless all that is worthwhile is ruled out; and a gain that is surely there, but '
+        'surely below what is worthwhile, is a "no".',
         f"A diagnosis takes {passes:.0f} forward passes and {seconds:.0f} s on average, on one thread beside other "
         "work. Written by `python -m benchmarks.diagnose` from the records in `benchmarks/results/`; do not edit.",
     )

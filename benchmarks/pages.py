@@ -109,6 +109,8 @@ def front(results: Sequence[Result]) -> str:
         "- A task's page shows the methods that matter most; the CSV beside it holds all of them.\n"
         "- [All comparisons](docs/results/README.md): controls, each of the two ways alone, and what did better.\n"
         "- [Harm and time](docs/results/harm.md): what a run does besides its score.\n"
+        "- [Diagnosis](docs/results/diagnosis.md): what `trainer.diagnose()` says of these tasks, against what came.\n"
+        "- [Retrieval and detection](docs/results/paper.md): the paper's other two tasks, by the example scripts.\n"
         "- [Protocol](docs/protocol.md): how all this was measured, with which settings, and published figures.\n"
         "- [Experiments](docs/experiments.md): what was tried, what it gave, and whether it was kept.",
         WRITTEN,
