@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     done = {(record["task"], record["seed"]) for record in read(folder)}
     for name, seed in tqdm([(n, s) for n in args.studies for s in args.seeds if (n, s) not in done], desc="runs"):
         write(run(name, seed, known), folder)
-        Path(args.page).write_text(paper_page(read(folder)), encoding="utf-8")
+    Path(args.page).write_text(paper_page(read(folder)), encoding="utf-8")
     return 0
 
 
