@@ -139,6 +139,11 @@ def read(text: Text) -> pd.DataFrame:
     return table[[*text.columns, "label", "part"]].reset_index(drop=True)
 
 
+def digest(what: object) -> str:
+    """A short hash of what is cached, for the name of its file."""
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+
+
 def tokenized(tokenizer, table: pd.DataFrame, columns: tuple[str, ...]) -> datasets.Dataset:
     tokens = tokenizer(*(table[name].tolist() for name in columns), truncation=True, max_length=128)
     lengths = [len(ids) for ids in tokens["input_ids"]]
@@ -200,8 +205,7 @@ def make_start(
         changed: a name, and what is done to the trained model in place; then `hidden_changed` [n, d] is there too, what
             the last block is given by that model.
     """
-    digest = hashlib.sha256(repr(text).encode()).hexdigest()[:12]
-    name = f"{text.folder}-{digest}" if changed is None else f"{text.folder}-{digest}-{changed[0]}"
+    name = f"{text.folder}-{digest(text)}" + ("" if changed is None else f"-{changed[0]}")
 
     def make() -> dict[str, Tensor]:
         table, tokenizer = read(text), AutoTokenizer.from_pretrained(model_folder())

