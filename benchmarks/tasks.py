@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 
-from . import cameras, cifar, dominoes, groups, scores, tabular, text_tasks, unseen
+from . import cameras, cifar, dominoes, groups, scores, spurious_word, tabular, text_tasks, unseen
 from .problem import Sizes, Task
 
 CIFAR, CIFAR_SMOKE = Sizes(10_000, 6_000, None, 2_000), Sizes(120, 80, 200, 60)
@@ -73,6 +73,7 @@ def tasks(smoke: bool = False, image_sizes: Sizes = CIFAR) -> dict[str, Task]:
         *groups.tasks(TABULAR_SMOKE if smoke else TABULAR),
         cameras.task(image_sizes),
         dominoes.task(smoke),
+        spurious_word.task(smoke),
         *unseen.tasks(TABULAR_SMOKE if smoke else TABULAR),
         table("bank_precision", *linear, *recall, MISFIT, **whole),
         table("a9a_error", "a9a", "a9a, MLP", scores.misclassification, "misclassification", False, ERROR, False),

@@ -157,12 +157,19 @@ def train_start(text: Text, tokenizer, train: datasets.Dataset) -> BertForSequen
     if text.num_labels == 1:
         head["problem_type"] = "regression"
     model = AutoModelForSequenceClassification.from_pretrained(model_folder(), **head)
+    return trained(model, tokenizer, train, text.steps, 1e-4)
+
+
+def trained(
+    model: BertForSequenceClassification, tokenizer, train: datasets.Dataset, steps: int, learning_rate: float
+) -> BertForSequenceClassification:
+    """The same model, trained further by the loss; in eval mode."""
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
-            max_steps=text.steps,
+            max_steps=steps,
             per_device_train_batch_size=32,
-            learning_rate=1e-4,
+            learning_rate=learning_rate,
             warmup_steps=0.1,  # of all steps
             train_sampling_strategy="group_by_length",
             save_strategy="no",
@@ -213,12 +220,21 @@ def make_start(
         model = train_start(text, tokenizer, tokens.select(np.flatnonzero(table["part"] == TRAIN)))
         tensors = {"hidden": hidden_of(model, tokenizer, tokens)}
         tensors |= {"labels": torch.tensor(table["label"].to_numpy()), "part": torch.tensor(table["part"].to_numpy())}
-        tensors |= {f"model.{name}": tensor.clone() for name, tensor in LastBlock(model).state_dict().items()}
+        tensors |= block_of(model)
         if changed is not None:
             tensors["hidden_changed"] = hidden_of(changed[1](model), tokenizer, tokens)
         return tensors
 
-    tensors = cached(f"text_start/{name}", make)
+    return start_from(text, cached(f"text_start/{name}", make))
+
+
+def block_of(model: BertForSequenceClassification) -> dict[str, Tensor]:
+    """The weights of its `LastBlock`, under the names that `start_from` reads."""
+    return {f"model.{name}": tensor.clone() for name, tensor in LastBlock(model).state_dict().items()}
+
+
+def start_from(text: Text, tensors: dict[str, Tensor]) -> tuple[LastBlock, dict[str, Tensor]]:
+    """The block (eval mode) whose weights are among `tensors`, and the others of these."""
     config = transformers.AutoConfig.from_pretrained(model_folder(), num_labels=text.num_labels)
     block = LastBlock(BertForSequenceClassification(config)).eval()
     block.load_state_dict({name[6:]: tensors.pop(name) for name in list(tensors) if name.startswith("model.")})

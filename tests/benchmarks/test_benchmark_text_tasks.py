@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_dataset
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from benchmarks import spurious_word, text_tasks
 from metricopt_hf import ConfigurationError, FiLM
@@ -56,13 +56,13 @@ def places(minilm, data, tmp_path, monkeypatch):
     monkeypatch.setenv("METRICOPT_DATA", data)
     monkeypatch.setenv("METRICOPT_CACHE", str(tmp_path))
     monkeypatch.setattr(text_tasks, "model_folder", lambda: minilm)
-    for made in (text_tasks.make_start, spurious_word.pairs):
+    for made in (text_tasks.make_start, spurious_word.start):
         made.cache_clear()
 
 
 COLA = replace(text_tasks.COLA, train_size=60, observation_size=12, steps=3)
 STSB = replace(text_tasks.STSB, observation_size=12, steps=3)
-WORDED = replace(spurious_word.TEXT, train_size=60, observation_size=12)
+WORDED = replace(spurious_word.TEXT, train_size=60, observation_size=12, steps=3)
 TEXTS = pytest.mark.parametrize("text", [COLA, STSB], ids=["cola", "stsb"])
 
 
@@ -173,7 +173,9 @@ def test_the_word_stands_where_the_group_says():
     assert (table["sentence2"].str.startswith(spurious_word.WORD) == (table["group"] == 1)).all()
     assert (table["sentence2"].str.removeprefix(spurious_word.WORD) == plain["sentence2"]).all()
     train, others = table[table["part"] == text_tasks.TRAIN], table[table["part"] != text_tasks.TRAIN]
-    assert (train["group"] == train["label"]).mean() == pytest.approx(spurious_word.AGREEMENT, abs=0.03)
+    assert (train["group"] == train["label"]).mean() == pytest.approx(
+        spurious_word.AGREEMENT[text_tasks.TRAIN], abs=0.03
+    )
     assert (others["group"] == others["label"]).mean() == pytest.approx(0.5, abs=0.03)
 
 
@@ -182,27 +184,21 @@ def test_a_label_is_a_score_of_at_least_three():
     assert (text_tasks.read(WORDED)["label"] == (scores >= spurious_word.SAME)).all() and scores.nunique() > 3
 
 
-def test_a_vector_is_that_of_the_sentence_alone():
-    folder = text_tasks.model_folder()
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    sentences = ["red", "green blue big small red", "blue blue"]
-    for sentence, made in zip(sentences, spurious_word.vectors(sentences), strict=True):
-        with torch.no_grad():
-            states = model(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0]
-        expected = states.mean(0) / states.mean(0).norm()
-        torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_the_splits_and_who_is_told_the_group(monkeypatch):
-    first, second = (spurious_word.problem(WORDED, seed) for seed in (0, 1))
+def test_the_word_is_learned_last_and_the_metric_alone_is_told(monkeypatch):
+    learned = []
+    trained = text_tasks.trained
+    monkeypatch.setattr(text_tasks, "trained", lambda *args: learned.append(args) or trained(*args))
+    first, second = (spurious_word.problem(WORDED, 2, seed) for seed in (0, 1))
+    assert [args[3] for args in learned] == [WORDED.steps, 2]  # the second seed has the same start
     assert "group" not in first.train.columns and first.label_names == ["labels", "group"]
     rows = np.concatenate([split.rows for _, split in first.items()])
-    assert len(set(rows)) == len(rows)
-    assert first.observation.digest != second.observation.digest
-    batch = next(first.observation.batches())
-    told = first.model(**{**batch, "group": 1 - batch["group"]})["logits"]
-    assert torch.equal(first.model(**batch)["logits"], told)
-    spurious_word.pairs.cache_clear()
-    monkeypatch.setattr(spurious_word, "vectors", None)  # from the file
-    again = spurious_word.problem(WORDED, 0)
-    assert torch.equal(again.train.columns["features"], first.train.columns["features"])
+    assert len(set(rows)) == len(rows) and first.observation.digest != second.observation.digest
+    table = spurious_word.with_word(text_tasks.read(WORDED))
+    tokenizer, whole = AutoTokenizer.from_pretrained(text_tasks.model_folder()), learned[-1][0].eval()
+    shown = table.iloc[first.report.rows]
+    tokens = tokenizer(*(shown[c].tolist() for c in WORDED.columns), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = whole(**tokens).logits
+    said = first.predict(first.model, first.report)
+    np.testing.assert_allclose(said.predictions, expected, atol=1e-4, rtol=1e-4)
+    assert np.array_equal(said.label_ids[1], shown["group"])
