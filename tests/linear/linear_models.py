@@ -76,6 +76,14 @@ class WithState(nn.Module):
         return self.head(self.rnn(x[:, None].expand(-1, 4, -1))[0][:, -1])
 
 
+class WithoutGradients(MLP):
+    forward = torch.no_grad()(MLP.forward)
+
+
+class Inference(MLP):
+    forward = torch.inference_mode()(MLP.forward)
+
+
 class Reentrant(MLP):
     """Gradients do not find their way to the norms, and no error says so."""
 
@@ -190,6 +198,8 @@ CASES = {
     "batch-wise": (InBatch, vectors, lambda model: FiLM(model, layers="norm1"), DIFFERENCES),
     "rows attend to rows": (Softly, vectors, FiLM, DIFFERENCES),
     "reentrant": (Reentrant, vectors, FiLM, DIFFERENCES),
+    "without gradients": (WithoutGradients, vectors, FiLM, DIFFERENCES),
+    "inference": (Inference, vectors, FiLM, DIFFERENCES),
     "tokens": (Tokens, vectors, FiLM, ROW_BY_ROW),
     "tokens, linear layers": (Tokens, vectors, lambda model: Subset(model, "mid|head"), ROW_BY_ROW),
     "tokens of a bert": (lambda: BertForTokenClassification(tiny_bert().config), tagged, FiLM, ROW_BY_ROW),

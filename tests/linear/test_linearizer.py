@@ -17,6 +17,11 @@ from metricopt_hf.linear import linearizer as module
 from metricopt_hf.linear.cost import DIFFERENCES, LARGEST, ROW_BY_ROW
 from metricopt_hf.phi import FiLM
 
+# In what they return they are like models that are linearised row by row
+UNEXPECTED = (
+    "batch-wise", "rows attend to rows", "reentrant", "tokens attend to tokens", "without gradients", "inference",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_predictions_near_phi_are_as_they_are_said_to_be(name, caplog):
@@ -32,7 +37,7 @@ def test_predictions_near_phi_are_as_they_are_said_to_be(name, caplog):
     assert linear.nbytes == made.cost(linear.centre, coordinates.dim).nbytes
     assert linear.num_rows == ROWS and linear.unsplittable is None
     assert all(torch.equal(before[n], t) for n, t in taken.phi.model.state_dict().items())
-    after_all = name in ("batch-wise", "rows attend to rows", "reentrant", "tokens attend to tokens")
+    after_all = name in UNEXPECTED
     told = "Outputs are linearised {}, not row by row" if after_all else "predictions: {}."
     assert told.format(made.cost(linear.centre)) in caplog.text and ("not row by row" in caplog.text) == after_all
 
@@ -189,6 +194,18 @@ def test_of_many_outputs_those_are_linearised_that_the_metric_reads(outputs, met
         assert linear.leaves[0].columns is None and off(taken, linear, coordinates) < 0.2
 
 
+def test_what_a_thousand_logits_cost_that_are_all_read_is_said_before(caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "metricopt_hf")
+    taken = evaluator(scattered(FiLM(MLP(1000).eval())), metric=neighbours)
+    made, prediction = linearizer(taken, dim=64), taken.predictions()
+    said = made.cost(prediction)
+    assert f"predictions: {said}." in caplog.text and (said.way, said.passes) == (DIFFERENCES, 16)
+    coordinates = made.coordinates(prediction)
+    seen = counted(taken.phi.model, monkeypatch)
+    linear = made.linearize(coordinates.basis, prediction)
+    assert seen == {"forward": said.passes * len(taken.batch_sizes)} and linear.nbytes == said.nbytes
+
+
 @pytest.mark.parametrize("budget", [1, None])
 def test_a_metric_that_cannot_be_asked_is_taken_for_one_of_the_largest(budget):
     def failing(prediction):
@@ -215,9 +232,10 @@ def test_a_rank_that_fails_alone_leaves_none_waiting(monkeypatch):
     assert "here" in own[-1][1]  # the other rank is told
 
 
-def test_a_compiled_model_is_linearised():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_is_linearised(backend):
     phi = scattered(FiLM(MLP().eval()))
-    fast = torch.compile(phi.model, backend="aot_eager")
+    fast = torch.compile(phi.model, backend=backend)
     taken = evaluator(phi, predict=lambda batch: BatchOutput(fast(batch["x"]), batch["labels"]))
     taken.predictions()  # compiled before
     made = linearizer(taken)

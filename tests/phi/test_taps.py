@@ -58,6 +58,20 @@ def rms_norms():
     return nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8), nn.GELU(), nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 3))
 
 
+def of_sequences(norm):
+    """Norms of [rows, channels, length]."""
+    return lambda: nn.Sequential(
+        nn.Conv1d(6, 8, 3), norm(8), nn.ReLU(inplace=True), nn.Conv1d(8, 8, 3), norm(8),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def rms_norms_of_tokens():
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.RMSNorm(8), nn.GELU(), nn.Linear(8, 8), nn.RMSNorm(8), nn.Flatten(), nn.Linear(7 * 8, 3)
+    )
+
+
 def small_vit(**kwargs):
     return timm_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=48, **kwargs)
 
@@ -113,7 +127,10 @@ def many_heads_lora():
 MODELS = {
     "mlp": (MLP, rows, FiLM),
     "batch norm, rows": (batch_norm_of_rows, rows, FiLM),
+    "batch norm, sequences": (of_sequences(nn.BatchNorm1d), lambda: {"x": torch.randn(4, 6, 7)}, FiLM),
+    "group norm, sequences": (of_sequences(lambda n: nn.GroupNorm(2, n)), lambda: {"x": torch.randn(4, 6, 7)}, FiLM),
     "rms norm": (rms_norms, rows, FiLM),
+    "rms norm, tokens": (rms_norms_of_tokens, lambda: {"x": torch.randn(4, 7, 6)}, FiLM),
     "group norm": (group_norms, images, FiLM),
     "hf resnet": (hf_resnet, images, FiLM),
     "all norms of a resnet": (hf_resnet, images, lambda model: FiLM(model, layers=".")),
