@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import timm
@@ -96,10 +98,10 @@ def trainer_of(name: str, args: GpuArguments, metric: bool, data: Rows, folder: 
     return trainer
 
 
-def seconds_of(trainer: MetricOptTrainer) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
     torch.cuda.synchronize()
     start = perf_counter()
-    trainer.train()
+    run()
     torch.cuda.synchronize()
     return perf_counter() - start
 
@@ -128,13 +130,18 @@ def tests_row() -> list[str]:
 def run_rows(name: str, args: GpuArguments, data: Rows) -> list[list[str]]:
     """What a model's runs took."""
     with TemporaryDirectory() as folder:
-        by_loss = seconds_of(trainer_of(name, args, False, data, folder))
+        by_loss = seconds_of(trainer_of(name, args, False, data, folder).train)
         guided = trainer_of(name, args, True, data, folder)
-        seconds = seconds_of(guided)
-    spent, found = guided.ledger, guided.result.coordinates
+        seconds = seconds_of(guided.train)
+    spent, basis, made = guided.ledger, guided.result.coordinates.basis, guided.phase.linearizer
     told = f"{seconds:.1f} s, {sum(spent.passes.values())} passes, {sum(spent.calls.values())} calls"
+    prediction = made.evaluator.predictions()
+    cost, once = made.cost(prediction, basis.shape[1]), seconds_of(partial(made.linearize, basis, prediction))
+    epoch = by_loss / args.steps * len(data) / args.batch_size
     return [
-        [f"a run of {args.steps} metric steps, {found.dim} coordinates", name, told, "yes"],
+        [f"a linearisation of {len(data):,} images, {cost}", name, f"{once:.2f} s", "yes"],
+        [f"an epoch over as many by the loss, from {args.steps} steps", name, f"{epoch:.2f} s", "yes"],
+        [f"a run of {args.steps} metric steps", name, told, "yes"],
         [f"{args.steps} steps of {args.batch_size} by the loss", name, f"{by_loss:.1f} s", "yes"],
     ]
 
@@ -150,7 +157,7 @@ def rows(args: GpuArguments) -> Iterator[list[str]]:
             yield from run_rows(name, args, data)
         except RuntimeError as error:  # such as a lack of memory
             told = f"not run: {str(error).splitlines()[0]}"
-            yield [f"{args.steps} metric steps, and as many by the loss", name, told, "not run"]
+            yield [f"a linearisation, {args.steps} metric steps, and as many by the loss", name, told, "not run"]
     if args.tests:
         yield tests_row() if there else ["pytest -m gpu", "", f"not run: {NO_GPU}", "not run"]
 
@@ -162,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows(args):
         table.append(row)
         print(*row, sep=" | ", flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "No GPU"
+    there = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if there else "No GPU was there, so every figure is missing"
     told = f"{device}, bf16, torch {torch.__version__}, {perf_counter() - start:.0f} s"
     headers = ["what", "model", "measured", "as hoped"]
     print(f"\n{told}\n\n{tabulate(table, headers, disable_numparse=True)}")

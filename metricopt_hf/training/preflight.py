@@ -25,10 +25,6 @@ from .subclasses import is_overridden, without_super
 
 logger = logging.getLogger(__name__)
 
-UNSUPPORTED = {
-    DistributedType.DEEPSPEED: "its engine keeps a copy of the weights, which would be saved instead of the tuned ones",
-}
-
 
 def names_metric(given: Any, args: TrainingArguments, compute_metrics: Callable | None, eval_dataset: Any) -> bool:
     """Whether there is a metric to optimise: one given, one that `args` names, or Trainer's own."""
@@ -174,23 +170,23 @@ def metric_columns(label_names: Sequence[str], model: nn.Module) -> set[str]:
     return set(label_names) - taken if taken else set()
 
 
-def check_supported(trainer: Trainer, distributed_type: DistributedType, fsdp_plugin: Any = None) -> None:
+def check_supported(trainer: Trainer, distributed_type: DistributedType, plugin: Any = None) -> None:
     """Refuse what cannot work.
 
     Args:
-        fsdp_plugin: accelerate's, where it shards the model.
+        plugin: accelerate's, of FSDP or DeepSpeed.
 
     Raises:
         ConfigurationError: with the reason and what to do instead.
     """
     args = trainer.args
-    if distributed_type in UNSUPPORTED:
+    if distributed_type == DistributedType.DEEPSPEED and plugin.hf_ds_config.is_zero3():
         raise ConfigurationError(
-            f"{distributed_type.value} cannot be guided: {UNSUPPORTED[distributed_type]}. Use DDP or FSDP2, or no "
-            "metric."
+            "DeepSpeed's ZeRO-3 cannot be guided: it shares out the parameters, so no process can read phi or write to "
+            'it. Set "zero_optimization": {"stage": 2} in its configuration, or use FSDP2.'
         )
     if distributed_type == DistributedType.FSDP:
-        check_fsdp(args, fsdp_plugin)
+        check_fsdp(args, plugin)
     if args.n_gpu > 1:
         raise ConfigurationError(
             "Several GPUs in one process (DataParallel) are not supported: start one process per GPU with "

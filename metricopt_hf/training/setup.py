@@ -126,7 +126,8 @@ class Setup:
         """
         metric = given.resolve_metric(trainer)  # first of all, whether `args` are ours
         state = trainer.accelerator.state
-        preflight.check_supported(trainer, state.distributed_type, getattr(state, "fsdp_plugin", None))
+        plugin = getattr(state, "fsdp_plugin", None) or state.deepspeed_plugin
+        preflight.check_supported(trainer, state.distributed_type, plugin)
         preflight.check_metric(metric, state.distributed_type)
         sets = given.observation_dataset, given.selection_dataset
         if not isinstance(metric, ModelMetric) or metric.takes_dataset:

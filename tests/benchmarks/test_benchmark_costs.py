@@ -1,12 +1,15 @@
 """The commands that measure what guidance costs: each runs, and says what it should."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from toy import TOY
 
-from benchmarks import cost, gpu, growth, large_models, protocol
+from benchmarks import cost, gpu, growth, large_models, protocol, ranks, wide_phi
+from metricopt_hf.phi.coordinates import Sketch
 
 
 @pytest.mark.slow
@@ -57,6 +60,29 @@ def test_a_run_that_is_too_slow_is_ended():
     assert growth.measured(growth.Size(calls=10**6), 1) is None
 
 
+@pytest.mark.slow
+def test_two_ranks_linearise_what_one_process_does():
+    ((alone, exact),) = ranks.measured(1, False, 16)
+    for seconds, jacobian in ranks.measured(2, False, 16):
+        assert 0 < seconds < alone and torch.allclose(jacobian, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 40), (6, 1, 40)])
+def test_exact_coordinates_of_a_wide_phi_are_the_leading_singular_vectors(shape):
+    generator = torch.Generator().manual_seed(0)
+    jacobian = torch.randn(2, *shape, generator=generator)
+    sketch = wide_phi.ExactSketch(40, 3)
+    for part in jacobian:
+        sketch.add(part)
+    rows = jacobian.flatten(0, 1)
+    rows = (rows - rows.mean(1, keepdim=True) if shape[1] > 1 else rows).flatten(0, 1)
+    expected, found = torch.linalg.svd(rows, full_matrices=False).Vh[:3].T, sketch.directions()
+    assert torch.allclose(found @ found.T, expected @ expected.T, atol=1e-4)
+    plain = Sketch(40, 3)  # exact for a phi that is not wide
+    plain.add(jacobian.flatten(0, 1))
+    assert torch.allclose(plain.directions() @ plain.directions().T, found @ found.T, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("output", "code", "row"),
     [
@@ -94,7 +120,8 @@ def measured_on_a_gpu(monkeypatch, tmp_path, there, run):
 
 def test_without_a_gpu_the_page_names_all_that_was_not_run(monkeypatch, tmp_path):
     page = measured_on_a_gpu(monkeypatch, tmp_path, False, None)
-    assert page.count(f"not run: {gpu.NO_GPU}") == 3 and "pytest -m gpu" in page and "| other" in page
+    assert page.count(f"not run: {gpu.NO_GPU}") == 3 and "every figure is missing" in page
+    assert "pytest -m gpu" in page and "| other" in page
 
 
 def test_a_model_that_fails_on_the_gpu_is_named_and_the_others_are_measured(monkeypatch, tmp_path):
@@ -105,3 +132,17 @@ def test_a_model_that_fails_on_the_gpu_is_named_and_the_others_are_measured(monk
 
     page = measured_on_a_gpu(monkeypatch, tmp_path, True, run)
     assert "not run: CUDA out of memory " in page and "1.0 s" in page and "9 passed" in page
+
+
+@pytest.mark.slow
+def test_what_is_measured_on_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu.torch.cuda, "synchronize", lambda: None)  # a CPU stands in for it
+    monkeypatch.setattr(gpu, "MetricOptConfig", partial(gpu.MetricOptConfig, use_cpu=True))
+    monkeypatch.setattr(gpu, "SIZE", 160)
+    args = gpu.GpuArguments(steps=2, batch_size=4)
+    rows = gpu.run_rows("test_vit", args, gpu.noise(8))
+    assert [row[0].split(",")[0] for row in rows] == [
+        "a linearisation of 8 images", "an epoch over as many by the loss", "a run of 2 metric steps",
+        "2 steps of 4 by the loss",
+    ]  # fmt: skip
+    assert "6 passes" in rows[0][0] and all(row[-1] == "yes" and float(row[2].split()[0]) > 0 for row in rows)

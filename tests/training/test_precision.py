@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from helpers import assert_equal_weights, weights
 from runs import text_trainer
 
@@ -35,9 +36,15 @@ def args(folder, **kwargs):
     return SimpleNamespace(args=MetricOptConfig(str(folder), report_to=[], use_cpu=True, **kwargs))
 
 
-def test_deepspeed_is_refused_with_the_reason(tmp_path):
-    with pytest.raises(ConfigurationError, match="DEEPSPEED cannot be guided: .*Use DDP or FSDP2"):
-        check_supported(args(tmp_path), DistributedType.DEEPSPEED)
+def stage(number):
+    return {"zero_optimization": {"stage": number}}
+
+
+def test_of_deepspeed_the_stage_that_shares_out_phi_is_refused_with_the_remedy(tmp_path):
+    stage_3, stage_2 = (SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(stage(n))) for n in (3, 2))
+    with pytest.raises(ConfigurationError, match='ZeRO-3 cannot be guided: .*"stage": 2'):
+        check_supported(args(tmp_path), DistributedType.DEEPSPEED, stage_3)
+    check_supported(args(tmp_path), DistributedType.DEEPSPEED, stage_2)
 
 
 @pytest.mark.parametrize(
