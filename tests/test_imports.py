@@ -45,9 +45,12 @@ INSPECTED = {
     "benchmarks/large_models.py": {"evaluation", "linear"},  # a linearisation alone is timed
     "benchmarks/looks.py": {"evaluation"},  # methods without a trainer are looked at as its candidates are
     "benchmarks/methods.py": {"guides"},  # a control that says the opposite of pairs
+    "benchmarks/paper.py": {"phase"},  # the names of its candidates
     "benchmarks/provenance.py": {"phase"},  # how many calls a run makes
+    "benchmarks/ranks.py": {"evaluation", "linear"},  # as large_models.py
     # searchers have the trainer's evaluation, its cache, its linearisation and its selection
     "benchmarks/searchers.py": {"evaluation", "linear", "phase", "phi"},
+    "benchmarks/wide_phi.py": {"linear", "phi"},  # exact coordinates in place of a sketch's
 }
 # What those below `training` may know of transformers, and who knows the Hub.
 TRANSFORMERS = {
