@@ -35,7 +35,7 @@ from .looks import CACHE_BYTES, moved
 from .tables import markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "ranks.md"
-BATCH = 8
+BATCH = 16
 WAYS = {"DDP": False, "FSDP2": True}  # whether the model is sharded
 
 
@@ -44,7 +44,7 @@ class RanksArguments:
     """What to measure."""
 
     ranks: int = field(default=2, metadata={"help": "Processes."})
-    rows: int = field(default=64, metadata={"help": f"Texts of {TOKENS} tokens."})
+    rows: int = field(default=256, metadata={"help": f"Texts of {TOKENS} tokens."})
     page: str = field(default=str(PAGE), metadata={"help": "Where the table is written to."})
 
 
