@@ -99,6 +99,11 @@ def text(rows: list[list[str]], fixed: protocol.Protocol) -> str:
 def models_text(rows: list[list[str]]) -> str:
     """docs/performance.md."""
     held = large_models
+    missed = [name for name, *_, share in rows if float(share) > held.MOST_OF_AN_EPOCH]
+    why = (
+        f" It is missed by {', '.join(missed)}: by differences, each coordinate takes another forward pass through all "
+        "that lies behind phi's first layer."
+    )
     return page(
         "# Performance",
         "Written by `python -m benchmarks.cost --what models`; do not edit.",
@@ -111,8 +116,8 @@ def models_text(rows: list[list[str]]) -> str:
         f"rows and, for an epoch of AdamW, {held.TRAINED:,} training rows. Seconds are processor time in one thread, "
         "on a machine that does other things too. Memory is that of the derivatives; batches, or in their place what "
         f"was computed of them before phi, take up to {held.CACHE_BYTES / 1e9:.0f} GB more. A run "
-        f"linearises {held.LINEARISATIONS} times; in the last column stands what that takes. The goal is half an "
-        "epoch, and 1 GiB.",
+        f"linearises {held.LINEARISATIONS} times; in the last column stands what that takes. The goal is "
+        f"{held.MOST_OF_AN_EPOCH} of an epoch, and 1 GiB.{why if missed else ''}",
         markdown(held.HEADERS, rows),
         "What it costs on the benchmark's small models, with metric calls and selection, is in "
         "[harm.md](results/harm.md#time); how a run grows with its sizes, in [growth.md](results/growth.md); what was "

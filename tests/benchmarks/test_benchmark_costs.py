@@ -46,7 +46,9 @@ def test_a_large_model_is_a_row_of_what_its_linearisation_costs(monkeypatch):
     rows = [large_models.row(name) for name in ("a text encoder like MiniLM", "that, for tokens")]
     assert [row[3:5] for row in rows] == [["row by row", "3"], ["row by row, of the largest outputs", "6"]]
     assert all(len(row) == len(large_models.HEADERS) and float(row[-1]) > 0 for row in rows)
-    assert "| that, for tokens " in cost.models_text(rows)
+    page = cost.models_text([[*rows[0][:-1], "0.4"], [*rows[1][:-1], "0.6"]])
+    assert "| that, for tokens " in page and "It is missed by that, for tokens: by differences" in page
+    assert "missed" not in cost.models_text([[*rows[0][:-1], "0.5"]])
 
 
 @pytest.mark.slow
