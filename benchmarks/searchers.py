@@ -194,8 +194,8 @@ def search_linearised(
             points, scores = searcher.ask(population), []
             for point in points:
                 predicted = linear.at(torch.as_tensor(point - centre, dtype=torch.float32))
-                scores.append(observation.score(predicted, "observe"))
-            searcher.tell(points, task.sign * np.array(scores, dtype=float))
+                scores.append(observation.value(predicted, "observe"))
+            searcher.tell(points, np.array(scores, dtype=float))
         phi.write(place(space, searcher.centre))
         choice.visit()
         spent.append((ledger.passes["observe"], round(process_time() - start, 2)))

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from .diagnosis import BIAS, START, Diagnosis, Scored, judged, scored
-from .errors import ConfigurationError, MetricError, MetricOptError
+from .errors import ConfigurationError, MetricOptError
 from .evaluation.direction import by_name
 from .evaluation.ledger import Ledger
 from .evaluation.metric import Metric
@@ -137,11 +137,8 @@ def diagnose_predictions(
     metric(prediction)
 
     def value(of: EvalPrediction) -> float:
-        try:
-            with ledger.charge("select"):
-                return metric.sign * metric(of)
-        except MetricError:
-            return float("nan")
+        with ledger.charge("select"):
+            return metric.value(of)
 
     order = np.random.default_rng(seed).permutation(count)
     parts = [take(prediction, np.sort(rows)) for rows in (order[: count // 2], order[count // 2 :])]

@@ -229,3 +229,21 @@ def reordered(prediction: EvalPrediction, order: int) -> EvalPrediction:
 
     fields = ("predictions", "label_ids", "inputs", "losses")
     return EvalPrediction(**{name: turn(getattr(prediction, name)) for name in fields})
+
+
+def whole(loader: DataLoader, world_size: int) -> Any:
+    """A loader that accelerate may have dealt out to the ranks, with all of its batches.
+
+    Raises:
+        ConfigurationError: they cannot be had back.
+    """
+    if world_size == 1:
+        return loader
+    sampler = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    if sampler is None:
+        raise ConfigurationError(
+            "get_eval_dataloader is overridden, and on several ranks its loader has no batch sampler from which all "
+            "batches could be had. Let it return self.accelerator.prepare(DataLoader(eval_dataset, batch_size=...)), "
+            "or run on one rank."
+        )
+    return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)

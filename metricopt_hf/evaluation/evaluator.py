@@ -175,10 +175,10 @@ class Evaluator:
                 "learning_rate and phi_learning_rate."
             )
 
-    def score(self, prediction: EvalPrediction, purpose: str) -> float:
-        """The metric of predictions, on this rank alone. Raises MetricError."""
+    def value(self, prediction: EvalPrediction, purpose: str) -> float:
+        """The metric of predictions, on this rank alone: greater is better; nan where it fails."""
         with self.ledger.charge(purpose):
-            return self.metric(prediction, self.complete)
+            return self.metric.value(prediction, self.complete)
 
     def outputs(
         self, run: Callable[[Any], Any] | None = None, share: Callable[[Any], Any] = lambda result: result

@@ -185,6 +185,15 @@ class Metric:
         """
         return self._call(_as_tensors(prediction) if self.batchwise else prediction, complete, last=True)
 
+    def value(
+        self, prediction: EvalPrediction, complete: Callable[[EvalPrediction], EvalPrediction] | None = None
+    ) -> float:
+        """The same, greater is better; nan where the call fails."""
+        try:
+            return self.sign * self(prediction, complete)
+        except MetricError:
+            return float("nan")
+
     def over(self, batches: Iterable[EvalPrediction]) -> float:
         """The metric of a set that comes batch by batch, for a `batchwise` function. Raises as `__call__`."""
         batch = None

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from transformers import EvalPrediction
 
-from ..errors import MetricError
-from ..evaluation.evaluator import Evaluator, agreed, everywhere, shared_out, undisturbed
+from ..evaluation.evaluator import Evaluator, everywhere, shared_out, undisturbed
 from ..phi.coordinates import JACOBIAN, LOSS, RANDOM, Coordinates, Sketch, random_directions
 from ..phi.taps import NotRowByRow
-from .cost import DIFFERENCES, MOST_DIFFERENCES, MOST_LARGEST, Cost, cost, outputs_per_row, way_of
+from .cost import DIFFERENCES, MOST_DIFFERENCES, Cost, cost, outputs_per_row, way_of
 from .differences import NotLinearizable, by_differences, floats
 from .linearization import Linearization, LinearLeaf, arrays
+from .reading import reads_all
 from .row_derivatives import RowDerivatives, row_derivatives
 from .rows import take_rows, unsplittable
 
@@ -121,29 +121,9 @@ class Linearizer:
             evaluator, shapes = self.evaluator, [leaf.shape for leaf in floats(prediction).values()]
             taps = evaluator.concat and evaluator.phi.taps() is not None
             many = taps and way_of(shapes, taps, True) != way_of(shapes, taps, False)
-            self.way = way_of(shapes, taps, many and self._reads_all(prediction))
+            self.way = way_of(shapes, taps, many and reads_all(evaluator, prediction))
             logger.info(f"A linearisation of {self.evaluator.metric.name}'s predictions: {self.cost(prediction)}.")
         return self.way
-
-    def _reads_all(self, prediction: EvalPrediction) -> bool:
-        """Whether the metric changes if each row's outputs but the largest trade places: an embedding is read whole."""
-        evaluator = self.evaluator
-        if evaluator.ledger.remaining < 2:
-            return False
-        ((position, outputs),) = floats(prediction).items()
-        others = np.sort(np.argsort(outputs, -1)[..., :-MOST_LARGEST], -1)
-        traded = outputs.copy()
-        np.put_along_axis(traded, others, np.take_along_axis(outputs, np.roll(others, 1, -1), -1), -1)
-        other = Linearization(prediction, {}).planted({position: torch.as_tensor(traded)})
-
-        def ask() -> bool:
-            first, second = (evaluator.score(predicted, "observe") for predicted in (prediction, other))
-            return not np.isclose(first, second)
-
-        try:
-            return agreed(evaluator.rank, evaluator.world_size, ask)
-        except MetricError:
-            return False
 
     # Row by row
 

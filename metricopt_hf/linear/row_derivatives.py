@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..evaluation.evaluator import Evaluator
-from ..phi.taps import NotRowByRow, check_rows, jacobian_rows, tapped
+from ..evaluation.evaluator import Evaluator, everywhere
+from ..phi.space import is_sharded
+from ..phi.taps import NotRowByRow, check_rows, check_taps, jacobian_rows, tapped
 from .cost import LARGEST, MOST_LARGEST
 
 
@@ -61,12 +62,20 @@ def row_derivatives(
     """
     phi = evaluator.phi
     taps = phi.taps()
+    found: list[tuple[int, Tensor]] = []
+
+    def forward() -> None:
+        found.append(_differentiable_leaf(evaluator.predict(batch).logits, returned))
+        shape = found[0][1].shape
+        if len(shape) not in (leading, leading + 1):
+            raise NotRowByRow(f"outputs of shape {list(shape)} are not some numbers per row.")
+        check_taps(taps, shape[:leading].numel())
+
     with differentiable(phi.model) as returned, tapped(taps, leading):
-        output = evaluator.predict(batch)
-        leaf, outputs = _differentiable_leaf(output.logits, returned)
+        # ranks take part in each other's passes of a sharded model, so none begins a backward pass unless all do
+        everywhere(evaluator.rank, evaluator.world_size if is_sharded(phi.model) else 1, forward)
+        ((leaf, outputs),) = found
         with torch.enable_grad():
-            if outputs.dim() not in (leading, leading + 1):
-                raise NotRowByRow(f"outputs of shape {list(outputs.shape)} are not some numbers per row.")
             flat, columns = outputs.reshape(outputs.shape[:leading].numel(), -1), None
             if check:
                 check_rows(flat, taps)

@@ -35,28 +35,29 @@ class Tap(ABC):
         self.module = module
         self.leaves: list[Tensor] = []  # made by the forward pass since `clear`
         self.in_backward = False  # activation checkpointing calls the module again in a backward pass
+        self.why_not: str | None = None  # there are no derivatives row by row, as the end of a sentence
         self.leading = 1  # dimensions of the output that together make rows: two where tokens are rows
 
     def clear(self) -> None:
-        self.leaves = []
+        self.leaves, self.why_not = [], None
 
-    def hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Forward hook: the output, differentiable by this tap's leaves.
+    def hook(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook: the output, differentiable by this tap's leaves, unless `why_not` says otherwise.
 
-        Raises:
-            NotRowByRow: the module was called before in this forward pass.
+        It raises nothing: a rank that left a sharded model's forward pass would leave the others waiting in theirs.
         """
-        if not self.in_backward:
+        if not self.in_backward and self.why_not is None:
             if self.leaves:
-                raise NotRowByRow(f"{type(module).__name__} is called more than once in a forward pass.")
-            if not isinstance(output, Tensor) or output.dim() < self.leading:
-                raise NotRowByRow(f"{type(module).__name__} returns no tensor with rows.")
-            self.begin(args, output)
-        return self.perturbed(output)
+                self.why_not = "is called more than once in a forward pass"
+            elif not isinstance(output, Tensor) or output.dim() < self.leading:
+                self.why_not = "returns no tensor with rows"
+            else:
+                self.begin(args, output)
+        return output if self.why_not else self.perturbed(output)
 
     @abstractmethod
     def begin(self, args: tuple, output: Tensor) -> None:
-        """Make `leaves` of zeros for a forward pass in which the module returns `output`."""
+        """Make `leaves` of zeros for a forward pass in which the module returns `output`, or set `why_not`."""
 
     @abstractmethod
     def perturbed(self, output: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ class Channels(Tap):
 
     def begin(self, args: tuple, output: Tensor) -> None:
         if self.dim % output.dim() < self.leading:
-            raise NotRowByRow(f"{type(self.module).__name__} has its channels where other layers have tokens.")
+            self.why_not = "has its channels where other layers have tokens"
+            return
         shape = [*output.shape[: self.leading], *[1] * (output.dim() - self.leading)]
         shape[self.dim] = output.shape[self.dim]
         tuned = [part for part in (self.scale, self.shift) if part is not None]
@@ -124,7 +126,8 @@ class Linear(Tap):
 
     def begin(self, args: tuple, output: Tensor) -> None:
         if not args:
-            raise NotRowByRow(f"{type(self.module).__name__} is called with its input as a keyword.")
+            self.why_not = "is called with its input as a keyword"
+            return
         self.inputs = args[0].detach().flatten(0, self.leading - 1)
         self.leaves = [torch.zeros(output.shape, device=output.device, dtype=output.dtype, requires_grad=True)]
 
@@ -162,21 +165,23 @@ def tapped(taps: Sequence[Tap], leading: int = 1) -> Iterator[None]:
             tap.clear()
 
 
+def check_taps(taps: Sequence[Tap], rows: int) -> None:
+    """Raises NotRowByRow where a forward pass in `tapped` has not left leaves of that many rows in every tap."""
+    faults = [(tap, tap.why_not) for tap in taps if tap.why_not]
+    for tap, why in faults or [(tap, "is not called in a forward pass") for tap in taps if not tap.leaves]:
+        raise NotRowByRow(f"{type(tap.module).__name__} {why}.")
+    if any(leaf.shape[: tap.leading].numel() != rows for tap in taps for leaf in tap.leaves):
+        raise NotRowByRow(f"{rows} rows of outputs, and a tapped layer with another number of rows.")
+
+
 def row_gradients(outputs: Tensor, taps: Sequence[Tap]) -> list[Tensor]:
     """Of the sum of one number per row, [rows], by the taps' leaves: each [rows, ...].
 
     Args:
-        outputs: of a forward pass in `tapped`; its graph is kept.
-
-    Raises:
-        NotRowByRow: a leaf has another number of rows.
+        outputs: of a forward pass in `tapped` that `check_taps` has passed; its graph is kept.
     """
     leaves = [leaf for tap in taps for leaf in tap.leaves]
-    if any(leaf.shape[: tap.leading].numel() != len(outputs) for tap in taps for leaf in tap.leaves):
-        raise NotRowByRow(f"{len(outputs)} rows of outputs, and a tapped layer with another number of rows.")
     for tap in taps:
-        if not tap.leaves:
-            raise NotRowByRow(f"{type(tap.module).__name__} is not called in a forward pass.")
         tap.in_backward = True
     found: Sequence[Tensor | None] = [None] * len(leaves)
     try:
@@ -210,9 +215,6 @@ def jacobian_rows(outputs: Tensor, taps: Sequence[Tap], basis: Tensor | None = N
         outputs: as for `row_gradients`.
         basis: [d, k] of the coordinates; a few rows at a time are multiplied with it, so that [rows, d] is never held.
         most: rows, the first of which are wanted; None: all.
-
-    Raises:
-        NotRowByRow: a leaf has another number of rows.
     """
     gradients = iter(row_gradients(outputs, taps))
     of_taps = [(tap, [next(gradients) for _ in tap.leaves]) for tap in taps]

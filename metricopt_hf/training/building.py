@@ -134,7 +134,7 @@ def _warn_of_places(trainer: Any, setup: Setup, run: MetricPhase, score: float) 
     """Warn of a metric that looks rows up by their place but gets parts of `eval_dataset`: in another order of the rows
     it returns another number than `score`."""
     evaluator = run.evaluator
-    if trainer.metric_inputs.completes or not data.is_part(setup.observation) or evaluator.metric.batchwise:
+    if trainer.metric_inputs.completes or not data.is_part(setup.observation):
         return
     try:
         for order in range(3):  # a coarse metric may have the same value by chance

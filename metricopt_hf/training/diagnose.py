@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
 from ..diagnosis import BIAS, PHI, START, Diagnosis, Scored, judged, scored
-from ..errors import ConfigurationError, MetricError
+from ..errors import ConfigurationError
 from ..evaluation.evaluator import Evaluator, agreed
 from ..evaluation.ledger import Faults, Ledger
 from ..guides import AUTO, GuideContext, from_spec
@@ -46,11 +46,7 @@ class _Fold(NamedTuple):
     value: float
 
     def score(self, prediction: EvalPrediction) -> float:
-        """The metric of its rows, greater is better; nan where it fails."""
-        try:
-            return self.evaluator.metric.sign * self.evaluator.score(prediction, "select")
-        except MetricError:
-            return float("nan")
+        return self.evaluator.value(prediction, "select")
 
 
 def diagnose(seen: Observing, setup: Setup, worthwhile: float | None, since: float) -> Diagnosis:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from itertools import islice
 from typing import Any
@@ -17,16 +17,17 @@ import datasets
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_pt_utils import find_batch_size
 
 from ..errors import ConfigurationError
 from ..evaluation import data
-from ..evaluation.evaluator import BatchOutput, Evaluator, agreed, undisturbed
+from ..evaluation.evaluator import BatchOutput, Evaluator, agreed, everywhere, undisturbed
 from ..evaluation.ledger import Ledger
 from ..evaluation.metric import Metric
 from ..evaluation.model_metric import ModelEvaluator
+from ..linear.reading import arrays_read
 from ..phi import PhiSpace
 from .subclasses import bookkeeping_kept, is_overridden
 
@@ -103,18 +104,21 @@ class Observing:
     def movement(self, dataset: Any) -> Callable[[], bool]:
         """Says whether the model predicts something else of the first batch than it does now; the same on every rank.
 
-        Where that cannot be told, as of generated text, it says yes.
+        Of several arrays of outputs, as of a head per task, those count that the metric reads. Where that cannot be
+        told, as of generated text, it says yes.
         """
         args = self.trainer.args
         batch: list[Any] = []
         before: list[Tensor] = []
+        read: list[int] = []  # which of several arrays
 
         def outputs() -> list[Tensor]:
             with undisturbed(self.trainer.model):
                 if not batch:
                     batch.append(next(iter(self.batches_of(dataset)())))
                 _, logits, labels = self._step(copy.deepcopy(batch[0]))
-            return _floats(self._for_metric(logits, labels)) or _floats(logits)
+            found = _floats(self._for_metric(logits, labels)) or _floats(logits)
+            return [found[i] for i in read] or found
 
         def moved() -> bool:
             try:
@@ -129,6 +133,12 @@ class Observing:
             return agreed(args.process_index, args.world_size, moved)
 
         said()
+        if agreed(args.process_index, args.world_size, lambda: len(before) > 1):
+            with suppress(Exception):  # likewise
+                evaluator = self.evaluator(dataset, Ledger())
+                read += arrays_read(evaluator, evaluator.predictions())
+            before.clear()
+            said()
         return said
 
     def loss(self, batch: Any) -> Tensor:
@@ -140,8 +150,7 @@ class Observing:
     def logged_loss(self, batch: Any) -> Tensor:
         """The loss of a batch without gradients; nan where the model has none in eval mode."""
         trainer = self.trainer
-        with undisturbed(trainer.model):
-            trainer.model.training = True  # the root alone, by which subclasses tell training from evaluation
+        with self._still():
             try:
                 return self.loss(batch).detach()
             except Exception as error:  # such as torchvision's detectors, which have losses in train mode only
@@ -150,23 +159,48 @@ class Observing:
 
     def loss_gradient(self, batch: Any) -> Tensor:
         """[d] of the loss of a batch, the mean over the ranks, by phi."""
-        trainer = self.trainer
-        with undisturbed(trainer.model), bookkeeping_kept(trainer):
+        with self._still(), bookkeeping_kept(self.trainer):
             gradient = self.phi.gradient(lambda: self.loss(batch))
-        return trainer.accelerator.reduce(gradient, "mean")
+        return self.trainer.accelerator.reduce(gradient, "mean")
 
     def loss_gradients(self, count: int) -> Tensor:
-        """[count, d] gradients of the loss by phi on mini-batches of the training set, on the CPU; fewer of fewer."""
-        trainer = self.trainer
-        generator = torch.Generator().manual_seed(trainer.args.seed)
-        rows = []
+        """[count, d] gradients of the loss by phi on mini-batches of the training set, on the CPU; fewer of fewer.
+
+        The same on every rank; none where the loss has no gradient in eval mode.
+        """
         try:
-            with undisturbed(trainer.model), bookkeeping_kept(trainer):
-                for batch in self.train_batches(count, generator):
-                    rows.append(self.phi.gradient(partial(self.loss, batch)).cpu())
-        except Exception as error:  # such as of torchvision's detectors, which have losses in train mode only
+            return self._gradients(count)
+        except Exception as error:
             logger.warning(f"The loss has no gradient in eval mode, so coordinates of phi are drawn at random: {error}")
-        return torch.stack(rows) if rows else torch.zeros(0, self.phi.dim)
+            return torch.zeros(0, self.phi.dim)
+
+    def check_loss_gradient(self) -> None:
+        """Raises ConfigurationError where the loss has no gradient in eval mode."""
+        try:
+            self._gradients(1)
+        except Exception as error:  # such as of torchvision's detectors, which have losses in train mode only
+            raise ConfigurationError(
+                f"value_weight={self.trainer.args.value_weight} blends in the gradient of the loss, which has none in "
+                f"eval mode, in which the metric phase takes it ({type(error).__name__}: {error}). Leave value_weight "
+                "out, so that the loss has no say there, or let the model return its loss in eval mode too."
+            ) from error
+
+    def _gradients(self, count: int) -> Tensor:
+        """`loss_gradients`, or what the loss raises."""
+        args, generator = self.trainer.args, torch.Generator().manual_seed(self.trainer.args.seed)
+
+        def compute() -> list[Tensor]:
+            return [self.phi.gradient(partial(self.loss, b)).cpu() for b in self.train_batches(count, generator)]
+
+        with self._still(), bookkeeping_kept(self.trainer):
+            return torch.stack(everywhere(args.process_index, args.world_size, compute)[0])
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """`undisturbed`; the root alone is in train mode, by which subclasses tell training from evaluation."""
+        with undisturbed(self.trainer.model):
+            self.trainer.model.training = True
+            yield
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -193,7 +227,7 @@ class Observing:
         Raises:
             ConfigurationError: the loader is not one of this part.
         """
-        loader = _whole(self.trainer.get_eval_dataloader(part), self.trainer.args.world_size)
+        loader = data.whole(self.trainer.get_eval_dataloader(part), self.trainer.args.world_size)
         asked, rows = _length(part), _length(getattr(loader, "dataset", None))
         if asked is not None and rows is not None and rows > asked:
             raise ConfigurationError(
@@ -235,24 +269,6 @@ def _floats(tree: Any) -> list[Tensor]:
 
 def _length(dataset: Any) -> int | None:
     return len(dataset) if hasattr(dataset, "__len__") else None
-
-
-def _whole(loader: DataLoader, world_size: int) -> Any:
-    """A loader that accelerate may have dealt out to the ranks, with all of its batches.
-
-    Raises:
-        ConfigurationError: they cannot be had back.
-    """
-    if world_size == 1:
-        return loader
-    sampler = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
-    if sampler is None:
-        raise ConfigurationError(
-            "get_eval_dataloader is overridden, and on several ranks its loader has no batch sampler from which all "
-            "batches could be had. Let it return self.accelerator.prepare(DataLoader(eval_dataset, batch_size=...)), "
-            "or run on one rank."
-        )
-    return DataLoader(loader.dataset, batch_sampler=sampler, collate_fn=loader.collate_fn)
 
 
 INDICES = "indices"  # in `include_for_metrics`

@@ -138,6 +138,9 @@ def result_of(phase: MetricPhase) -> RunResult:
 def warn_of_changed_weights(phase: MetricPhase) -> None:
     """Warn where phi is not the chosen one, for example behind a callback that puts averaged weights in place."""
     chosen, left = phase.selection.chosen, phase.selection.weights
+    if phase.started and not phase.finished:
+        phase.selection.why = "training ended early, and load_best_model_at_end put its checkpoint in place of a choice"
+        logger.warning(f"Nothing was selected: {phase.selection.why}.")
     now = [whole(parameter.detach()) for parameter in phase.phi.parameters]
     if left and not all(map(torch.equal, now, left)):
         logger.warning(

@@ -33,7 +33,7 @@ TOO_EARLY = (
 def take(trainer: Any, inputs: Any) -> Tensor:
     """A micro-batch of a metric step: its loss, for the log; with the last one the phase moves phi."""
     step, phase, around = trainer.state.global_step, trainer.phase, trainer.around
-    seen = Observing(trainer, trainer.setup.metric, trainer.setup.phi)
+    seen = _observing(trainer)
     _hold_still(trainer.model)
     loss = seen.logged_loss(inputs) / trainer.current_gradient_accumulation_steps
     around.batches.append(inputs)
@@ -69,6 +69,10 @@ def finish(trainer: Any, step: int) -> bool:
                 phase.finish(step)
             _log(trainer, "kept_score", phase.selection.chosen.score)
     return phase.started
+
+
+def _observing(trainer: Any) -> Observing:
+    return Observing(trainer, trainer.setup.metric, trainer.setup.phi)
 
 
 def _log(trainer: Any, name: str, score: float) -> None:
@@ -110,6 +114,8 @@ class MetricPhaseCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.checked:
             building.check_metric(self.trainer, self.trainer.setup, self.trainer.phase)
+            if self.trainer.phase.plan.blends:
+                _observing(self.trainer).check_loss_gradient()
             self.checked = True
 
     def trained_seconds(self, step: int) -> float:

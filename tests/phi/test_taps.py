@@ -9,7 +9,7 @@ from torch import nn
 
 from metricopt_hf.linear.row_derivatives import differentiable
 from metricopt_hf.phi import FiLM, Subset, adapter
-from metricopt_hf.phi.taps import NotRowByRow, jacobian_rows, tapped
+from metricopt_hf.phi.taps import NotRowByRow, check_taps, jacobian_rows, tapped
 
 STEP = 2.0**-12  # exact in float32
 
@@ -176,6 +176,7 @@ def jacobian(phi, inputs):
     with torch.no_grad(), differentiable(phi.model) as returned, tapped(taps):
         output = run(phi.model, inputs)
         assert len(returned) == 1 and not torch.is_grad_enabled()
+        check_taps(taps, len(output))
         with torch.enable_grad():
             output = output.float() if output.dtype == torch.bfloat16 else output
             return torch.stack([jacobian_rows(output[:, i], taps) for i in range(output.shape[1])], 1)

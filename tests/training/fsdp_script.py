@@ -13,13 +13,14 @@ import sys
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from distributed_script import RANKS, same_on_all_ranks
+from distributed_script import RANKS, detached_on_the_last_rank, same_on_all_ranks
 from helpers import Texts, tiny_bert, true_class_probability
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification
 
 from metricopt_hf import MetricOptConfig, MetricOptTrainer, ValueFunction
+from metricopt_hf.linear.cost import DIFFERENCES
 
 FOLDER, MODE = sys.argv[1:]
 FULL, PARTS = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
@@ -37,7 +38,7 @@ def take_the_cpu_for_a_gpu():
     AcceleratorState.__init__ = begin_sharded
 
 
-def train(name, state_dict=FULL, resume=None, **kwargs):
+def train(name, state_dict=FULL, resume=None, model=None, **kwargs):
     # by default accelerate 1.15 shards BertEmbeddings, and then once more what is in it
     plugin = {"version": 2, "state_dict_type": state_dict, "transformer_layer_cls_to_wrap": ["BertLayer"]}
     settings = {
@@ -47,7 +48,7 @@ def train(name, state_dict=FULL, resume=None, **kwargs):
         "disable_tqdm": True, "use_cpu": MODE != "cuda", "fsdp": True, "fsdp_config": plugin, **kwargs,
     }  # fmt: skip
     trainer = MetricOptTrainer(
-        tiny_bert(), MetricOptConfig(os.path.join(FOLDER, f"{name}-{RANKS}"), **settings),
+        model or tiny_bert(), MetricOptConfig(os.path.join(FOLDER, f"{name}-{RANKS}"), **settings),
         train_dataset=Texts(160, seed=1),
         eval_dataset=Texts(24, seed=2), observation_dataset=Texts(41, seed=3), selection_dataset=Texts(37, seed=4),
         metric=true_class_probability,
@@ -87,6 +88,9 @@ if __name__ == "__main__":
             resumed = train(f"from_{step}_{state_dict}", state_dict, path, save_strategy="no")
             assert resumed.result.chosen.phi.tolist() == whole.result.chosen.phi.tolist()
             assert resumed.result.curve == whole.result.curve
+    if RANKS > 1:  # one that alone meets outputs without derivatives leaves none waiting
+        detached = train("detached", model=detached_on_the_last_rank(), save_strategy="no")
+        assert detached.phase.linearizer.way == DIFFERENCES
     dist.barrier()
     print(f"all asserts held on {RANKS} ranks", flush=True)
     dist.destroy_process_group()

@@ -11,8 +11,8 @@ from runs import bert_trainer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from metricopt_hf import ConfigurationError, Diagnosis, Ledger, MetricError, MetricOptConfig, MetricOptTrainer
-from metricopt_hf.diagnosis import GUIDANCE, NO, NOTHING, OPEN, THRESHOLD, TITLES, TOO_FEW, YES, Gain
+from metricopt_hf import ConfigurationError, Diagnosis, Ledger, Metric, MetricError, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.diagnosis import GUIDANCE, NO, NOTHING, OPEN, THRESHOLD, TITLES, TOO_FEW, YES, Gain, judged
 from metricopt_hf.evaluation.model_metric import ModelMetric
 
 
@@ -170,6 +170,9 @@ def test_refusals(tmp_path):
     decided = {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}  # as texts are generated
     with pytest.raises(ConfigurationError, match="Nothing can be told before training: .* no floating-point numbers"):
         bert_trainer(tmp_path, metric=lambda p: float((p.predictions == p.label_ids).mean()), **decided).diagnose()
+    gathering = Metric(lambda prediction, compute_result: 0.0, "gathered", batchwise=True)
+    with pytest.raises(ConfigurationError, match="batch by batch: there are no predictions to diagnose"):
+        bert_trainer(tmp_path, metric=gathering).diagnose()
     with pytest.raises(MetricError, match="no_such_column"):
         bert_trainer(tmp_path, metric=lambda prediction: prediction.no_such_column).diagnose()
 
@@ -217,6 +220,13 @@ def test_the_examples_needed_are_rounded_and_capped():
     assert diagnosis((0.039, 0.04)).examples_needed == 430  # 420.8
     never = diagnosis((0.0, 40.0))
     assert never.examples_needed == float("inf") and "would take more examples than you will get." in str(never)
+
+
+def test_a_gain_that_never_varies_has_no_known_error():
+    metric = Metric(accuracy, "accuracy")
+    fold = {"start": 0.0, "phi": 1.0}, {"start": np.zeros(50), "phi": np.ones(50)}
+    found = judged([fold, fold], metric, 40, 0.1, Ledger(), 0.0)
+    assert str(found.beyond) == "+1, error unknown" and found.verdict("phi") == OPEN
 
 
 def test_it_is_printed_as_one_table():

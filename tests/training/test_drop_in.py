@@ -33,6 +33,7 @@ def test_early_stopping(tmp_path, patience, step, caplog):
     trainer.train()
     assert trainer.state.global_step == step and trainer.phase.started is (step == 8)
     assert ("ended at step 4, before its metric phase" in caplog.text) is (step == 4)
+    assert ("Nothing was selected: training ended early" in caplog.text) is (step == 8)
     assert trainer.evaluate()["eval_probability"] == pytest.approx(trainer.state.best_metric, abs=1e-6)
 
 

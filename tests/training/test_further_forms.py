@@ -6,7 +6,7 @@ What it is after stands beside it, if there is one: repository and number of an 
 import numpy as np
 import pytest
 import torch
-from forms import SAVES, STEPS, assert_delivered, plain_and_guided
+from forms import SAVES, STEPS, assert_delivered, guided, plain_and_guided
 from helpers import Texts, tiny_bert
 from torch import nn
 from torch.nn import functional
@@ -20,6 +20,8 @@ from transformers import (
     TrainerCallback,
     default_data_collator,
 )
+
+from metricopt_hf import ConfigurationError
 
 SIZES = {"vocab_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
@@ -134,6 +136,12 @@ class LossInTrainModeOnly(nn.Module):  # as of torchvision's detectors
     def forward(self, input_ids, attention_mask=None, labels=None):
         output = self.net(input_ids, attention_mask, labels=labels)
         return {"loss": output.loss} if self.net.training else {"logits": output.logits}
+
+
+class LossWhereTheRootTrains(LossInTrainModeOnly):
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        output = self.net(input_ids, attention_mask, labels=labels)
+        return {"loss": output.loss} if self.training else {"logits": output.logits}
 
 
 class PredictsWithoutLoss:
@@ -278,6 +286,17 @@ def test_logs_of_a_loss_are_of_training_and_evaluation_alone(tmp_path):
     trainer.train()
     sizes = [[entry["step"] for entry in made.state.log_history if "size" in entry] for made in (plain, trainer)]
     assert sizes == [list(range(STEPS))] * 2
+
+
+def test_a_loss_that_is_blended_in_has_a_gradient_in_eval_mode_or_is_refused(tmp_path):
+    form = {**FORMS["loss in train mode only"], "value_weight": 1.0}
+    trainer = guided(tmp_path, **{**form, "model": LossInTrainModeOnly()})
+    with pytest.raises(ConfigurationError, match=r"value_weight=1.0 blends in .* none in eval mode"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer = guided(tmp_path, **{**form, "model": LossWhereTheRootTrains()})
+    trainer.train()
+    assert_delivered(trainer)
 
 
 @pytest.mark.slow

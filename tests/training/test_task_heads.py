@@ -7,10 +7,10 @@ task's name in the batch (huggingface/transformers 7552; zphang's multi-task not
 import pytest
 import torch
 from forms import assert_delivered
-from helpers import tiny_bert, weights
+from helpers import tiny_bert, true_class_probability, weights
 from runs import text_trainer
 from torch import nn
-from transformers import BertForSequenceClassification, PreTrainedModel, default_data_collator
+from transformers import BertForSequenceClassification, EvalPrediction, PreTrainedModel, default_data_collator
 
 TASKS = ("first", "second", "third")
 
@@ -72,6 +72,10 @@ class AllAreReturned(OfATask):
         return {"loss": nn.functional.cross_entropy(logits[TASKS.index(task)], labels), "logits": logits}
 
 
+class AllSizesAreReturned(AllAreReturned):
+    sizes = (3, 3, 5)
+
+
 class WholeModels(OfATask):
     def head(self, hidden, size):
         model = BertForSequenceClassification(self.encoder.config)
@@ -111,4 +115,18 @@ def test_the_head_of_the_metric_s_task_is_tuned(tmp_path, form, task):
     assert task in trainer.phi.output_bias and not set(trainer.phi.names) & (others - shared)
     trainer.train()
     assert trainer.phase.linearizer.way == "row by row"
+    assert_delivered(trainer)
+
+
+@pytest.mark.parametrize("task", ["first", "third"])
+@pytest.mark.parametrize("form", [AllAreReturned, AllSizesAreReturned])
+def test_of_heads_that_are_all_returned_the_one_that_the_metric_reads_is_tuned(tmp_path, form, task):
+    def compute_metrics(prediction):
+        logits = prediction.predictions[TASKS.index(task)]
+        return {"probability": true_class_probability(EvalPrediction(logits, prediction.label_ids % logits.shape[1]))}
+
+    given = {"data_collator": Named(task), "compute_metrics": compute_metrics}
+    trainer = text_trainer(tmp_path, model=form(tiny_bert().config), trainer_kwargs=given)
+    assert task in trainer.phi.output_bias
+    trainer.train()
     assert_delivered(trainer)
