@@ -17,6 +17,7 @@ from transformers import BertForSequenceClassification, EvalPrediction
 
 from metricopt_hf import ConfigurationError, FiLM, Ledger, MetricError, ModelMetric
 from metricopt_hf.evaluation import evaluator as evaluator_module
+from metricopt_hf.evaluation import processes
 from metricopt_hf.evaluation.model_metric import CommandMetric, ModelEvaluator
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -163,6 +164,16 @@ def test_a_command_leaves_no_process_behind(detached, then, timeout):
     with nullcontext() if then == "echo 0.5" else pytest.raises(MetricError):
         metric(nn.Linear(1, 1))
     assert not running("98761")
+
+
+def test_where_no_group_can_be_killed_the_command_itself_is(monkeypatch):  # Windows
+    monkeypatch.setattr(processes, "kill_all", lambda group, mark: None)
+    begun = time.monotonic()
+    with pytest.raises(MetricError, match=r"metric_timeout=0\.5 s"):
+        CommandMetric(f"{sys.executable} -c 'import time; time.sleep(60)' {{model}}", "quality", timeout=0.5)(
+            nn.Linear(1, 1)
+        )
+    assert time.monotonic() - begun < 30
 
 
 @LINUX
