@@ -35,7 +35,7 @@ from .looks import CACHE_BYTES, moved
 from .tables import markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "ranks.md"
-BATCH = 16
+BATCHES = 8, 32  # rows
 WAYS = {"DDP": False, "FSDP2": True}  # whether the model is sharded
 
 
@@ -48,8 +48,12 @@ class RanksArguments:
     page: str = field(default=str(PAGE), metadata={"help": "Where the table is written to."})
 
 
-def linearised(rank: int, world_size: int, sharded: bool, rows: int) -> tuple[float, torch.Tensor]:
-    """Seconds of one linearisation, behind the first, and its derivatives in all of phi."""
+def linearised(rank: int, world_size: int, sharded: bool, rows: int, size: int) -> tuple[float, torch.Tensor]:
+    """Seconds of one linearisation, behind the first, and its derivatives in all of phi.
+
+    Args:
+        size: rows in a batch.
+    """
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**MINILM)).eval().requires_grad_(False)
     data = [{"input_ids": torch.randint(VOCABULARY, (TOKENS,)), "labels": torch.tensor(0)} for _ in range(rows)]
@@ -64,7 +68,7 @@ def linearised(rank: int, world_size: int, sharded: bool, rows: int) -> tuple[fl
     def predict(batch: dict) -> BatchOutput:
         return BatchOutput(model(input_ids=batch["input_ids"]).logits, batch["labels"])
 
-    batches, metric = InOrder(data, BATCH, torch.utils.data.default_collate), Metric(accuracy, "accuracy")
+    batches, metric = InOrder(data, size, torch.utils.data.default_collate), Metric(accuracy, "accuracy")
     evaluator = Evaluator(phi, predict, batches, metric, Ledger(), CACHE_BYTES, rank=rank, world_size=world_size)
     evaluator.freeze(partial(moved, phi))
     made, prediction = Linearizer(evaluator, DIM, None, torch.Generator().manual_seed(0)), evaluator.predictions()
@@ -75,7 +79,7 @@ def linearised(rank: int, world_size: int, sharded: bool, rows: int) -> tuple[fl
     return process_time() - start, leaf.jacobian @ basis.T
 
 
-def run(rank: int, world_size: int, sharded: bool, rows: int, folder: str) -> None:
+def run(rank: int, world_size: int, sharded: bool, rows: int, size: int, folder: str) -> None:
     """A rank: keeps what it has found in a file."""
     torch.set_num_threads(1)
     if world_size > 1 or sharded:
@@ -83,12 +87,12 @@ def run(rank: int, world_size: int, sharded: bool, rows: int, folder: str) -> No
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "localhost"}
         os.environ |= {name: f"{value}" for name, value in places.items()}
         PartialState(cpu=True)  # through which ranks gather
-    torch.save(linearised(rank, world_size, sharded, rows), f"{folder}/{rank}.pt")
+    torch.save(linearised(rank, world_size, sharded, rows, size), f"{folder}/{rank}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def measured(world_size: int, sharded: bool, rows: int) -> list[tuple[float, torch.Tensor]]:
+def measured(world_size: int, sharded: bool, rows: int, size: int) -> list[tuple[float, torch.Tensor]]:
     """What each rank has found, in processes of their own.
 
     Raises:
@@ -96,7 +100,7 @@ def measured(world_size: int, sharded: bool, rows: int) -> list[tuple[float, tor
     """
     with tempfile.TemporaryDirectory() as folder:
         started: list[Any] = [
-            get_context("spawn").Process(target=run, args=(rank, world_size, sharded, rows, folder))
+            get_context("spawn").Process(target=run, args=(rank, world_size, sharded, rows, size, folder))
             for rank in range(world_size)
         ]
         for process in started:
@@ -108,27 +112,28 @@ def measured(world_size: int, sharded: bool, rows: int) -> list[tuple[float, tor
         return [torch.load(f"{folder}/{rank}.pt") for rank in range(world_size)]
 
 
-def row(name: str, args: RanksArguments) -> list[str]:
-    """The table's row of a way to share the work."""
-    ((alone, exact),) = measured(1, WAYS[name], args.rows)
-    found = measured(args.ranks, WAYS[name], args.rows)
+def row(name: str, size: int, args: RanksArguments) -> list[str]:
+    """The table's row of a way to share the work, in batches of a size."""
+    ((alone, exact),) = measured(1, WAYS[name], args.rows, size)
+    found = measured(args.ranks, WAYS[name], args.rows, size)
     seconds = [seconds for seconds, _ in found]
     off = max(float((jacobian - exact).norm() / exact.norm()) for _, jacobian in found)
     each = ", ".join(f"{s:.2f}" for s in seconds)
-    return [name, f"{alone:.2f}", each, f"{max(seconds) / alone:.2f}", f"{off:.0e}"]
+    return [name, f"{size}", f"{alone:.2f}", each, f"{max(seconds) / alone:.2f}", f"{off:.0e}"]
 
 
 def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(RanksArguments).parse_args_into_dataclasses(argv)
-    headers = ["", "one process, s", f"each of {args.ranks} ranks, s", "share of the slowest", "derivatives are off by"]
-    table = markdown(headers, [row(name, args) for name in WAYS])
+    headers = ["", "rows in a batch", "one process, s", f"each of {args.ranks} ranks, s", "share of the slowest"]
+    rows = [row(name, size, args) for name in WAYS for size in BATCHES]
+    table = markdown([*headers, "derivatives are off by"], rows)
     text = (
         "# Several ranks\n\n"
         "Written by `python -m benchmarks.ranks`; do not edit.\n\n"
         f"Processor seconds of one linearisation of {args.rows} texts of {TOKENS} tokens by a text encoder like "
         "MiniLM, on the CPU with gloo, in one thread per rank. With FSDP2, one process is a mesh of one, and what lies "
-        "in front of phi is computed anew each time. The last column is the norm of the difference to one process's "
-        "derivatives, over the norm of these.\n\n"
+        "in front of phi is computed anew each time; ranks gather the parameters in each pass of a batch. The last "
+        "column is the norm of the difference to one process's derivatives, over the norm of these.\n\n"
         f"{table}\n"
     )
     Path(args.page).write_text(text, encoding="utf-8")

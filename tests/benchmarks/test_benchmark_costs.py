@@ -64,8 +64,8 @@ def test_a_run_that_is_too_slow_is_ended():
 
 @pytest.mark.slow
 def test_two_ranks_linearise_what_one_process_does():
-    ((alone, exact),) = ranks.measured(1, False, 16)
-    for seconds, jacobian in ranks.measured(2, False, 16):
+    ((alone, exact),) = ranks.measured(1, False, 16, 8)
+    for seconds, jacobian in ranks.measured(2, False, 16, 8):
         assert 0 < seconds < alone and torch.allclose(jacobian, exact, atol=1e-4)
 
 

@@ -133,6 +133,14 @@ def test_bytes_are_counted_in_whatever_a_collator_returns():
     assert nbytes([{"x": (ids, np.zeros(4, np.float32))}, None]) == 64
 
 
+@torch.no_grad()
+def test_a_run_that_does_not_show_what_is_predicted_takes_no_inputs_out():
+    setting = counted(predict=with_inputs)
+    for i in range(3):
+        setting.cache.forward(i, lambda batch: str(setting.run(batch)), setting.held)
+    assert setting.cache.active and all(map(torch.equal, setting.held, setting.batches))
+
+
 # ---- models for which replaying would be wrong
 
 
