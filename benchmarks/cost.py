@@ -120,8 +120,10 @@ def models_text(rows: list[list[str]]) -> str:
         f"{held.MOST_OF_AN_EPOCH} of an epoch, and 1 GiB.{why if missed else ''}",
         markdown(held.HEADERS, rows),
         "What it costs on the benchmark's small models, with metric calls and selection, is in "
-        "[harm.md](results/harm.md#time); how a run grows with its sizes, in [growth.md](results/growth.md); what was "
-        "measured on a GPU, and what was not, in [gpu.md](results/gpu.md).",
+        "[harm.md](results/harm.md#time); how a run grows with its sizes, in [growth.md](results/growth.md); what "
+        "several ranks save, in [ranks.md](results/ranks.md); what a phi of tens of thousands of numbers gives, in "
+        "[wide_phi.md](results/wide_phi.md); what was measured on a GPU, and what was not, in "
+        "[gpu.md](results/gpu.md).",
     )
 
 

@@ -25,16 +25,17 @@ from transformers import (
     EvalPrediction,
 )
 
-from metricopt_hf import FiLM, Ledger, Metric
+from metricopt_hf import FiLM, Ledger, Metric, MetricOptConfig
 from metricopt_hf.evaluation.data import InOrder
 from metricopt_hf.evaluation.evaluator import BatchOutput, Evaluator
 from metricopt_hf.linear.linearizer import Linearizer
+from metricopt_hf.phase.plan import DEFAULT_STEPS
 
 from .looks import CACHE_BYTES, moved
 
 OBSERVED, TRAINED = 2000, 10_000  # rows of a run's observation set, and of its training set
 MEASURED, BATCH = 8, 2  # rows
-DIM, LINEARISATIONS = 64, 10  # coordinates and steps of a run, as the library has them by default
+DIM, LINEARISATIONS = MetricOptConfig.phi_dim, DEFAULT_STEPS  # coordinates and steps of a run, as they are by default
 MOST_OF_AN_EPOCH = 0.5  # that all of these should take
 PIXELS, TOKENS, VOCABULARY = 224, 128, 30522
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}

@@ -42,7 +42,7 @@ BELOW = {
 PUBLIC = {"diagnosis", "experimental", "posthoc", "metrics", "extras"}
 # What times the inside by itself, or builds another method of its parts, has to reach it.
 INSPECTED = {
-    "benchmarks/large_models.py": {"evaluation", "linear"},  # a linearisation alone is timed
+    "benchmarks/large_models.py": {"evaluation", "linear", "phase"},  # a linearisation alone is timed
     "benchmarks/looks.py": {"evaluation"},  # methods without a trainer are looked at as its candidates are
     "benchmarks/methods.py": {"guides"},  # a control that says the opposite of pairs
     "benchmarks/paper.py": {"phase"},  # the names of its candidates

@@ -187,7 +187,6 @@ class Linearizer:
         widths = {part.jacobian.shape[1] for part in parts}
         if widths != {outputs_per_row(predicted.shape, self.way)} or any(part.leaf != position for part in parts):
             raise NotRowByRow("batches differ in what the model returns.")
-
         if (found := sum(part.shape[0] for part in parts)) != total:
             raise NotRowByRow(f"{found} rows were differentiated, and {total} are predicted.")
 
