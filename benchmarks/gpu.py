@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         print(*row, sep=" | ", flush=True)
     there = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if there else "No GPU was there, so every figure is missing"
-    told = f"{device}, bf16, torch {torch.__version__}, {perf_counter() - start:.0f} s"
+    told = f"{device}; bf16, torch {torch.__version__}, {perf_counter() - start:.0f} s"
     headers = ["what", "model", "measured", "as hoped"]
     print(f"\n{told}\n\n{tabulate(table, headers, disable_numparse=True)}")
     written = page(
