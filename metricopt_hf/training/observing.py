@@ -133,7 +133,8 @@ class Observing:
             return agreed(args.process_index, args.world_size, moved)
 
         said()
-        if agreed(args.process_index, args.world_size, lambda: len(before) > 1):
+        several = agreed(args.process_index, args.world_size, lambda: len(before) > 1)
+        if several and self.phi.output_bias_slice is not None:
             with suppress(Exception):  # likewise
                 evaluator = self.evaluator(dataset, Ledger())
                 read += arrays_read(evaluator, evaluator.predictions())

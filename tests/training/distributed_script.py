@@ -13,6 +13,7 @@ from linear_models import evaluator, linearizer, texts
 from metricopt_hf import FiLM, Metric, MetricOptConfig, MetricOptTrainer, ValueFunction
 from metricopt_hf.linear.cost import DIFFERENCES, ROW_BY_ROW
 from metricopt_hf.training import checkpoint
+from metricopt_hf.training.observing import Observing
 
 FOLDER = sys.argv[1]
 RANKS = int(os.environ["WORLD_SIZE"])
@@ -157,6 +158,22 @@ def check_linearisation():
     same_on_all_ranks(digest(linear.leaves[0].jacobian))
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return (row for row in Texts(96, 1))
+
+
+def check_gradients_of_a_stream():
+    """Each rank gets rows of its own, and all have the gradients of the first one."""
+    args = MetricOptConfig(os.path.join(FOLDER, f"stream-{RANKS}"), max_steps=4, greater_is_better=True, use_cpu=True,
+                           report_to=[])  # fmt: skip
+    parts = {name: Texts(16, seed) for seed, name in enumerate(("observation_dataset", "selection_dataset"))}
+    trainer = MetricOptTrainer(tiny_bert(), args, train_dataset=Stream(), metric=true_class_probability, **parts)
+    gradients = Observing(trainer, trainer.metric, trainer.phi).loss_gradients(3)
+    assert gradients.shape == (3, trainer.phi.dim) and gradients.any()
+    same_on_all_ranks(digest(gradients))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -164,6 +181,7 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     run("predictions")
     check_linearisation()
+    check_gradients_of_a_stream()
     run("scores", observe="scores", guide="pairs", metric_call_budget=30)
     run("blended", value_weight=1.0, gradient_accumulation_steps=2, per_device_train_batch_size=4 // RANKS)
     run("batchwise", metric=Metric(Batchwise(), "accuracy", batchwise=True), guide="pairs", metric_call_budget=30)
