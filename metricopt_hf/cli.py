@@ -39,8 +39,10 @@ from .evaluation.metric import Metric
 from .evaluation.modules import resolve
 from .extras import require
 from .hub import ValueFunction
+from .linear.rows import take_rows
 from .posthoc import add_bias, tune_bias
 from .training.config import MetricOptConfig
+from .training.preflight import metric_name
 from .training.trainer import MetricOptTrainer
 
 METRIC_HELP = (
@@ -118,13 +120,6 @@ def read_predictions(path: str) -> EvalPrediction:
     return EvalPrediction(logits, tuple(columns.values()) if len(columns) > 1 else next(iter(columns.values())))
 
 
-def take(prediction: EvalPrediction, rows: np.ndarray) -> EvalPrediction:
-    """Some rows of arrays."""
-    labels = prediction.label_ids
-    taken = tuple(column[rows] for column in labels) if isinstance(labels, tuple) else labels[rows]
-    return EvalPrediction(prediction.predictions[rows], taken)
-
-
 def diagnose_predictions(
     metric: Metric, prediction: EvalPrediction, worthwhile: float | None = None, seed: int = 0
 ) -> tuple[Diagnosis, list[Scored]]:
@@ -141,11 +136,11 @@ def diagnose_predictions(
             return metric.value(of)
 
     order = np.random.default_rng(seed).permutation(count)
-    parts = [take(prediction, np.sort(rows)) for rows in (order[: count // 2], order[count // 2 :])]
+    parts = [take_rows(prediction, np.sort(rows)) for rows in (order[: count // 2], order[count // 2 :])]
     folds = []
     for fitted, held in (parts, parts[::-1]):
         biased = add_bias(held, tune_bias(metric, fitted, ledger))
-        folds.append(scored(value, {START: held, BIAS: biased}, len(held.predictions), take, seed))
+        folds.append(scored(value, {START: held, BIAS: biased}, len(held.predictions), take_rows, seed))
     return judged(folds, metric, count, worthwhile, ledger, perf_counter() - since), folds
 
 
@@ -232,15 +227,22 @@ def read_rows(given: RunArguments) -> datasets.Dataset:
 def run(given: RunArguments, args: MetricOptConfig) -> None:
     """`metricopt run`."""
     set_seed(args.seed)
-    metric, rows = function_of(given.metric), read_rows(given)
+    metric: Any = function_of(given.metric)
+    if callable(metric):  # an error comes before all that takes time
+        name = metric_name(args, None) or metric.__name__
+        metric = Metric(metric, name, args.direction_of(name), args.metric_timeout)
+    rows = read_rows(given)
     classes = rows.features["labels"].names
     args.label_names = ["labels", *given.metric_columns]
-    head = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    begin: dict[str, Any] = {
+        "pretrained_model_name_or_path": given.model_name_or_path,
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: i for i, name in enumerate(classes)},
+        "ignore_mismatched_sizes": True,
+    }
     processor: Any
     if "image" in rows.column_names:
-        model = AutoModelForImageClassification.from_pretrained(
-            given.model_name_or_path, **head, ignore_mismatched_sizes=True
-        )
+        model = AutoModelForImageClassification.from_pretrained(**begin)
         processor = AutoImageProcessor.from_pretrained(given.model_name_or_path)
 
         def pixels(batch: dict[str, list]) -> dict[str, Any]:
@@ -250,9 +252,7 @@ def run(given: RunArguments, args: MetricOptConfig) -> None:
         rows = rows.with_transform(pixels)
         args.remove_unused_columns = False  # an image is made a tensor when it is asked for
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            given.model_name_or_path, **head, ignore_mismatched_sizes=True
-        )
+        model = AutoModelForSequenceClassification.from_pretrained(**begin)
         processor = AutoTokenizer.from_pretrained(given.model_name_or_path)
         rows = rows.map(lambda row: processor(row["text"], truncation=True), remove_columns="text")
     split = rows.train_test_split(given.held_out_share, seed=args.seed)

@@ -168,6 +168,7 @@ def scored(
     """
     generator, half = np.random.default_rng(seed), num_rows // 2
     count = HALVES if take is not None and num_rows >= FEWEST_ROWS else 0
+    take = take or (lambda prediction, rows: prediction)
     orders = [generator.permutation(num_rows) for _ in range(count)]
     whole = {
         name: next(filter(math.isfinite, (score(prediction) for _ in range(ATTEMPTS))), math.nan)

@@ -134,13 +134,14 @@ def with_tuned_bias(evaluator: Evaluator, point: Tensor) -> Tensor | None:
         before = logits_of(prediction)
         if before.ndim != 2 or before.shape[-1] != where.stop - where.start:
             return None
-        ledger = Ledger()
-        bias, spent = agreed(
+        ledger, complete = evaluator.ledger, evaluator.complete
+        bias, calls = agreed(
             evaluator.rank,
             evaluator.world_size,
-            lambda: (tune_bias(evaluator.metric, prediction, ledger, complete=evaluator.complete), ledger.state_dict()),
+            lambda: (tune_bias(evaluator.metric, prediction, ledger, complete=complete), ledger.calls["post-hoc"]),
         )
-        evaluator.ledger.add("post-hoc", spent["calls"]["post-hoc"], spent["seconds"]["post-hoc"])
+        if evaluator.rank:
+            ledger.add("post-hoc", calls - ledger.calls["post-hoc"], 0.0)
         tuned = point.clone()
         tuned[where] += torch.as_tensor(bias, dtype=point.dtype, device=point.device)
         off = np.abs(logits_of(_predictions(evaluator, tuned)) - before - bias).max(initial=0.0)

@@ -160,7 +160,7 @@ def _key(key: Any) -> Any:
 
 
 def _replaced(match: re.Match) -> str:
-    before = re.search(r"[\w-]*$", match.string[max(0, match.start() - 40) : match.start()])[0]
+    before = re.split(r"[^\w-]", match.string[max(0, match.start() - 40) : match.start()])[-1]
     return match["name"] + match["between"] + _placeholder(before + match["name"])
 
 

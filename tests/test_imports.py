@@ -36,7 +36,7 @@ BELOW = {
         "hub", "phase", "guides", "linear", "value", "posthoc", "diagnosis", "evaluation", "phi", "redaction", "extras",
         "errors",
     },
-    "cli": {"training", "hub", "posthoc", "diagnosis", "evaluation", "extras", "errors"},
+    "cli": {"training", "hub", "linear", "posthoc", "diagnosis", "evaluation", "extras", "errors"},
 }
 # Rooms that benchmarks, examples and everybody's own scripts may import beside the names of the package.
 PUBLIC = {"diagnosis", "experimental", "posthoc", "metrics", "extras"}

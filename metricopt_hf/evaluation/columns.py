@@ -72,7 +72,7 @@ def explain_labels(
     return " ".join(faults) or None
 
 
-def forgotten_columns(label_names: Sequence[str], dataset: Any, forward: Callable | None, error: str) -> str | None:
+def forgotten_columns(label_names: Sequence[str], dataset: Any, forward: Any, error: str) -> str | None:
     """A hint at columns that a metric may have been meant to get, where it failed to unpack its labels.
 
     Args:

@@ -75,8 +75,9 @@ def class_labels(dataset: Any, label_name: str) -> np.ndarray | None:
     attribute, called `label_name`, "label", "labels" or, as torchvision's, "targets".
     """
     labels = column(dataset, (label_name, "label", "labels", "targets"))
-    is_classes = labels is not None and labels.dtype.kind in "iub"
-    return labels if is_classes and 1 < len(np.unique(labels)) <= len(labels) // 2 else None
+    if labels is None or labels.dtype.kind not in "iub":
+        return None
+    return labels if 1 < len(np.unique(labels)) <= len(labels) // 2 else None
 
 
 def column(dataset: Any, names: Sequence[str]) -> np.ndarray | None:

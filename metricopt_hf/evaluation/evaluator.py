@@ -213,6 +213,7 @@ class Evaluator:
         batches = self._kept_batches()
 
         def of(index: int, batch: Any) -> Any:
+            self.ledger.move_bar(batches=1)
             if batches is None:
                 return run(batch)
             return on_copy(batch) if self._prefix is None else self._prefix.forward(index, on_copy, batches)
@@ -233,13 +234,12 @@ class Evaluator:
                 mine.append((own[0], share(tree_map_only(Tensor, lambda tensor: tensor.cpu(), output))))
             round_of.clear()
 
-        pair = None
         for pair in numbered:
             round_of.append(pair)
             if len(round_of) == self.world_size:
                 run(pair)
         if round_of:
-            run(pair)
+            run(round_of[-1])
         reshard(self.phi.model)
         return mine
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+from tqdm.auto import tqdm
+
 logger = logging.getLogger(__name__)
 
 PURPOSES = ("check", "observe", "noise", "select", "offline", "post-hoc")
@@ -39,6 +41,8 @@ class Ledger:
         self.calls = dict.fromkeys(PURPOSES, 0)
         self.passes = dict.fromkeys(PURPOSES, 0)
         self.seconds = dict.fromkeys(PURPOSES, 0.0)
+        self._bar: Any = None
+        self._batches = 0  # that the model has run under the bar
 
     @property
     def remaining(self) -> float:
@@ -53,12 +57,32 @@ class Ledger:
             yield
         finally:
             self.add(purpose, 1, perf_counter() - start, passes)
+            self.move_bar(calls=1)
 
     def add(self, purpose: str, calls: int, seconds: float, passes: int = 0) -> None:
         """Charge `calls` calls and `passes` passes that took `seconds` in all, for instance on other ranks."""
         self.calls[purpose] += calls
         self.passes[purpose] += passes
         self.seconds[purpose] += seconds
+
+    @contextmanager
+    def shown(self, what: str, calls: float | None, silent: bool) -> Iterator[None]:
+        """Inside, a progress bar if that takes over a second: metric calls, about `calls` in all, and batches run."""
+        options = {"total": calls, "unit": " calls", "miniters": 0, "delay": 1, "leave": False, "disable": silent}
+        self._batches = 0
+        with tqdm(desc=what, **options) as self._bar:
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def move_bar(self, calls: int = 0, batches: int = 0) -> None:
+        """Show further calls and batches, if there is a bar."""
+        if self._bar is not None:
+            self._batches += batches
+            self._bar.set_postfix_str(f"{self._batches} batches", refresh=False)
+            self._bar.total = self._bar.total and max(self._bar.total, self._bar.n + calls)
+            self._bar.update(calls)
 
     def state_dict(self) -> dict:
         return {"calls": dict(self.calls), "passes": dict(self.passes), "seconds": dict(self.seconds)}

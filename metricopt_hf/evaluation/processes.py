@@ -52,7 +52,7 @@ def run(
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
         )
-        if watcher is not None:
+        if watcher is not None and watcher.stdin is not None:
             with suppress(OSError):  # somebody has killed it
                 watcher.stdin.write(f"{process.pid}\n".encode())
         return process.wait(timeout)
@@ -64,9 +64,7 @@ def run(
             process.wait()
         if watcher is not None:
             watcher.kill()
-            with suppress(OSError):
-                watcher.stdin.close()
-            watcher.wait()
+            watcher.communicate()  # closes its pipe
 
 
 def kill_all(group: int | None, mark: str) -> None:

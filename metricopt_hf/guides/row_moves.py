@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from transformers import EvalPrediction
 
-from ..linear.linearization import Linearization
+from ..linear.linearization import Linearization, LinearLeaf
 from ..linear.local_metric import LocalMetric
 from .base import Guide, GuideContext
 
@@ -38,9 +38,10 @@ class RowMovesGuide(Guide):
 
     def start(self, context: GuideContext) -> None:
         super().start(context)
-        self.worth: np.ndarray | None = None  # [rows, classes] sums of effects
-        self.count: np.ndarray | None = None  # [rows, classes] number of effects in each sum
+        self.worth = np.zeros((0, 0))  # [rows, classes] sums of effects
+        self.count = np.zeros((0, 0))  # [rows, classes] number of effects in each sum
         self.linear: Linearization | None = None
+        self.leaf: LinearLeaf | None = None  # its logits
         self.kinds = np.zeros(0, int)  # of the rows of `linear`: equal for equal labels
         self.paid = 0.0  # updates for which calls were made in advance
 
@@ -58,28 +59,33 @@ class RowMovesGuide(Guide):
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:
         """Learn from row moves. If these take more calls than an update may make, one update makes them for several."""
-        if self.linear is not metric.linearization:
-            self.linear, self.kinds, self.paid = metric.linearization, _kinds(metric.linearization.centre), 0.0
+        linear = metric.linearization
+        assert linear is not None and linear.decisions is not None  # else it does not apply
+        if self.linear is not linear:
+            self.linear, self.leaf, self.kinds, self.paid = linear, linear.decisions, _kinds(linear.centre), 0.0
         if self.paid >= 1:
             self.paid -= 1
             return
         metric.halve()
-        logits = two_sided(self.linear.decisions.at(z))
-        if self.worth is None or self.worth.shape != logits.shape:
+        logits = two_sided(linear.decisions.at(z))
+        if self.worth.shape != logits.shape:
             self.worth, self.count = np.zeros(logits.shape), np.zeros(logits.shape)
-        seen = logits[torch.as_tensor(metric.rows)]
+        rows = np.arange(len(logits)) if metric.rows is None else metric.rows
+        seen = logits[torch.as_tensor(rows)]
         seen = seen + NOISE * torch.randn(seen.shape, generator=self.context.generator)
-        effects, known, calls = self._effects(metric, seen)
+        effects, known, calls = self._effects(metric, metric.part or linear, rows, seen)
         self.paid = calls / max(1.0, metric.share) - 1
         self.worth *= DECAY
         self.count *= DECAY
-        self.worth[metric.rows] += effects
-        self.count[metric.rows] += known
+        self.worth[rows] += effects
+        self.count[rows] += known
 
-    def _effects(self, metric: LocalMetric, logits: Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+    def _effects(
+        self, metric: LocalMetric, part: Linearization, rows: np.ndarray, logits: Tensor
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """([rows, classes] change of the metric if that row alone is decided so, [rows, classes] whether it is known,
         calls that would find all of them)."""
-        rows, classes = metric.rows, logits.shape[1]
+        classes = logits.shape[1]
         decisions = logits.argmax(1).numpy()
         keys = self.kinds[rows] * classes + decisions
         _, first, kind, sizes = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
@@ -94,11 +100,11 @@ class RowMovesGuide(Guide):
 
         def moved(i: int) -> EvalPrediction:
             if i == 0:
-                return _planted(metric.part, logits)
+                return _planted(part, logits)
             row, other = moves[i - 1]
             changed, own = logits.clone(), decisions[row]
             changed[row, [own, other]] = logits[row, [other, own]]
-            return _planted(metric.part, changed)
+            return _planted(part, changed)
 
         values = metric.values_of(moved, len(moves) + 1)
         effects, known = np.zeros((len(first), classes)), np.zeros((len(first), classes))
@@ -110,7 +116,7 @@ class RowMovesGuide(Guide):
         return effects[kind], known[kind], calls
 
     def gradient(self, z: Tensor) -> Tensor:
-        if self.worth is None or not self.worth.any():
+        if self.leaf is None or not self.worth.any():
             return torch.zeros(self.context.dim)
         known = torch.as_tensor(self.count > KNOWN)
         worth = torch.as_tensor(self.worth / np.maximum(self.count, KNOWN), dtype=torch.float32)
@@ -118,15 +124,15 @@ class RowMovesGuide(Guide):
         others = known & ~torch.nn.functional.one_hot(best.indices, worth.shape[1]).bool()
         mean = (worth * others).sum(1) / others.sum(1).clamp_min(1)
         weight = torch.where(others.any(1), best.values - mean, 0.0)  # against the mean of the others that are known
-        leaf = self.linear.decisions
-        outputs = leaf.at(z)
+        outputs = self.leaf.at(z)
         target = torch.nn.functional.one_hot(best.indices, worth.shape[1]).float()
         # gradient of the cross-entropy towards each row's best class, weighted by the worth of that class
         slope = (target - two_sided(outputs).softmax(1)) * (weight / weight.sum().clamp_min(1e-30))[:, None]
-        return leaf.pull(slope if outputs.dim() == 2 and outputs.shape[1] > 1 else slope[:, 1].reshape(outputs.shape))
+        one = outputs.dim() < 2 or outputs.shape[1] == 1
+        return self.leaf.pull(slope[:, 1].reshape(outputs.shape) if one else slope)
 
     def state_dict(self) -> dict[str, Any]:
-        if self.worth is None:
+        if not self.worth.size:
             return {}
         return {"worth": torch.as_tensor(self.worth), "count": torch.as_tensor(self.count)}
 

@@ -153,7 +153,8 @@ def _of_network(error: BaseException) -> bool:
 
 
 def _of_the_hub(error: BaseException) -> bool:
-    known = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+    # Xet's uploads raise a ConnectionError, when they have tried for minutes
+    known = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, ConnectionError)
     return isinstance(error, known) or _of_network(error)
 
 

@@ -52,8 +52,8 @@ class ValueFunction(ValueNetwork):
         Args:
             phi: [d], a start that may lie elsewhere.
         """
-        origin, basis = self.signature.origin.to(phi.device), self.signature.basis.to(phi.device)
-        coordinates = Coordinates(origin, basis, self.signature.coordinates)
+        assert (about := self.signature) is not None
+        coordinates = Coordinates(about.origin.to(phi.device), about.basis.to(phi.device), about.coordinates)
         if len(self.observations):
             z, known = coordinates.encode(phi).cpu(), self.observations.z
             low, high = known.amin(0), known.amax(0)

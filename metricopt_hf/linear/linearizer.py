@@ -51,7 +51,7 @@ class Linearizer:
         generator: draws rows and directions, the same on every rank.
 
     Attributes:
-        way: see `cost.way_of`; None until predictions were seen.
+        way: see `cost.way_of`; empty until predictions were seen.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Linearizer:
         generator: torch.Generator,
     ):
         self.evaluator, self.dim, self.loss_gradients, self.generator = evaluator, dim, loss_gradients, generator
-        self.way: str | None = None
+        self.way = ""
         self._kept: list[RowDerivatives] = []  # this rank's in all of phi, at the phi where coordinates were found
         self._kept_batches = 0  # that all ranks together have kept: all or none
         self._checked = False  # whether derivatives row by row were compared with a small step
@@ -117,7 +117,7 @@ class Linearizer:
         return cost(shapes, self.evaluator.phi.dim, dim or self.dim, self._way(prediction))
 
     def _way(self, prediction: EvalPrediction) -> str:
-        if self.way is None:
+        if not self.way:
             evaluator, shapes = self.evaluator, [leaf.shape for leaf in floats(prediction).values()]
             taps = evaluator.concat and evaluator.phi.taps() is not None
             many = taps and way_of(shapes, taps, True) != way_of(shapes, taps, False)
@@ -194,9 +194,9 @@ class Linearizer:
             """[rows, ...] or [examples, tokens, ...]; zeros for tokens that other batches have more of."""
             joint, start = values[0].new_zeros(*predicted.shape[: self._leading], *values[0].shape[1:]), 0
             for part, value in zip(parts, values, strict=True):
-                rows = slice(start, start + part.shape[0])
-                joint[(rows, *map(slice, part.shape[1:]))] = value.reshape(*part.shape, *value.shape[1:])
-                start = rows.stop
+                place = (slice(start, start + part.shape[0]), *map(slice, part.shape[1:]))
+                joint[place] = value.reshape(*part.shape, *value.shape[1:])
+                start += part.shape[0]
             return joint
 
         jacobian = joined([part.jacobian for part in parts])

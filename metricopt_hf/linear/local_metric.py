@@ -111,7 +111,7 @@ class LocalMetric:
             BudgetSpent: fewer calls are left.
         """
         start = perf_counter()
-        if self.linearization is None:
+        if self.part is None:
             found = self._observed(z)
         else:
             rank, world_size = self.evaluator.rank, self.evaluator.world_size
@@ -141,6 +141,8 @@ class LocalMetric:
                 return sign * evaluator.metric(make(i), evaluator.complete), None
             except MetricError as error:
                 return float("nan"), str(error)
+            finally:
+                evaluator.ledger.move_bar(calls=evaluator.world_size)
 
         with world_kept():  # once for all of them
             taken = shared_out(evaluator.rank, evaluator.world_size, count, call)

@@ -61,7 +61,7 @@ def row_derivatives(
         NotRowByRow: that is not possible.
     """
     phi = evaluator.phi
-    taps = phi.taps()
+    taps = phi.taps() or ()
     found: list[tuple[int, Tensor]] = []
 
     def forward() -> None:

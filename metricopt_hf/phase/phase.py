@@ -88,13 +88,13 @@ class MetricPhase:
         self.phi, self.metric, self.ledger = evaluator.phi, evaluator.metric, evaluator.ledger
         self.trust, self.make_optimizer = Trust(make_guides), make_optimizer
         self.observing_scores = observing_scores or plan
-        self.coordinates, self.network = coordinates, network
+        self.coordinates: Coordinates  # from the start of the phase on
+        self.given, self.network = coordinates, network
         self.faults, self.trajectory = Faults(), Trajectory()
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.linearizer = Linearizer(evaluator, plan.dim, loss_gradients, self.generator)
-        self.start_step = -1
         self.value = float("nan")  # the metric at the present phi, greater is better
-        self.last_step = -1  # the latest metric step
+        self.start_step = self.last_step = -1  # the first metric step, the latest one
         self.taken_back = 0  # steps in a row
         self.ended: str | None = None  # why no further step is made
         self.finished = False
@@ -117,22 +117,21 @@ class MetricPhase:
         self.phi.reset()
         self.start_step = step
         self._freeze()
-        since = perf_counter()
+        since, coordinates = perf_counter(), self.given
         score, prediction = self._first_score()
         pass_seconds = perf_counter() - since
         if self.ended is None and self.plan.observe == PREDICTIONS and prediction is not None:
             try:
-                self.coordinates = self.coordinates or self.linearizer.coordinates(prediction)
-                self._linearise(prediction)
-                self.plan = self.plan.for_outputs(self._linearization)
-                self.plan = replace(self.plan, scale=self._scale())
+                self.coordinates = coordinates = coordinates or self.linearizer.coordinates(prediction)
+                linear = self._linearise(prediction)
+                self.plan = self.plan.for_outputs(linear)
+                self.plan = replace(self.plan, scale=self._scale(linear))
             except NotLinearizable as error:
                 self._observe_scores(str(error))
         elif self.ended is None and self.plan.observe == PREDICTIONS:
             self._observe_scores("the metric is computed batch by batch")
         self._keep_in_time(pass_seconds, trained_seconds)
-        if self.coordinates is None:
-            self.coordinates = self.linearizer.coordinates(None)
+        self.coordinates = coordinates or self.linearizer.coordinates(None)
         if not self.plan.calls:
             self._end("metric_call_budget is 0")
         context = GuideContext(self.coordinates.dim, self.generator, self.network)
@@ -212,8 +211,8 @@ class MetricPhase:
     def _judge(self, tried: dict[str, Step], step: int) -> None:
         """Take the best step, unless its value is worse by more than the metric's standard error."""
         error, before = self._standard_error(), self.value
-        best = max(tried, key=lambda name: tried[name].value, default=None)
-        taken = best is not None and tried[best].value >= self.value - error
+        best = max(tried, key=lambda name: tried[name].value, default="")
+        taken = bool(tried) and tried[best].value >= self.value - error
         self.trust.judge({name: made.value for name, made in tried.items()}, self.value)
         if taken:
             self.value, self._prediction = tried[best].value, tried[best].prediction
@@ -275,9 +274,10 @@ class MetricPhase:
         if in_time.calls < before:
             logger.info(f"{self.metric.name} takes {seconds:.2g} s: it is called {in_time.calls} times, not {before}.")
 
-    def _linearise(self, prediction: EvalPrediction) -> None:
-        self._linearization = self.linearizer.linearize(self.coordinates.basis, prediction)
+    def _linearise(self, prediction: EvalPrediction) -> Linearization:
+        self._linearization = linear = self.linearizer.linearize(self.coordinates.basis, prediction)
         self.ledger.add("observe", 0, 0.0, passes=self.linearizer.cost(prediction, self.coordinates.dim).passes)
+        return linear
 
     def _observe_scores(self, why: str) -> None:
         """Observe scores, a forward pass each, from now on."""
@@ -285,9 +285,9 @@ class MetricPhase:
         self.plan, self._linearization = self.observing_scores, None
         self.ledger.budget = self.plan.calls
 
-    def _scale(self) -> float:
+    def _scale(self, linear: Linearization) -> float:
         """Factor on perturbations that keeps them from moving the outputs by more than `MOST_MOVED`."""
-        ratio = self._linearization.movement(self.plan.spread(self.coordinates.dim))
+        ratio = linear.movement(self.plan.spread(self.coordinates.dim))
         return min(1.0, MOST_MOVED / ratio) if ratio > 0 else 1.0
 
     @contextmanager

@@ -131,7 +131,7 @@ class Selection:
 
     def _value(self, candidate: Candidate) -> float:
         """The score, greater is better."""
-        return self.evaluator.metric.sign * candidate.score
+        return candidate.score if self.evaluator is None else self.evaluator.metric.sign * candidate.score
 
     def _gain_on(self, observation: Evaluator, first: Candidate, second: Candidate) -> float:
         """By how much one candidate is better than another on the observation split; 0 where the metric fails."""
@@ -153,18 +153,18 @@ class Selection:
 
     def _error(self, first: Candidate, second: Candidate) -> float:
         """Standard error of the difference of two candidates' scores; nan where it is not known."""
-        made = [self._prediction_of(candidate) for candidate in (first, second)]
-        if self.on_all_rows or None in made or self.evaluator.complete is not None:
+        one, other, evaluator = self._prediction_of(first), self._prediction_of(second), self.evaluator
+        if one is None or other is None or evaluator is None or self.on_all_rows or evaluator.complete is not None:
             return float("nan")
-        return paired_error(self.evaluator, *made)
+        return paired_error(evaluator, one, other)
 
     def _prediction_of(self, candidate: Candidate) -> EvalPrediction | None:
         """The model's predictions there, made again after a resume; None if the metric takes none of all rows."""
-        metric = self.evaluator.metric
-        if candidate.kind not in self._predictions and metric.of_predictions and not metric.batchwise:
+        kept, evaluator = candidate.kind in self._predictions, self.evaluator
+        if evaluator is not None and not kept and evaluator.metric.of_predictions and not evaluator.metric.batchwise:
             with self.phi.restored():
                 self.phi.write(candidate.phi)
-                self._predictions[candidate.kind] = self.evaluator.predictions()
+                self._predictions[candidate.kind] = evaluator.predictions()
         return self._predictions.get(candidate.kind)
 
     def _scored(self, candidate: Candidate) -> Candidate:

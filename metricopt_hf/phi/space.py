@@ -258,7 +258,7 @@ class Union(PhiSpace):
 
     def taps(self) -> Sequence[Tap] | None:
         found = [part.taps() for part in self.parts]
-        return None if None in found else [tap for taps in found for tap in taps]
+        return None if None in found else [tap for taps in found for tap in taps or ()]
 
     def state_dict(self) -> dict[str, Tensor]:
         parts = (part.state_dict() for part in self.parts)

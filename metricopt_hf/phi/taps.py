@@ -118,11 +118,11 @@ class Linear(Tap):
     def __init__(self, module: nn.Module, weight: bool, bias: bool):
         super().__init__(module)
         self.weight, self.bias = weight, bias
-        self.inputs: Tensor | None = None
+        self.inputs = torch.empty(0)
 
     def clear(self) -> None:
         super().clear()
-        self.inputs = None
+        self.inputs = torch.empty(0)
 
     def begin(self, args: tuple, output: Tensor) -> None:
         if not args:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
 from ..diagnosis import BIAS, PHI, START, Diagnosis, Scored, judged, scored
@@ -33,6 +32,7 @@ from ..posthoc import add_bias, logits_of, tune_bias
 from ..value import Trajectory
 from .observing import Observing
 from .setup import Setup
+from .steps import shown
 
 UPDATES = 40  # of phi, on one linearization
 
@@ -71,8 +71,7 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None, since: flo
     ledger, args = Ledger(), trainer.args
     generator = torch.Generator().manual_seed(args.seed)
     plan = PhasePlan.from_args(args, 1, True)
-    silent = args.disable_tqdm or not trainer.is_local_process_zero()
-    with tqdm(total=6, desc="diagnosis", leave=False, disable=silent) as bar:
+    with shown(trainer, ledger, "diagnosis"):
         folds: list[_Fold] = []
         for part in (setup.observation, setup.selection):
             evaluator = seen.evaluator(part, ledger)
@@ -90,13 +89,9 @@ def diagnose(seen: Observing, setup: Setup, worthwhile: float | None, since: flo
                 ) from error
             ledger.add("observe", 0, 0.0, linearizer.cost(prediction, coordinates.dim).passes)
             folds.append(_Fold(evaluator, linear, coordinates, metric.sign * score))
-            bar.update()
         found: list[Scored] = []
         for fitted, held_out in (folds, folds[::-1]):
-            z = _ascended(fitted, plan, generator)
-            bar.update()
-            found.append(_scored(fitted, held_out, z, plan))
-            bar.update()
+            found.append(_scored(fitted, held_out, _ascended(fitted, plan, generator), plan))
     examples = sum(fold.linear.num_rows for fold in folds)
     return judged(found, metric, examples, worthwhile, ledger, perf_counter() - since)
 

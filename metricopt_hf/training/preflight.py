@@ -59,7 +59,7 @@ def warn_of_no_guidance(args: TrainingArguments, compute_metrics: Callable | Non
 def resolve_metric(
     given: Any,
     args: TrainingArguments,
-    compute_metrics: Callable | None,
+    compute_metrics: Any,
     eval_dataset: Any,
     processor: Any = None,
     directed: bool = True,
@@ -96,7 +96,7 @@ def resolve_metric(
         description = f"{given.description} {given.inputs_description}"
     if given is None:
         batchwise = args.batch_eval_metrics and takes_batches(compute_metrics)
-        name = metric_name(args, eval_dataset)
+        name = str(metric_name(args, eval_dataset))
         metric = Metric(compute_metrics, name, True, args.metric_timeout, exact=True, batchwise=batchwise)
     else:
         kwargs: Any = args.metric_kwargs  # a dict: JSON has been read

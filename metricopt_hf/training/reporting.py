@@ -84,6 +84,11 @@ class RunResult:
         """Optimizer steps before the chosen candidate."""
         return self.chosen.step
 
+    @property
+    def taken(self) -> int:
+        """Metric steps that were taken, not taken back."""
+        return sum(row["guide"] is not None for row in self.curve)
+
     @cached_property
     def value_function(self) -> ValueFunction | None:
         """V(z) over the run's coordinates, fitted to its observations; None if they are too few.
@@ -100,7 +105,7 @@ class RunResult:
             f"metric phase, {self.chosen.score:.4f} now\n"
             f"kept: {self.chosen.kind}, at step {self.chosen.step}\n"
             f"why: {self.why or 'the run is not over'}\n"
-            f"steps taken: {sum(row['guide'] is not None for row in self.curve)} of {len(self.curve)}"
+            f"steps taken: {self.taken} of {len(self.curve)}"
             f"{f'; it ended early: {self.ended}' if self.ended else ''}\n"
             f"cost: {sum(spent.passes.values())} passes, {sum(spent.calls.values())} metric calls "
             f"({self.failed_calls} failed), {sum(spent.seconds.values()):.1f} s"
@@ -135,14 +140,15 @@ def result_of(phase: MetricPhase) -> RunResult:
     )
 
 
-def warn_of_changed_weights(phase: MetricPhase) -> None:
+def warn_of_changed_weights(trainer: Any) -> None:
     """Warn where phi is not the chosen one, for example behind a callback that puts averaged weights in place."""
+    phase: MetricPhase = trainer.phase
     chosen, left = phase.selection.chosen, phase.selection.weights
     if phase.started and not phase.finished:
         phase.selection.why = "training ended early, and load_best_model_at_end put its checkpoint in place of a choice"
         logger.warning(f"Nothing was selected: {phase.selection.why}.")
     now = [whole(parameter.detach()) for parameter in phase.phi.parameters]
-    if left and not all(map(torch.equal, now, left)):
+    if chosen is not None and left and not all(map(torch.equal, now, left)):
         logger.warning(
             f"The score {chosen.score:.4f} is not that of the model that came out: the weights were changed behind the "
             "selection, in on_train_end or by load_best_model_at_end."

@@ -141,6 +141,8 @@ def _card(trainer: Any, summary: TrainingSummary, scores: Mapping[str, float], c
         candidates=len(result.candidates),
         kind=result.chosen.kind,
         why=result.why,
+        taken=result.taken,
+        steps=len(result.curve),
         observed=result.observed,
         evaluation={k: v for k, v in (summary.eval_results or {}).items() if isinstance(v, float)},
         comparison=comparison,

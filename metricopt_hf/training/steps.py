@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ConfigurationError
+from ..evaluation.ledger import Ledger
 from . import building
 from .observing import Observing
 from .subclasses import bookkeeping_kept, is_overridden
@@ -33,7 +35,7 @@ TOO_EARLY = (
 def take(trainer: Any, inputs: Any) -> Tensor:
     """A micro-batch of a metric step: its loss, for the log; with the last one the phase moves phi."""
     step, phase, around = trainer.state.global_step, trainer.phase, trainer.around
-    seen = _observing(trainer)
+    seen, made = _observing(trainer), step - around.start
     _hold_still(trainer.model)
     loss = seen.logged_loss(inputs) / trainer.current_gradient_accumulation_steps
     around.batches.append(inputs)
@@ -41,11 +43,15 @@ def take(trainer: Any, inputs: Any) -> Tensor:
         starts = not phase.started
         with bookkeeping_kept(trainer):
             if starts:
-                phase.start(step, around.trained_seconds(step))
-            batches = around.take_batches()
-            phase.advance(step, lambda: torch.stack([seen.loss_gradient(batch) for batch in batches]).mean(0))
+                with shown(trainer, phase.ledger, "start of the metric phase"):
+                    phase.start(step, around.trained_seconds(step))
+            batches, of = around.take_batches(), phase.plan.steps
+            calls = phase.ledger.remaining // (of - made)
+            with shown(trainer, phase.ledger, f"metric step {made + 1} of {of}", calls):
+                phase.advance(step, lambda: torch.stack([seen.loss_gradient(batch) for batch in batches]).mean(0))
             if step + 1 == trainer.state.max_steps:
-                phase.finish(step + 1)
+                with shown(trainer, phase.ledger, "selection"):
+                    phase.finish(step + 1)
         if starts:
             _log(trainer, "start_score", phase.selection.candidates[0].score)
         if phase.finished:
@@ -65,7 +71,7 @@ def finish(trainer: Any, step: int) -> bool:
     if phase.started:
         trainer.model.train()  # as Trainer leaves it
         if not phase.finished and not best_is_loaded:
-            with bookkeeping_kept(trainer):
+            with bookkeeping_kept(trainer), shown(trainer, phase.ledger, "selection"):
                 phase.finish(step)
             _log(trainer, "kept_score", phase.selection.chosen.score)
     return phase.started
@@ -73,6 +79,11 @@ def finish(trainer: Any, step: int) -> bool:
 
 def _observing(trainer: Any) -> Observing:
     return Observing(trainer, trainer.setup.metric, trainer.setup.phi)
+
+
+def shown(trainer: Any, ledger: Ledger, what: str, calls: float | None = None) -> AbstractContextManager[None]:
+    """Inside, a progress bar on the first rank, where bars are wanted; see `Ledger.shown`."""
+    return ledger.shown(what, calls, trainer.args.disable_tqdm or not trainer.is_world_process_zero())
 
 
 def _log(trainer: Any, name: str, score: float) -> None:
@@ -113,7 +124,8 @@ class MetricPhaseCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.checked:
-            building.check_metric(self.trainer, self.trainer.setup, self.trainer.phase)
+            with shown(self.trainer, self.trainer.phase.ledger, "first call of the metric"):
+                building.check_metric(self.trainer, self.trainer.setup, self.trainer.phase)
             if self.trainer.phase.plan.blends:
                 _observing(self.trainer).check_loss_gradient()
             self.checked = True

@@ -66,6 +66,7 @@ class MetricOptTrainer(Trainer):
 
     post_process_function: Any = None  # a subclass may have it as a method
     eval_examples: Any = None
+    around: MetricPhaseCallback  # of the run's metric phase
     whole_output: Any = None  # (prediction, data set) -> the argument of a post-processing, in place of the predictions
 
     def __init__(
@@ -86,7 +87,6 @@ class MetricOptTrainer(Trainer):
         self.setup: Setup | None = None
         self.phase: MetricPhase | None = None
         self.checkpoint_settings: dict[str, Any] | None = None  # those of the resumed checkpoint
-        self.around: MetricPhaseCallback | None = None
         self.ignore_keys: list[str] | None = None  # model outputs that predictions leave out
         super().__init__(*args, **kwargs)
         if post_process_function is not None:
@@ -182,7 +182,7 @@ class MetricOptTrainer(Trainer):
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         finally:
             self.callback_handler.callbacks = callbacks
-        reporting.warn_of_changed_weights(self.phase)
+        reporting.warn_of_changed_weights(self)
         return output
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):

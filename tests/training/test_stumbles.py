@@ -11,6 +11,7 @@ from runs import TEXT_RUN, bert_trainer, text_trainer
 from transformers import EvalPrediction
 
 from metricopt_hf import ConfigurationError, Metric, MetricError, MetricOptConfig, MetricOptTrainer
+from metricopt_hf.evaluation import ledger
 from metricopt_hf.posthoc import add_bias, tune_bias
 
 
@@ -116,6 +117,42 @@ def test_start_and_end_of_the_phase_are_logged_whatever_logging_steps_is(tmp_pat
     assert logged == {"metricopt/start_score": 5, "metricopt/kept_score": 7}
     scores = [e[name] for e in trainer.state.log_history for name in logged if name in e]
     assert scores == [trainer.result.start.score, trainer.result.chosen.score]
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """What progress bars were shown: [description, calls, batches, whether silent]."""
+    shown = []
+
+    class Bar(ledger.tqdm):
+        def __init__(self, *args, **kwargs):
+            shown.append([kwargs["desc"], 0, 0, kwargs["disable"]])
+            super().__init__(*args, **kwargs)
+
+        def update(self, n=1):
+            shown[-1][1:3] = shown[-1][1] + n, int(self.postfix.split()[0])
+            return super().update(n)
+
+    monkeypatch.setattr(ledger, "tqdm", Bar)
+    return shown
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_all_that_the_phase_takes_time_for_moves_a_bar(tmp_path, bars, silent):
+    trainer = text_trainer(tmp_path, disable_tqdm=silent)
+    trainer.train()
+    steps = [f"metric step {i} of 3" for i in (1, 2, 3)]
+    assert [bar[0] for bar in bars] == ["first call of the metric", "start of the metric phase", *steps, "selection"]
+    assert all(calls and batches for _, calls, batches, _ in bars), bars
+    assert sum(bar[1] for bar in bars) == sum(trainer.ledger.calls.values())
+    assert {bar[3] for bar in bars} == {silent}
+
+
+def test_a_diagnosis_moves_a_bar(tmp_path, bars):
+    trainer = bert_trainer(tmp_path, metric=Metric(worst_class_recall, "worst_class_recall"))
+    found = trainer.diagnose()
+    assert [bar[0] for bar in bars] == ["diagnosis"] and bars[0][2] > 4
+    assert bars[0][1] == sum(found.ledger.calls.values()) > 0
 
 
 def test_a_printed_result_has_five_lines(tmp_path):
