@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
+
+from metricopt_hf import HubError
+from metricopt_hf.hub.client import push
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +94,32 @@ def test_only_what_is_read_is_fetched_and_the_rest_refused_before(published):
     assert "is not that of a value function" in result["no value function"]
     assert "config.json has 16777217 bytes; at most 1048576 are read" in result["huge"]
     assert result["fetched"] == PARTS[1:]
+
+
+def test_the_command_pushes_and_shows_with_the_environment_that_the_page_names(hub, folder, published, tmp_path):
+    page = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    named = dict(word.split("=", 1) for word in re.search(r"^export (.+)$", page, re.M)[1].split())
+    environment = {**os.environ, **named, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def metricopt(*words):
+        command = [sys.executable, "-m", "metricopt_hf.cli", "value-function", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+    pushed = metricopt("push", str(next(folder.glob("**/value_function"))), "tester/by-command", "--private", "True")
+    assert pushed.returncode == 0 and "tester/by-command" in pushed.stdout, pushed.stderr
+    shown = metricopt("show", "tester/by-command")
+    assert "V(z) over" in shown.stdout and "metric: " in shown.stdout, shown.stderr
+    refused = metricopt("push", "nowhere/at-all", "tester/by-command")
+    assert refused.returncode == 1 and "There is no repository nowhere/at-all" in refused.stderr
+
+
+def test_an_upload_that_breaks_off_says_what_to_do():
+    def upload():
+        raise ConnectionError("Network error: Request error")
+
+    with pytest.raises(HubError, match=r"The push to user/name failed \(ConnectionError.*Nothing is lost: it is here"):
+        push(upload, "user/name", "it is here")
 
 
 def test_a_hub_that_is_busy_is_asked_again(published):
