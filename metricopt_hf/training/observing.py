@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial, wraps
 from itertools import islice
 from typing import Any
@@ -170,15 +170,18 @@ class Observing:
         The same on every rank; none where the loss has no gradient in eval mode.
         """
         try:
-            return self._gradients(count)
+            return self._gradients(count, self._still())
         except Exception as error:
             logger.warning(f"The loss has no gradient in eval mode, so coordinates of phi are drawn at random: {error}")
             return torch.zeros(0, self.phi.dim)
 
     def check_loss_gradient(self) -> None:
         """Raises ConfigurationError where the loss has no gradient in eval mode."""
+        with suppress(Exception):  # first as evaluation runs the model, which leaves no trace in it
+            self._gradients(1, undisturbed(self.trainer.model))
+            return
         try:
-            self._gradients(1)
+            self._gradients(1, self._still())
         except Exception as error:  # such as of torchvision's detectors, which have losses in train mode only
             raise ConfigurationError(
                 f"value_weight={self.trainer.args.value_weight} blends in the gradient of the loss, which has none in "
@@ -186,14 +189,14 @@ class Observing:
                 "out, so that the loss has no say there, or let the model return its loss in eval mode too."
             ) from error
 
-    def _gradients(self, count: int) -> Tensor:
-        """`loss_gradients`, or what the loss raises."""
+    def _gradients(self, count: int, mode: AbstractContextManager) -> Tensor:
+        """`loss_gradients`, or what the loss raises; `mode` is that of the model."""
         args, generator = self.trainer.args, torch.Generator().manual_seed(self.trainer.args.seed)
 
         def compute() -> list[Tensor]:
             return [self.phi.gradient(partial(self.loss, b)).cpu() for b in self.train_batches(count, generator)]
 
-        with self._still(), bookkeeping_kept(self.trainer):
+        with mode, bookkeeping_kept(self.trainer):
             return torch.stack(everywhere(args.process_index, args.world_size, compute)[0])
 
     @contextmanager
