@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from typing import BinaryIO
 
 MARK = "METRICOPT_COMMAND"  # a variable; a command that runs commands of its own hands on both marks
 MOST_SCANS = 20  # of all processes: the first may miss one that was just forked
+LATER_LOOKS, PAUSE = 5, 0.2  # of the watcher, seconds between them: amid an exec a process shows no environment
 
 
 def run(
@@ -111,6 +113,9 @@ def watch(mark: str, folder: str) -> None:
     """Wait for the end of the caller, who holds the other end of stdin, and clean up behind it."""
     line = sys.stdin.buffer.read().split()  # the process group, as soon as the caller knows it
     kill_all(int(line[0]) if line else None, mark)
+    for _ in range(LATER_LOOKS):
+        time.sleep(PAUSE)
+        kill_all(None, mark)
     shutil.rmtree(folder, ignore_errors=True)
 
 
