@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 PURPOSES = ("check", "observe", "noise", "select", "offline", "post-hoc")
 
 MOST_IN_A_ROW = 8  # failed calls, after which the metric is not asked any more
+MOST_WARNINGS = 20  # of errors that differ; a metric that fails now and then would else fill the log
 
 
 class Ledger:
@@ -111,6 +112,7 @@ class Faults:
 
     def __init__(self) -> None:
         self.total, self.in_a_row = 0, 0
+        self._warned: set[str] = set()  # errors
 
     @property
     def reason(self) -> str | None:
@@ -128,7 +130,12 @@ class Faults:
         self.in_a_row = 0 if succeeded else self.in_a_row + (min(1, len(errors)) if same_rows else len(errors))
         for error, times in Counter(errors).items():
             dropped = "The observation is dropped" if times == 1 else f"{times} observations are dropped"
-            logger.warning(f"{error.rstrip('.')}. {dropped} ({self.in_a_row} failed in a row).")
+            new = error not in self._warned and len(self._warned) < MOST_WARNINGS
+            self._warned |= {error} if new else set()
+            logger.log(
+                logging.WARNING if new else logging.DEBUG,
+                f"{error.rstrip('.')}. {dropped} ({self.in_a_row} failed in a row). More of these are only counted.",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"total": self.total, "in_a_row": self.in_a_row}

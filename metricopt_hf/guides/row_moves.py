@@ -52,9 +52,7 @@ class RowMovesGuide(Guide):
             return False
         logits = two_sided(linear.decisions.outputs)
         decided = torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float() * 2 - 1
-        as_they_are, decided = metric.values_of(
-            lambda i: _planted(linear, (logits, decided)[i]), 2
-        )
+        as_they_are, decided = metric.values_of(lambda i: _planted(linear, (logits, decided)[i]), 2)
         return bool(np.isclose(as_they_are, decided))
 
     def fit(self, metric: LocalMetric, z: Tensor) -> None:

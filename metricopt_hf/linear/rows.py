@@ -49,9 +49,7 @@ def unsplittable(
     for name, value in fields.items():
         parts = [value] if concat else list(value)
         if len(parts) != len(sizes):
-            return (
-                f"it is unknown which rows are an example's: {len(parts)} batches of {name}, {len(sizes)} of data"
-            )
+            return f"it is unknown which rows are an example's: {len(parts)} batches of {name}, {len(sizes)} of data"
         for part, size in zip(parts, sizes, strict=True):
             found = _lengths(part)
             if size not in found:

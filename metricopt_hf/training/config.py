@@ -48,6 +48,7 @@ GONE = {
     "observation_cache_gb": "up to 2 GB of each set are kept in memory",
 }
 
+
 def _number(least: float, most: float = math.inf, above: bool = False) -> Callable[[Any], bool]:
     """A check for finite numbers from `least` (`above`: greater than it) to below `most`."""
 

@@ -3,6 +3,7 @@
 import pytest
 
 from metricopt_hf import Ledger
+from metricopt_hf.evaluation.ledger import MOST_WARNINGS, Faults
 
 
 def test_calls_and_seconds_are_counted_by_purpose_even_if_they_fail():
@@ -49,3 +50,15 @@ def test_it_tells_what_was_spent():
     assert "nothing spent" in repr(ledger)
     ledger.add("observe", 4, 1.5)
     assert "observe: 4 calls, 0 passes in 1.5 s" in repr(ledger) and "budget 8" in repr(ledger)
+
+
+def test_a_metric_that_fails_now_and_then_does_not_fill_the_log(caplog):
+    faults = Faults()
+    for _ in range(100):
+        faults.add(["Only one class is present."], succeeded=1)
+    assert faults.total == 100
+    (said,) = caplog.messages
+    assert "Only one class is present. The observation is dropped" in said
+    for i in range(100):
+        faults.add([f"Row {i} is empty"], succeeded=1)
+    assert len(caplog.messages) == MOST_WARNINGS
