@@ -32,6 +32,7 @@ from metricopt_hf.linear.linearizer import Linearizer
 
 from .large_models import DIM, MINILM, TOKENS, VOCABULARY, accuracy
 from .looks import CACHE_BYTES, moved
+from .pages import page
 from .tables import markdown
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "ranks.md"
@@ -127,14 +128,14 @@ def main(argv: list[str] | None = None) -> int:
     headers = ["", "rows in a batch", "one process, s", f"each of {args.ranks} ranks, s", "share of the slowest"]
     rows = [row(name, size, args) for name in WAYS for size in BATCHES]
     table = markdown([*headers, "derivatives are off by"], rows)
-    text = (
-        "# Several ranks\n\n"
-        "Written by `python -m benchmarks.ranks`; do not edit.\n\n"
+    text = page(
+        "# Several ranks",
+        "Written by `python -m benchmarks.ranks`; do not edit.",
         f"Processor seconds of one linearisation of {args.rows} texts of {TOKENS} tokens by a text encoder like "
         "MiniLM, on the CPU with gloo, in one thread per rank. With FSDP2, one process is a mesh of one, and what lies "
         "in front of phi is computed anew each time; ranks gather the parameters in each pass of a batch. The last "
-        "column is the norm of the difference to one process's derivatives, over the norm of these.\n\n"
-        f"{table}\n"
+        "column is the norm of the difference to one process's derivatives, over the norm of these.",
+        table,
     )
     Path(args.page).write_text(text, encoding="utf-8")
     print(text)

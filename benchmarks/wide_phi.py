@@ -31,6 +31,7 @@ from metricopt_hf.phi import adapter
 from metricopt_hf.phi.coordinates import Sketch
 
 from .looks import evaluator
+from .pages import page
 from .problem import Problem, Task, no_data
 from .run import quiet
 from .searchers import linearizer
@@ -147,15 +148,15 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     known = tasks()
     table = markdown(HEADERS, [row(known[name], args.seeds) for name in args.tasks])
-    text = (
-        "# Wide phi\n\n"
-        "Written by `python -m benchmarks.wide_phi`; do not edit.\n\n"
+    text = page(
+        "# Wide phi",
+        "Written by `python -m benchmarks.wide_phi`; do not edit.",
         f"MetricOpt from the start model, in {Budget().metric_steps} metric steps and {MetricOptConfig.phi_dim} "
         "coordinates: scores on the selection split, which chooses among three candidates, mean ± standard error over "
         f"development seeds {args.seeds[0]} to {args.seeds[-1]}. Coordinates of a wide phi are found by a sketch of "
         "J^T J, in memory that is linear in phi; the exact ones need all of J at once. Variance kept is the sum of "
-        "squares of J at the start in the sketch's coordinates, over that in exact ones.\n\n"
-        f"{table}\n"
+        "squares of J at the start in the sketch's coordinates, over that in exact ones.",
+        table,
     )
     Path(args.page).write_text(text, encoding="utf-8")
     print(text)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 from transformers import EvalPrediction
 
-from ..linear.linearization import Linearization, LinearLeaf
+from ..linear.linearization import Linearization
 from ..linear.local_metric import LocalMetric
 from .base import Guide, GuideContext
 
@@ -41,7 +41,6 @@ class RowMovesGuide(Guide):
         self.worth = np.zeros((0, 0))  # [rows, classes] sums of effects
         self.count = np.zeros((0, 0))  # [rows, classes] number of effects in each sum
         self.linear: Linearization | None = None
-        self.leaf: LinearLeaf | None = None  # its logits
         self.kinds = np.zeros(0, int)  # of the rows of `linear`: equal for equal labels
         self.paid = 0.0  # updates for which calls were made in advance
 
@@ -60,7 +59,7 @@ class RowMovesGuide(Guide):
         linear = metric.linearization
         assert linear is not None and linear.decisions is not None  # else it does not apply
         if self.linear is not linear:
-            self.linear, self.leaf, self.kinds, self.paid = linear, linear.decisions, _kinds(linear.centre), 0.0
+            self.linear, self.kinds, self.paid = linear, _kinds(linear.centre), 0.0
         if self.paid >= 1:
             self.paid -= 1
             return
@@ -114,7 +113,8 @@ class RowMovesGuide(Guide):
         return effects[kind], known[kind], calls
 
     def gradient(self, z: Tensor) -> Tensor:
-        if self.leaf is None or not self.worth.any():
+        leaf = None if self.linear is None else self.linear.decisions
+        if leaf is None or not self.worth.any():
             return torch.zeros(self.context.dim)
         known = torch.as_tensor(self.count > KNOWN)
         worth = torch.as_tensor(self.worth / np.maximum(self.count, KNOWN), dtype=torch.float32)
@@ -122,12 +122,12 @@ class RowMovesGuide(Guide):
         others = known & ~torch.nn.functional.one_hot(best.indices, worth.shape[1]).bool()
         mean = (worth * others).sum(1) / others.sum(1).clamp_min(1)
         weight = torch.where(others.any(1), best.values - mean, 0.0)  # against the mean of the others that are known
-        outputs = self.leaf.at(z)
+        outputs = leaf.at(z)
         target = torch.nn.functional.one_hot(best.indices, worth.shape[1]).float()
         # gradient of the cross-entropy towards each row's best class, weighted by the worth of that class
         slope = (target - two_sided(outputs).softmax(1)) * (weight / weight.sum().clamp_min(1e-30))[:, None]
         one = outputs.dim() < 2 or outputs.shape[1] == 1
-        return self.leaf.pull(slope[:, 1].reshape(outputs.shape) if one else slope)
+        return leaf.pull(slope[:, 1].reshape(outputs.shape) if one else slope)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.worth.size:
